@@ -1,0 +1,3504 @@
+# SPDX-License-Identifier: MIT
+"""Cloudflare Workflows in one Python file, on nothing but the standard library.
+
+A workflow is a class whose `run` calls steps. What a step returns is stored before `run` goes on, so
+that the process may die at any moment: the next one replays `run`, hands every finished step its
+stored result, and goes on from there. Steps retry, sleep for months and wait for events, on SQLite.
+
+    import asyncio, workflows
+
+    class Greet(workflows.WorkflowEntrypoint):
+        async def run(self, event, step):
+            async def fetch():
+                return {"name": event.payload["name"].title()}
+
+            user = await step.do("fetch user", fetch)
+            await step.sleep("let it rest", "2 seconds")
+            return f"Hello, {user['name']}"
+
+    async def main():
+        async with workflows.Engine("workflows.db") as engine:
+            instance = await engine.bind(Greet).create(params={"name": "ada"})
+            print(await instance.result())
+
+    asyncio.run(main())
+
+The file reads downwards; each section begins with what it is for and why it is so:
+
+    vocabulary   statuses, errors, the small records that users see
+    durations    "5 minutes" to milliseconds, and the clock
+    codec        values and errors to JSON and back, exactly
+    limits       what Cloudflare's plans allow
+    retry        a step's configuration, and how long it waits before it tries again
+    journal      what a recorded history means: pure functions
+    store        all SQL, the one writer thread, group commit, who owns the database
+    threads      where plain (not async) callbacks run
+    run          one life of one instance: replay, attempts, the `step` object
+    engine       which instances live now, and what happens when something fails
+    binding      `Workflow` and `WorkflowInstance`, the side that callers see
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import builtins
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import decimal
+import functools
+import inspect
+import json
+import keyword
+import logging
+import math
+import os
+import queue
+import re
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import types
+import unicodedata
+import uuid
+import weakref
+from collections import deque
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+
+# Documented for makers of tasks: docs.python.org/3/library/asyncio-extending.html
+_enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
+
+log = logging.getLogger("workflows")
+
+Params = TypeVar("Params")
+
+# ---------------------------------------------------------------------------------------------------
+# Vocabulary: statuses, errors, and the small records that users see.
+#
+# An instance moves through eight statuses (Cloudflare's names, also in the database):
+#
+#     queued ──▶ running ──▶ complete | errored | terminated
+#                │  ▲  ╲
+#                ▼  │   ▶ waitingForPause ──▶ paused ──▶ queued | waiting
+#               waiting
+#
+# A caller moves it to paused, waitingForPause and terminated (and back to queued, by `restart`); all
+# other moves are the engine's.
+
+FINISHED = ("complete", "errored", "terminated")
+
+
+class WorkflowError(Exception):
+    """Base of the module's errors: `code` is stable and meant for programs, `name` is what
+    `InstanceStatus.error` shows. Also stands in for a step's error whose own class can't be found."""
+
+    code = "workflow.error"
+
+    def __init__(
+        self, message: str = "", *, code: str | None = None, name: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.name = name or type(self).__name__
+        if code is not None:
+            self.code = code
+
+
+class NonRetryableError(WorkflowError):
+    """Raise it in a step's callback to fail the step at once, whatever its retries say.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (NonRetryableError)"""
+
+    code = "step.non_retryable"
+
+    def __init__(self, message: str = "", name: str = "NonRetryableError") -> None:
+        super().__init__(message, name=name)
+
+
+class WorkflowTimeoutError(WorkflowError):
+    """An attempt, an event wait or `result(timeout=…)` took longer than it may."""
+
+    code = "workflow.timeout"
+
+
+class WorkflowFatalError(WorkflowError):
+    """Wrong use of the API, or a limit, inside a run. Never retried; `run` may catch it."""
+
+    code = "workflow.fatal"
+
+
+class WorkflowInternalError(WorkflowError):
+    """The engine's own trouble: its storage failed, or it died during an attempt."""
+
+    code = "workflow.internal"
+
+
+class _Unload(asyncio.CancelledError):
+    """Raised by step calls in a run that is being unloaded. A `CancelledError`, so that `finally`
+    blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
+
+
+def _camel(name: str) -> str:
+    head, *tail = name.split("_")
+    return head + "".join(word.title() for word in tail)
+
+
+class _Record(Mapping[str, Any]):
+    """A dataclass that can also be read as a mapping with Cloudflare's (camelCase) keys."""
+
+    _keys: ClassVar[dict[str, str]]  # original key → attribute
+
+    def __init_subclass__(cls) -> None:
+        cls._keys = {_camel(name): name for name in cls.__annotations__ if name[0] != "_"}
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, self._keys[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowEvent(_Record, Generic[Params]):
+    """What `run` gets: the params that the instance was created with (read-only, all the way down),
+    the time of its creation, its id, and the name of its workflow."""
+
+    payload: Params
+    timestamp: datetime
+    instance_id: str
+    workflow_name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowStepEvent(_Record):
+    """What `step.wait_for_event` returns. What it lacks is looked up in its payload, so that
+    `event.payload["approved"]`, `event["approved"]` and `event.approved` are one."""
+
+    payload: Any
+    timestamp: datetime
+    type: str
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._keys:
+            return super().__getitem__(key)
+        if isinstance(self.payload, dict):
+            return self.payload[key]
+        raise KeyError(key)
+
+    def __getattr__(self, name: str) -> Any:
+        payload = self.__dict__.get("payload")
+        if isinstance(payload, dict) and name in payload:
+            return payload[name]
+        raise AttributeError(f"neither the event nor its payload has {name!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowStepInfo(_Record):
+    """Which step a callback belongs to: its name, and how often that name was used so far."""
+
+    name: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowStepContext(_Record):
+    """What a callback with one parameter (or one named `ctx`) gets: the step, the number of this
+    attempt from 1, and the step's config with the defaults merged in."""
+
+    step: WorkflowStepInfo
+    attempt: int
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstanceStatus(_Record):
+    """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
+    `{"name", "message"}` (when errored)."""
+
+    status: str
+    output: Any = None
+    error: dict[str, str] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Durations and the clock. Inside the module every time is a whole number of milliseconds, every moment
+# one since the Unix epoch; nothing else reads a clock.
+
+_UNITS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+_UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year", 365))}
+_DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_YEAR = _UNITS["year"]  # Cloudflare's longest sleep
+
+
+def parse_duration(value: float | str | timedelta) -> int:
+    """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`, or
+    `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d), singular
+    or plural. Anything else is a `ValueError`.
+
+    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
+    if isinstance(value, timedelta):
+        if value >= timedelta(0):
+            return round(value / timedelta(milliseconds=1))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if 0 <= value < math.inf:
+            return round(value)
+    elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        return round(decimal.Decimal(match[1]) * _UNITS[match[2]])
+    raise ValueError(
+        f"{value!r} is not a duration: expected milliseconds (0 or more), a timedelta, or "
+        f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
+    )
+
+
+def _parse_moment(value: float | datetime) -> int:
+    """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from there
+    on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
+    if isinstance(value, datetime) and value.utcoffset() is not None:
+        return (value - _EPOCH) // timedelta(milliseconds=1)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return round(value * 1000 if abs(value) < 1e11 else value)
+    raise ValueError(
+        f"{value!r} is not a moment: expected an aware datetime, or seconds or milliseconds since 1970"
+    )
+
+
+def _to_datetime(ms: int) -> datetime:
+    return _EPOCH + timedelta(milliseconds=ms)
+
+
+class Clock:
+    """Where all time comes from: the wall clock for moments that are stored (a machine that was
+    suspended must notice), the event loop's monotonic clock for timers."""
+
+    exact = False  # whether each operation gets a transaction of its own, so that nothing is up to chance
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []  # the open ones that go by it
+
+    def now(self) -> int:
+        """Milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+    def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+        """Calls back on the running loop after so many milliseconds, unless cancelled."""
+        return asyncio.get_running_loop().call_later(ms / 1000, callback)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes, as
+# the original's structured clone has them, and never pickle: opening a database must not run code.
+#
+# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the odd
+# part is written as an object with the one key "$datetime", "$bytes", "$str" (base64 of UTF-8, for text
+# that holds surrogate pairs as two characters) or "$dict" (a list of pairs, for a dict that would read
+# as one of these).
+
+_TAGS = ("$datetime", "$bytes", "$str", "$dict")
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode  # blanks: none
+_to_ascii_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
+
+
+class _Unserializable(ValueError):
+    """A value that can't be stored; the message is its path and type."""
+
+
+def encode(value: Any) -> tuple[str, Any]:
+    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the value."""
+    try:
+        text = _to_json(value)
+        if type(value) in _ATOMS:
+            return text, value
+        if '"$' not in text:
+            text.isascii() or text.encode()  # lone surrogates have no UTF-8
+            decoded = _parse(text, 0)[0]
+            if decoded == value:
+                return text, decoded
+    except (TypeError, ValueError, RecursionError):
+        pass  # the slow way finds out what, and where
+    try:
+        text = _to_ascii_json(_tagged(value, "$", set()))
+        return text, decode(text)
+    except (ValueError, RecursionError, OverflowError) as error:
+        if isinstance(error, _Unserializable):
+            raise
+        what = "nested too deep" if isinstance(error, RecursionError) else f"{error}"
+        raise _Unserializable(f"$: {what}") from None
+
+
+def decode(text: str) -> Any:
+    """The value of a text made by `encode`."""
+    return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
+
+
+def _is_pairs(text: str) -> bool:
+    """Whether JSON would merge two surrogate characters of this text into one."""
+    return not text.isascii() and bool(re.search("[\ud800-\udbff][\udc00-\udfff]", text))
+
+
+def _tagged(value: Any, path: str, above: set[int]) -> Any:
+    """The same value as plain JSON with tags, or `_Unserializable` with the path of what can't be."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        text = str.__str__(value)
+        if _is_pairs(text):
+            return {"$str": base64.b64encode(text.encode("utf-8", "surrogatepass")).decode()}
+        return text
+    if isinstance(value, int):
+        try:
+            int.__repr__(value)
+        except ValueError:
+            raise _Unserializable(f"{path}: int with too many digits") from None
+        return int.__int__(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Unserializable(f"{path}: {float.__repr__(value)}")
+        return float.__float__(value)
+    if isinstance(value, datetime):
+        if value.utcoffset() is None:
+            raise _Unserializable(f"{path}: datetime without a time zone")
+        return {"$datetime": datetime.isoformat(value)}
+    if isinstance(value, (bytes, bytearray)):
+        return {"$bytes": base64.b64encode(bytes(value)).decode()}
+    if not isinstance(value, (dict, list, tuple)):
+        raise _Unserializable(f"{path}: {type(value).__name__}")
+    if id(value) in above:
+        raise _Unserializable(f"{path}: a cycle")
+    above.add(id(value))
+    try:
+        if not isinstance(value, dict):
+            return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
+        for key in value:
+            if not isinstance(key, str):
+                raise _Unserializable(f"{path}: a key of type {type(key).__name__}")
+        pairs = [
+            (str.__str__(key), _tagged(item, f"{path}.{key}", above)) for key, item in value.items()
+        ]
+        if (len(pairs) == 1 and pairs[0][0] in _TAGS) or any(_is_pairs(key) for key, _ in pairs):
+            return {"$dict": [[_tagged(key, path, above), item] for key, item in pairs]}
+        return dict(pairs)
+    finally:
+        above.discard(id(value))
+
+
+def _untag(pairs: dict[str, Any]) -> Any:
+    if len(pairs) != 1:
+        return pairs
+    ((tag, inner),) = pairs.items()
+    if tag == "$datetime":
+        return datetime.fromisoformat(inner)
+    if tag == "$bytes":
+        return base64.b64decode(inner)
+    if tag == "$str":
+        return base64.b64decode(inner).decode("utf-8", "surrogatepass")
+    if tag == "$dict":
+        return dict(inner)
+    return pairs
+
+
+def size_of(text: str) -> int:
+    """Bytes that a stored text takes."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _read_only(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError(
+        "an event's payload is read-only: changes would be lost at the next replay. "
+        "Copy it, and return state from a step instead"
+    )
+
+
+class _FrozenDict(dict[str, Any]):
+    """Still a dict for `isinstance`, `json` and `==`; copies of it are plain dicts."""
+
+    __setitem__ = __delitem__ = __ior__ = _read_only
+    clear = pop = popitem = setdefault = update = _read_only
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return {key: _thaw(item) for key, item in self.items()}
+
+    def __reduce__(self) -> Any:
+        return dict, (self.__deepcopy__({}),)
+
+    __copy__ = dict.copy
+
+
+class _FrozenList(list[Any]):
+    """Still a list for `isinstance`, `json` and `==`; copies of it are plain lists."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _read_only
+    append = clear = extend = insert = pop = remove = reverse = sort = _read_only
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return [_thaw(item) for item in self]
+
+    def __reduce__(self) -> Any:
+        return list, (self.__deepcopy__({}),)
+
+    __copy__ = list.copy
+
+
+def _thaw(value: Any) -> Any:
+    return value.__deepcopy__({}) if isinstance(value, (_FrozenDict, _FrozenList)) else value
+
+
+def freeze(value: Any) -> Any:
+    """The same value, deeply read-only."""
+    if isinstance(value, dict):
+        return _FrozenDict((key, freeze(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return _FrozenList(freeze(item) for item in value)
+    return value
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a user's __str__ may fail; its error must be recorded all the same
+        return ""
+
+
+def _native(cls: type[BaseException]) -> type[BaseException]:
+    """The nearest built-in base of an exception class: the one that keeps the args."""
+    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """An error as data: where its class is, its name and message, and its args, attributes and group
+    members as far as these are allowed values."""
+    cls = type(error)
+    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    state: Any = _native(cls).__reduce__(error)  # with OSError.filename, …
+    args = list(state[1]) if isinstance(state, tuple) else list(error.args)
+    attributes = dict(vars(error)) | (dict(state[2]) if len(state) > 2 and state[2] else {})
+    message = error.message if isinstance(error, BaseExceptionGroup) else _message(error)
+    kept = {}
+    for name, value in attributes.items():
+        with contextlib.suppress(_Unserializable):
+            kept[name] = encode(value)[1]
+    try:
+        args = [message] if members else encode(args)[1]
+    except _Unserializable:
+        args = [message]
+    name = error.name if isinstance(error, WorkflowError) else cls.__name__
+    return {
+        "module": cls.__module__,
+        "class": cls.__qualname__,
+        "name": name if isinstance(name, str) else cls.__name__,
+        "message": message,
+        "args": args,
+        "attributes": kept,
+        "members": [describe_error(member) for member in members],
+    }
+
+
+def rebuild_error(record: dict[str, Any]) -> Exception:
+    """The error that `describe_error` described, with its own class if that is an `Exception` which is
+    already imported; else a `WorkflowError` with its name."""
+    found: Any = sys.modules.get(record["module"])
+    for part in record["class"].split("."):
+        found = getattr(found, part, None) if part.isidentifier() else None
+    members = [rebuild_error(member) for member in record["members"]]
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return WorkflowError(record["message"], name=record["name"])
+    if issubclass(found, StopIteration):  # a coroutine can't raise it
+        return RuntimeError(record["message"])
+    native = _native(found)
+    args = (record["message"], members) if members else tuple(record["args"])
+    try:
+        error: Exception = native.__new__(found, *args)
+        native.__init__(error, *args)
+    except Exception:  # args of another version of the class: keep what can be kept
+        error = found.__new__(found)
+        error.args = (record["message"],)
+    for name, value in record["attributes"].items():
+        try:
+            object.__setattr__(error, name, value)
+        except AttributeError:  # a property without a setter
+            error.__dict__[name] = value
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Limits: what Cloudflare's plans allow, each enforced where it applies, with an error that names it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine allows; None lifts a limit. The default is the paid plan without its creation
+    rate, which is an account's quota. Times are milliseconds; 1 MB is 10⁶ bytes, 1 MiB 2²⁰.
+
+    developers.cloudflare.com/workflows/reference/limits/"""
+
+    cpu_ms: int | None = 30_000
+    step_bytes: int | None = 2**20
+    payload_bytes: int | None = 2**20
+    instance_bytes: int | None = 10**9
+    max_sleep: int = _YEAR
+    steps: int = 1024
+    running: int | None = 10_000
+    creations_per_second: int | None = None
+    queued: int | None = 1_000_000
+    batch: int = 100
+    id_length: int = 100
+    success_retention: int | None = 30 * _UNITS["day"]
+    error_retention: int | None = 30 * _UNITS["day"]
+
+    FREE: ClassVar[Limits]
+    PAID: ClassVar[Limits]
+    UNLIMITED: ClassVar[Limits]
+
+
+Limits.PAID = Limits(creations_per_second=100)
+Limits.FREE = Limits(
+    cpu_ms=10,
+    instance_bytes=10**8,
+    running=25,
+    creations_per_second=100,
+    queued=100_000,
+    success_retention=3 * _UNITS["day"],
+    error_retention=3 * _UNITS["day"],
+)
+Limits.UNLIMITED = Limits(
+    None, None, None, None, _YEAR, 25_000, None, None, None, 100, 100, None, None
+)
+
+# ---------------------------------------------------------------------------------------------------
+# Retry: a step's configuration, and how long it waits before it tries again.
+
+DEFAULT_CONFIG: dict[str, Any] = {
+    "retries": {"limit": 5, "delay": 10_000, "backoff": "exponential"},
+    "timeout": "10 minutes",
+}
+_BACKOFF: dict[str, Callable[[int], int]] = {
+    "constant": lambda attempts: 1,
+    "linear": lambda attempts: attempts,
+    "exponential": lambda attempts: 2 ** min(attempts - 1, 64),
+}
+
+
+class StepConfig:
+    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in.
+
+    `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
+    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
+
+    __slots__ = ("raw", "limit", "delay", "backoff", "timeout", "text")
+
+    def __init__(self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR) -> None:
+        given = _options(config or {}, ("retries", "timeout"), "config")
+        retries = given.get("retries", {})
+        if not isinstance(retries, Mapping):
+            raise ValueError(f"config['retries'] is {retries!r}: expected a dict")
+        retries = _options(retries, ("limit", "delay", "backoff"), "config['retries']")
+        self.raw = DEFAULT_CONFIG | given
+        self.raw["retries"] = merged = DEFAULT_CONFIG["retries"] | retries
+        for part, key in ((merged, "delay"), (self.raw, "timeout")):
+            if isinstance(part[key], timedelta):
+                part[key] = _config_ms(part, key)
+        limit = merged["limit"]
+        whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
+        if not whole or isinstance(limit, bool) or limit < 0:
+            raise ValueError(
+                f"config['retries']['limit'] is {limit!r}: expected a whole number from 0, or math.inf"
+            )
+        self.limit: float = limit
+        self.delay = _config_ms(merged, "delay")
+        self.timeout = _config_ms(self.raw, "timeout")
+        if not 0 < self.timeout <= max_sleep:
+            raise ValueError(
+                f"config['timeout'] is {self.raw['timeout']!r}: expected more than 0 and at most "
+                f"{max_sleep} ms"
+            )
+        if merged["backoff"] not in tuple(_BACKOFF):
+            raise ValueError(
+                f"config['retries']['backoff'] is {merged['backoff']!r}: expected one of "
+                f"{', '.join(_BACKOFF)}"
+            )
+        self.backoff = _BACKOFF[merged["backoff"]]
+        # What is stored; None for the defaults, which most steps have. JSON knows no infinity.
+        stored = {"retries": merged | {"limit": None if limit == math.inf else limit}}
+        self.text = None if not given else encode(stored | {"timeout": self.raw["timeout"]})[0]
+
+    @classmethod
+    def load(cls, text: str | None) -> StepConfig:
+        """The configuration that a step was started with."""
+        if text is None:
+            return _DEFAULT_CONFIG
+        config = decode(text)
+        if config["retries"]["limit"] is None:
+            config["retries"]["limit"] = math.inf
+        return cls(config)
+
+    def delay_after(self, attempts: int, longest: int) -> int:
+        """Milliseconds to wait when so many attempts have failed."""
+        return min(self.delay * self.backoff(attempts), longest)
+
+
+def _config_ms(part: Mapping[str, Any], key: str) -> int:
+    try:
+        return parse_duration(part[key])
+    except ValueError as error:
+        raise ValueError(f"config key {key!r}: {error}") from None
+
+
+def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
+    """A copy of an options object in which every key is known."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{what} is {type(given).__name__}: expected a dict with {', '.join(known)}"
+        )
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{what} has the unknown key {key!r}: expected {', '.join(known)}")
+    return dict(given)
+
+
+_DEFAULT_CONFIG = StepConfig(None)
+
+# ---------------------------------------------------------------------------------------------------
+# Journal: what a recorded history means. The journal of an instance is append-only; its rows are the
+# only thing that a replay knows. These functions are pure: they read rows and touch nothing else.
+#
+#     type                                      step    what happened
+#     queued started running waiting            –       the instance changed its status; the first
+#       waitingForPause paused complete                 `queued` row of a life holds the params,
+#       errored terminated                              `complete` the output, `errored` the error
+#     start                                     do      an attempt began (with the step's config, if new)
+#     done | failed | error                     do      it ended: a result | a retry follows | for good;
+#                                                       with the time of its start, if that has no row
+#     sleep → slept                             sleep   (sleep_until is a sleep too)
+#     wait → event | timeout                    wait    the event is consumed in this very row
+#     cancel                                    any     `run` itself cancelled the call: never again
+#     stop                                      any     interrupted by a clean stop: as if not begun
+#     due                                       do      never stored: tells a live run to try again
+
+
+class Row(NamedTuple):
+    """One journal row. `at` and `started` are moments, `data` and `extra` JSON."""
+
+    seq: int
+    at: int
+    type: str
+    step: str | None
+    attempt: int | None
+    started: int | None
+    data: str | None
+    extra: str | None
+
+
+SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
+
+
+def step_key(kind: str, name: str, count: int, parent: str | None) -> str:
+    """A step's identity: its kind, its name, how often that kind has used the name, and the key of the
+    step in whose callback it was called."""
+    key = f"{kind}\n{name}\n{count}"
+    return key if parent is None else f"{parent}\n{key}"
+
+
+def step_label(key: str) -> str:
+    """`<name>-<count>`, as Cloudflare shows a step."""
+    *_, name, count = key.split(SEPARATOR)
+    return f"{name}-{count}"
+
+
+class Step:
+    """What is known of one step: recorded facts, and while its run lives, who waits for it."""
+
+    __slots__ = (
+        *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
+        *("called", "queued", "waiter", "task", "fresh"),
+    )
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.nested = key.count(SEPARATOR) > 2
+        self.state = "new"  # → pending → done | error | cancelled
+        self.attempts = 0
+        self.open = False  # an attempt has a recorded start and no end
+        self.config: str | None = None
+        self.data: str | None = None
+        self.extra: str | None = None
+        # In this life:
+        self.called = False
+        self.queued = False  # its result has not been handed to `run` yet
+        self.waiter: asyncio.Future[None] | None = None  # of the call, in this task
+        self.task: asyncio.Task[Any] | None = None
+        self.fresh: Any = (
+            None  # the decoded value or the error itself, when it was made in this life
+        )
+
+
+def apply(steps: dict[str, Step], row: Row) -> Step | None:
+    """Takes one row into account; returns the step if the row is its result."""
+    key, kind = row.step, row.type
+    if key is None:
+        return None
+    step = steps.get(key)
+    if step is None:
+        step = steps[key] = Step(key)
+    if row.attempt is not None:
+        if (
+            kind in ("start", "done", "failed", "error")
+            and row.extra is not None
+            and not step.config
+        ):
+            step.config = row.extra
+        step.attempts = row.attempt
+    if kind in ("done", "error", "slept", "event", "timeout"):
+        if step.state == "cancelled":
+            return None
+        step.state = "error" if kind in ("error", "timeout") else "done"
+        step.open = False
+        step.data, step.extra = row.data, row.extra
+        return step
+    if kind == "cancel":
+        step.state = "cancelled"
+        step.open = False
+    elif kind == "stop":
+        if step.open:
+            step.open = False
+            step.attempts -= 1
+        elif step.state == "pending" and not step.attempts:
+            del steps[key]  # a sleep or a wait inside a callback that was interrupted
+    elif step.state != "cancelled":
+        step.state = "pending"
+        step.open = kind == "start"
+    return None
+
+
+def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
+    """The steps of a history, and those that have a result, in the order in which `run` gets them."""
+    steps: dict[str, Step] = {}
+    results = []
+    for row in rows:
+        step = apply(steps, row)
+        if step is not None and not step.nested:
+            results.append(step)
+    results = [step for step in results if step.state != "cancelled"]
+    for step in results:
+        step.queued = True
+    return steps, deque(results)
+
+
+class Wait(NamedTuple):
+    """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or an
+    event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
+
+    seq: int
+    at: int
+    kind: str
+    step: str
+    event: str | None
+    due: int
+    fixed: int
+
+
+class Settled(NamedTuple):
+    moment: int
+    wait: Wait
+    event: tuple[int, int] | None  # (seq, at) of the buffered event that ends the wait
+
+
+def settle(
+    waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
+) -> list[Settled]:
+    """Which waits have ended by now, in the order in which they did, however late we look: the oldest
+    event that came at or before the deadline of the first waiter of its type is that waiter's."""
+    buffered = {type: deque(queue) for type, queue in events.items()}
+    ended = []
+    for wait in waits:
+        mine = buffered.get(wait.event) if wait.event is not None else None
+        if mine and mine[0][1] <= wait.due:
+            event = mine.popleft()
+            ended.append(Settled(max(event[1], wait.at), wait, event))
+        elif wait.due <= now:
+            ended.append(Settled(wait.due, wait, None))
+    return sorted(ended, key=lambda settled: (settled.moment, settled.wait.seq))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Store: all SQL, and the one thread that speaks it.
+#
+# Callers hand operations to the writer thread. It takes everything that is queued, runs it in one
+# transaction, commits once, and only then resolves the callers (group commit): what a caller has seen
+# is on disk. An operation checks first and writes last, so that one that refuses leaves no trace; any
+# error of SQLite itself undoes the whole batch and stops the engine.
+#
+# The rows are the truth; nobody's memory is. `status` and `generation` guard every write of a run, and
+# `wake` says when the owner must look at an instance: something falls due, a caller changed it, or it
+# has expired. So waiting, recovery, retention and news from other processes are one index scan, made in
+# the same transaction as the batch that caused it, and its cost depends on what is due, not on what is
+# there. Only `queued` instances are found otherwise: by their place in the queue.
+
+APPLICATION_ID = 0x57664C77  # "WfLw"
+_SCHEMA = (  # by version: what leads to it from the one before
+    """
+CREATE TABLE workflows (           -- the bound names: a client creates instances without the classes
+    key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
+    script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
+CREATE TABLE instances (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow INTEGER NOT NULL,
+    id TEXT,                       -- NULL once deleted, until the owner has cleared it away
+    status TEXT NOT NULL,
+    generation INTEGER NOT NULL,   -- raised by restart, terminate, delete: older runs can't write
+    seq INTEGER NOT NULL,          -- of the newest journal row or event
+    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events
+    careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
+    place INTEGER,                 -- in the queue
+    wake INTEGER,                  -- when the owner must look
+    created INTEGER NOT NULL, modified INTEGER NOT NULL, started INTEGER, ended INTEGER,
+    paused INTEGER,
+    success_retention INTEGER, error_retention INTEGER,
+    trigger TEXT NOT NULL, termination TEXT, rollback TEXT,
+    UNIQUE (workflow, id));
+CREATE INDEX queue ON instances (workflow, status, place);
+CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
+CREATE TABLE journal (
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, type TEXT NOT NULL,
+    step TEXT, attempt INTEGER, started INTEGER, data TEXT, extra TEXT,
+    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
+CREATE TABLE waits (
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, kind TEXT NOT NULL,
+    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL, fixed INTEGER NOT NULL,
+    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
+CREATE TABLE events (
+    instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
+    payload TEXT NOT NULL,
+    PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
+CREATE TABLE usage (month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER);
+""",
+)
+
+SCHEMA_VERSION = len(_SCHEMA)
+TICK = 0.05  # seconds between looks at what other processes did
+BATCH = 256  # instances that one transaction wakes at most
+WOKEN = -(2**53)  # added to a place: ahead of those that never started
+
+
+class Instance(NamedTuple):
+    """A row of `instances`."""
+
+    key: int
+    workflow: int
+    id: str | None
+    status: str
+    generation: int
+    seq: int
+    state_bytes: int
+    careful: int
+    place: int | None
+    wake: int | None
+    created: int
+    modified: int
+    started: int | None
+    ended: int | None
+    paused: int | None
+    success_retention: int | None
+    error_retention: int | None
+
+    def expiry(self) -> int | None:
+        """When a finished instance is deleted."""
+        kept = self.success_retention if self.status == "complete" else self.error_retention
+        return None if kept is None or self.ended is None else self.ended + kept
+
+
+_COLUMNS = ", ".join(Instance._fields)
+_LIVE = "status IN ('running', 'waiting', 'queued', 'waitingForPause')"
+
+
+RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
+
+
+class Head:
+    """What the guard of a run's writes needs of its instance. Read once for all writes of a
+    transaction, which holds the write lock, and written back at its end: so a step costs no statement
+    of its own, only its part of four that are run for the whole batch."""
+
+    __slots__ = ("key", "generation", "seq", "state_bytes", "careful", "dirty")
+
+    def __init__(self, key: int, generation: int, seq: int, state_bytes: int, careful: int) -> None:
+        self.key, self.generation, self.seq = key, generation, seq
+        self.state_bytes, self.careful, self.dirty = state_bytes, careful, False
+
+
+class News(NamedTuple):
+    """What the writer tells the engine about one instance; `rows` is what a live run hasn't seen."""
+
+    instance: Instance
+    rows: list[Row]
+    admitted: bool = False
+
+
+Op = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any, BaseException | None], None]]
+
+
+class Store:
+    """The database, as seen from its own thread. `deliver(results, news, touched)` is called on the
+    loop after each commit; `broke(error, callbacks)` once, when storage fails."""
+
+    def __init__(
+        self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.path, self.clock, self.limits, self.loop = path, clock, limits, loop
+        self.deliver: Callable[[list[Any], list[News], set[int] | None], None]
+        self.broke: Callable[[BaseException, list[Any]], None]
+        self.ops: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
+        self.pending = 0  # operations whose results have not been delivered; the loop's count
+        self.failure: BaseException | None = None
+        self.owner = False
+        self.bound: dict[int, str] = {}  # workflow key → name
+        self._inherited: set[int] = set()  # workflows whose last owner may have left something
+        self._lock: sqlite3.Connection | None = None
+        self.next_wake: float = math.inf  # nothing is due before
+        self._stir = False  # something may be due, or a slot free
+        self._outside = False  # another process wrote
+        self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
+        self._heads: dict[int, Head] = {}
+        self._touched: set[int] = set()  # instances whose watchers want to know
+        self.followed: set[int] = set()  # those of which every row is wanted, not only the last
+        self._news: list[News] = []
+        self._warned: set[str] = set()
+        self._room = 0  # so many more may be queued before we must count again
+        self._created: deque[float] = deque()
+        self._version = 0  # of the data, as of our last look
+        self._contended = -math.inf
+        self._checked = time.monotonic()
+
+    # -- the thread ---------------------------------------------------------------------------------
+
+    def start(self) -> asyncio.Future[None]:
+        """Opens the database in a new thread; the future fails if that is refused."""
+        opened: asyncio.Future[None] = self.loop.create_future()
+        self.closed: asyncio.Future[None] = self.loop.create_future()
+        self.thread = threading.Thread(
+            target=self._main, args=(opened,), daemon=True, name="workflows-store"
+        )
+        self.thread.start()
+        return opened
+
+    def post(
+        self, op: Callable[..., Any], *args: Any, then: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        """Queues an operation; `then(result, error)` runs on the loop once it is committed."""
+        self.pending += 1
+        self.ops.put((op, args, then))
+
+    def _main(self, opened: asyncio.Future[None]) -> None:
+        try:
+            self._open()
+            self._tell(_set_result, opened, None)
+            self._work()
+        except Exception as error:
+            self._tell(_set_exception, opened, _storage_error(self.path, error))
+        finally:
+            self._close()
+            self._tell(_set_result, self.closed, None)
+
+    def _tell(self, callback: Callable[..., object], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and the engine forgotten
+            self.loop.call_soon_threadsafe(callback, *args)
+
+    def _work(self) -> None:
+        stop = False
+        while not stop:
+            batch, stop = self._gather()
+            try:
+                if self.failure is None:
+                    self._turn(batch)
+                else:
+                    self._tell(self.broke, self.failure, [then for _, _, then in batch])
+            except Exception as error:
+                self._fail(error, [then for _, _, then in batch])
+
+    def _turn(self, batch: list[Op]) -> None:
+        """One round of the thread: a transaction if there is reason for one, then the regular looks."""
+        if not batch and self._data_version() != self._version:
+            self._version = self._data_version()
+            self._outside = self._stir = True
+        if batch or self._outside or (self.owner and self._is_due()):
+            self._transact(batch)
+        moment = time.monotonic()
+        if self.bound and not self.owner and moment > self._contended + 0.2:
+            self._contended = moment
+            self._contend()
+        if moment > self._checked + 1:
+            self._checked = moment
+            self._check_files()
+            self._warn_unbound()
+
+    def _gather(self) -> tuple[list[Op], bool]:
+        """Everything that is queued; waits for it until the next tick or the next wake."""
+        patience = TICK
+        if self.owner:
+            patience = max(0.0, min(TICK, (self.next_wake - self.clock.now()) / 1000))
+        batch: list[Op] = []
+        try:
+            op = self.ops.get(timeout=patience) if patience else self.ops.get_nowait()
+            while op is not None:
+                batch.append(op)
+                if self.clock.exact:
+                    return batch, False
+                op = self.ops.get_nowait()
+            return batch, True
+        except queue.Empty:
+            return batch, False
+
+    def nothing(self) -> None:
+        """An operation that is done when all before it are."""
+
+    def _is_due(self) -> bool:
+        return self._stir or self.next_wake <= self.clock.now()
+
+    def _data_version(self) -> int:
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    def _transact(self, batch: list[Op]) -> None:
+        results: list[Any] = []
+        outside, self._outside = self._outside, False
+        self._begin()
+        if records := [args[0] for op, args, _ in batch if op == self.record]:
+            self._read_heads(records)
+        for op, args, then in batch:
+            try:
+                results.append((then, op(*args), None))
+            except WorkflowError as refused:
+                results.append((then, None, refused))
+        if self.owner and self._is_due():
+            self._schedule()
+        self._flush()
+        self._db.execute("COMMIT")
+        news, self._news = self._news, []
+        touched, self._touched = self._touched, set()
+        if results or news or touched or outside:
+            self._tell(self.deliver, results, news, None if outside else touched)
+
+    def _begin(self) -> None:
+        """Takes the write lock; another process may hold it for a while, but not without notice."""
+        while True:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                log.warning(
+                    "%s: another process has held the write lock for seconds; waiting", self.path
+                )
+
+    def _fail(self, error: BaseException, callbacks: list[Any]) -> None:
+        """Storage failed: nothing of the batch is stored, and nothing more will be."""
+        self.failure = _storage_error(self.path, error)
+        log.critical("%s; the engine stops here", self.failure, exc_info=error)
+        self._rows.clear()
+        self._heads.clear()
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("ROLLBACK")
+        self._release()
+        self._tell(self.broke, self.failure, callbacks)
+
+    # -- the file -----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        memory = self.path == ":memory:"
+        if not memory:
+            self._inspect()
+        self._db = sqlite3.connect(
+            self.path, timeout=5, isolation_level=None, cached_statements=256
+        )
+        db = self._db
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA fullfsync = 1")
+        self._begin()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise WorkflowInternalError(f"written by a newer version (schema {version})")
+        # In one transaction, and before WAL mode: so the main file always says whose it is.
+        for step in range(version, SCHEMA_VERSION):
+            for statement in _SCHEMA[step].split(";\n"):
+                db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+        if not memory and db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
+        self._files = [] if memory else [(p, os.stat(p)) for p in (self.path,)]
+
+    def _inspect(self) -> None:
+        """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a plain
+        file of our own would drop the locks that another engine of this process holds on it."""
+        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
+            return
+        uri = "file:" + os.path.abspath(self.path).replace("%", "%25").replace("?", "%3f").replace(
+            "#", "%23"
+        )
+        db = sqlite3.connect(uri + "?mode=ro&immutable=1", uri=True)
+        try:
+            (mark,), (version,) = (
+                db.execute(f"PRAGMA {name}").fetchone()
+                for name in ("application_id", "user_version")
+            )
+        finally:
+            db.close()
+        if mark != APPLICATION_ID:
+            raise WorkflowInternalError("not a database of this module")
+        if version > SCHEMA_VERSION:
+            raise WorkflowInternalError(f"written by a newer version (schema {version})")
+
+    def _check_files(self) -> None:
+        """SQLite goes on writing into a file that was removed or replaced; nobody would read it."""
+        for path, was in self._files:
+            try:
+                same = os.path.samestat(os.stat(path), was)
+            except OSError:
+                same = False
+            if not same:
+                self._fail(WorkflowInternalError(f"{path} was removed or replaced"), [])
+                return
+
+    def _close(self) -> None:
+        self._release()
+        if hasattr(self, "_db"):
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+
+    # -- the owner ----------------------------------------------------------------------------------
+
+    def _contend(self) -> None:
+        """Tries to become the one that runs instances: the holder of an exclusive transaction on a
+        second, empty database. A process that dies lets go of it on every platform."""
+        if self.path != ":memory:":
+            path = self.path + "-owner"
+            if self._lock is None:
+                self._lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+            try:
+                self._lock.execute("BEGIN EXCLUSIVE")
+                self._files = [*self._files[:1], (path, os.stat(path))]
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                    return
+                raise
+        self.owner = True
+        self._stir = True
+        self._inherited = set(self.bound)
+        self._transact([])
+
+    def _release(self) -> None:
+        self.owner = False
+        if self._lock is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._lock.close()
+            self._lock = None
+
+    def _recover(self, workflow: int) -> None:
+        """Takes over what a dead owner left running."""
+        for status in ("running", "waitingForPause"):
+            for inst in self._instances("workflow = ? AND status = ?", workflow, status):
+                if status == "running":
+                    self._enqueue(inst, careful=1)
+                else:
+                    self._put_to_pause(inst, careful=1)
+
+    def _warn_unbound(self) -> None:
+        if not self.owner:
+            return
+        for key, name in self._db.execute("SELECT key, name FROM workflows").fetchall():
+            if key not in self.bound and name not in self._warned and self._has_work(key):
+                self._warned.add(name)
+                log.warning(
+                    "%s: there is work for workflow %r, which is not bound here", self.path, name
+                )
+
+    def _has_work(self, workflow: int) -> bool:
+        return any(
+            self._db.execute(
+                f"SELECT 1 FROM instances WHERE workflow = ? AND {what} LIMIT 1", (workflow, *args)
+            ).fetchone()
+            is not None
+            for what, args in (
+                ("status IN ('queued', 'running')", ()),
+                ("wake <= ?", (self.clock.now(),)),
+            )
+        )
+
+    # -- scheduling: what is due, and who may run ------------------------------------------------------
+
+    def _schedule(self) -> None:
+        """The owner's look at the database: everything whose `wake` has come, then the queue."""
+        now = self.clock.now()
+        self._stir = False
+        while self._inherited:
+            self._recover(self._inherited.pop())
+        for workflow in self.bound:
+            for inst in self._instances(
+                "workflow = ? AND wake <= ? ORDER BY wake LIMIT ?", workflow, now, BATCH
+            ):
+                self._look_at(inst, now)
+        self._admit(now)
+        self.next_wake = math.inf
+        for workflow in self.bound:
+            sql = "SELECT wake FROM instances WHERE workflow = ? AND wake IS NOT NULL ORDER BY wake LIMIT 1"
+            for (wake,) in self._db.execute(sql, (workflow,)).fetchall():
+                self.next_wake = min(self.next_wake, wake)
+
+    def _look_at(self, inst: Instance, now: int) -> None:
+        rows: list[Row] = []
+        if inst.status in FINISHED or inst.id is None:
+            expiry = inst.expiry()
+            if inst.id is None or (expiry is not None and expiry <= now):
+                self._purge(inst.key)
+            else:
+                self._update(inst.key, wake=expiry)
+        elif inst.status == "paused":
+            self._update(inst.key, wake=None)
+        else:
+            rows = self._settle(inst, now)
+            if rows and inst.status == "waiting":
+                inst = self._enqueue(inst)
+            inst = self._update(inst.key, wake=self._earliest(inst.key))
+        self._news.append(News(inst, rows))
+
+    def _earliest(self, key: int) -> int | None:
+        row = self._db.execute("SELECT min(due) FROM waits WHERE instance = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def _settle(self, inst: Instance, now: int) -> list[Row]:
+        """Records the end of each wait that has ended; an event is consumed in the same transaction."""
+        sql = """SELECT seq, at, kind, step, event, due, fixed FROM waits
+                 WHERE instance = ? AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
+        waits = [Wait._make(row) for row in self._db.execute(sql, (inst.key, now))]
+        events = {}
+        for type in {wait.event for wait in waits if wait.event is not None}:
+            sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
+            events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
+        rows = []
+        for _, wait, event in settle(waits, events, now):
+            self._db.execute(
+                "DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq)
+            )
+            if wait.kind == "retry":
+                rows.append(Row(0, now, "due", wait.step, None, None, None, None))
+                continue
+            data = extra = None
+            kind = "slept"
+            if event is not None:
+                kind, where = "event", (inst.key, wait.event, event[0])
+                sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
+                ((data,),) = self._db.execute(sql, where).fetchall()
+                extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
+            elif wait.event is not None:
+                kind = "timeout"
+                late = WorkflowTimeoutError(f"Execution timed out after {wait.due - wait.at}ms")
+                data = encode(describe_error(late))[0]
+            row = (kind, wait.step, None, None, data, extra)
+            rows.append(Row(self._write(inst.key, [row]), now, *row))
+        return rows
+
+    def _admit(self, now: int) -> None:
+        """Gives free slots to the queue: woken instances first, then first come first served."""
+        queued: list[Instance] = []
+        for workflow in self.bound:
+            where = "workflow = ? AND status = 'queued' ORDER BY place, key LIMIT ?"
+            queued += self._instances(where, workflow, BATCH)
+        free = len(queued)
+        if queued and self.limits.running is not None:
+            free = self.limits.running
+            for workflow in self.bound:
+                sql = """SELECT count(*) FROM instances WHERE workflow = ?
+                         AND status IN ('running', 'waitingForPause')"""
+                free -= self._db.execute(sql, (workflow,)).fetchone()[0]
+        queued.sort(key=lambda inst: (inst.place, inst.key))
+        self._stir = self._stir or BATCH <= len(queued) <= free
+        for inst in queued[: max(0, min(free, BATCH))]:
+            status = "started" if inst.started is None else "running"
+            started = now if inst.started is None else inst.started
+            seq = self._write(
+                inst.key, [_status_row(status)], status="running", place=None, started=started
+            )
+            inst = inst._replace(status="running", seq=seq, started=started)
+            self._news.append(News(inst, [], True))
+
+    def _enqueue(self, inst: Instance, **columns: Any) -> Instance:
+        """Puts an instance that has already run at its place in the queue: ahead of all new ones."""
+        self._stir = True
+        place = inst.place if inst.place is not None else self.clock.now() + WOKEN
+        self._write(inst.key, [_status_row("queued")], status="queued", place=place, **columns)
+        return inst._replace(status="queued", place=place)
+
+    def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
+        """A run that was pausing: on `resume` it goes on ahead of all new ones."""
+        self._write(
+            inst.key,
+            [_status_row("paused")],
+            status="paused",
+            paused=self.clock.now(),
+            place=self.clock.now() + WOKEN,
+            wake=None,
+            **columns,
+        )
+
+    # -- building blocks ------------------------------------------------------------------------------
+
+    def _instances(self, where: str, *args: Any) -> list[Instance]:
+        self._flush()
+        sql = f"SELECT {_COLUMNS} FROM instances WHERE {where}"
+        return [Instance._make(row) for row in self._db.execute(sql, args)]
+
+    def _find(self, workflow: str, id: str) -> Instance | None:
+        """The instance with that id, unless it has expired: then it is cleared away."""
+        where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND id = ?"
+        for inst in self._instances(where, workflow, id):
+            expiry = inst.expiry() if inst.status in FINISHED else None
+            if expiry is None or expiry > self.clock.now():
+                return inst
+            self._purge(inst.key)
+        return None
+
+    def _get(self, workflow: str, id: str) -> Instance:
+        inst = self._find(workflow, id)
+        if inst is None:
+            raise WorkflowError(
+                f"workflow {workflow!r} has no instance {id!r}", code="instance.not_found"
+            )
+        return inst
+
+    def _update(self, key: int, **columns: Any) -> Instance:
+        if columns.get("wake") is not None:
+            self.next_wake = min(self.next_wake, columns["wake"])
+        sets = ", ".join(f"{name} = ?" for name in columns)
+        sql = f"UPDATE instances SET {sets} WHERE key = ? RETURNING {_COLUMNS}"
+        (row,) = self._db.execute(sql, (*columns.values(), key)).fetchall()
+        return Instance._make(row)
+
+    def _write(self, key: int, rows: list[RowTail], size: int = 0, **columns: Any) -> int:
+        """Appends journal rows, and changes columns of the instance with them; returns the last seq."""
+        self._flush()
+        now = self.clock.now()
+        sets = "".join(f", {name} = ?" for name in columns)
+        sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?{sets}
+                  WHERE key = ? RETURNING seq"""
+        values = (len(rows), now, size, *columns.values(), key)
+        ((seq,),) = self._db.execute(sql, values).fetchall()
+        self._append(key, seq, now, rows)
+        return int(seq)
+
+    def _append(self, key: int, seq: int, now: int, rows: list[RowTail]) -> None:
+        first = seq - len(rows) + 1
+        for n, row in enumerate(rows):
+            self._rows.append((key, first + n, now, *row))
+        if key in self.followed or rows[-1][0] in FINISHED:
+            self._touched.add(key)
+
+    def _flush(self) -> None:
+        """Writes what was put aside: before anything else reads it, and before the commit."""
+        if self._rows:
+            self._db.executemany(f"INSERT INTO journal VALUES (?{', ?' * 8})", self._rows)
+            self._rows.clear()
+        if self._heads:
+            now = self.clock.now()
+            self._db.executemany(
+                "UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ? WHERE key = ?",
+                [
+                    (head.seq, head.state_bytes, head.careful, now, head.key)
+                    for head in self._heads.values()
+                    if head.dirty
+                ],
+            )
+            self._heads.clear()
+
+    def _purge(self, key: int) -> None:
+        self._erase(key)
+        self._db.execute("DELETE FROM instances WHERE key = ?", (key,))
+
+    def _erase(self, key: int) -> None:
+        self._flush()
+        for table in ("journal", "waits", "events"):
+            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
+
+    # -- operations of callers, in any process ----------------------------------------------------------
+
+    def define(self, name: str, binding: str, class_name: str, steps: int | None) -> None:
+        """Records a bound name; from here on this process wants to own the database."""
+        now = self.clock.now()
+        sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
+                 VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
+                 class = excluded.class, steps = excluded.steps, modified = excluded.modified
+                 RETURNING key"""
+        ((key,),) = self._db.execute(sql, (name, binding, class_name, steps, now, now)).fetchall()
+        self.bound[key] = name
+        self._inherited.add(key)
+        self._stir = True
+
+    def create(
+        self,
+        workflow: str,
+        entries: Sequence[tuple[str, str, int | None, int | None]],
+        trigger: str,
+    ) -> list[str]:
+        """Stores instances, in order; returns the ids of those that are new."""
+        now = self.clock.now()
+        ((key,),) = self._db.execute(
+            "SELECT key FROM workflows WHERE name = ?", (workflow,)
+        ).fetchall()
+        sql = """INSERT OR IGNORE INTO instances (workflow, id, status, generation, seq, state_bytes,
+                 careful, place, created, modified, success_retention, error_retention, trigger)
+                 VALUES (?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)"""
+        made = []
+        for id, params, success, error in entries:
+            values = (key, id, size_of(params), now, now, now, success, error, trigger)
+            cursor = self._db.execute(sql, values)
+            if not cursor.rowcount and self._find(workflow, id) is None:  # it had expired
+                cursor = self._db.execute(sql, values)
+            if cursor.rowcount and cursor.lastrowid:
+                self._append(cursor.lastrowid, 1, now, [("queued", None, None, None, params, None)])
+                made.append(id)
+        self._stir = True
+        return made
+
+    def find(self, workflow: str, id: str) -> None:
+        self._get(workflow, id)
+
+    def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
+        """(key, status, data of the row that ended it)."""
+        inst = self._get(workflow, id)
+        data = None
+        if inst.status in FINISHED:
+            self._flush()
+            sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
+            ((data,),) = self._db.execute(sql, (inst.key, inst.seq)).fetchall()
+        return inst.key, inst.status, data
+
+    def pause(self, workflow: str, id: str) -> None:
+        inst = self._get(workflow, id)
+        now = self.clock.now()
+        self._stir = True
+        if inst.status == "running":
+            self._write(
+                inst.key, [_status_row("waitingForPause")], status="waitingForPause", wake=now
+            )
+        elif inst.status in ("waiting", "queued"):
+            self._settle(inst, now)  # what was due before the pause did happen
+            self._write(inst.key, [_status_row("paused")], status="paused", paused=now, wake=now)
+
+    def resume(self, workflow: str, id: str) -> None:
+        inst = self._get(workflow, id)
+        now = self.clock.now()
+        self._stir = True
+        if inst.status == "waitingForPause":
+            self._write(inst.key, [_status_row("running")], status="running", wake=now)
+        elif inst.status == "paused":
+            stood = now - (inst.paused or now)
+            self._db.execute(
+                "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed", (stood, inst.key)
+            )
+            status = "waiting" if inst.place is None else "queued"
+            self._write(inst.key, [_status_row(status)], status=status, paused=None, wake=now)
+
+    def terminate(self, workflow: str, id: str, source: str) -> None:
+        inst = self._get(workflow, id)
+        if inst.status in FINISHED:
+            raise WorkflowError(
+                f"instance {id!r} is {inst.status}: only an unfinished one can be terminated",
+                code="instance.cannot_terminate",
+            )
+        now = self.clock.now()
+        self._stir = True
+        self._write(
+            inst.key,
+            [_status_row("terminated")],
+            status="terminated",
+            generation=inst.generation + 1,
+            ended=now,
+            wake=now,
+            place=None,
+            termination=source,
+        )
+
+    def restart(self, workflow: str, id: str) -> None:
+        inst = self._get(workflow, id)
+        now = self.clock.now()
+        self._flush()
+        sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
+        ((params,),) = self._db.execute(sql, (inst.key,)).fetchall()
+        self._erase(inst.key)
+        self._stir = True
+        self._write(
+            inst.key,
+            [("queued", None, None, None, params, None)],
+            size=size_of(params) - inst.state_bytes,
+            status="queued",
+            generation=inst.generation + 1,
+            careful=0,
+            place=now,
+            wake=now,
+            started=None,
+            ended=None,
+            paused=None,
+            termination=None,
+            rollback=None,
+        )
+
+    def delete(self, workflow: str, id: str) -> None:
+        """Frees the id; the owner clears the rest away when it has stopped the run."""
+        inst = self._get(workflow, id)
+        now = self.clock.now()
+        self._stir = True
+        self._update(
+            inst.key, id=None, status="terminated", generation=inst.generation + 1, wake=now
+        )
+        self._touched.add(inst.key)
+
+    def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
+        """Buffers an event; the owner's next look, usually in this very transaction, delivers it."""
+        inst = self._get(workflow, id)
+        if inst.status in FINISHED:
+            raise WorkflowError(
+                f"instance {id!r} is {inst.status}: it takes no more events",
+                code="instance.not_running",
+            )
+        size = size_of(payload)
+        self._check_state(inst.state_bytes, size)
+        now = self.clock.now()
+        columns = {} if inst.status == "paused" else {"wake": now}
+        self._stir = True
+        sql = f"""UPDATE instances SET seq = seq + 1, state_bytes = state_bytes + ?
+                  {", wake = ?" if columns else ""} WHERE key = ? RETURNING seq"""
+        ((seq,),) = self._db.execute(sql, (size, *columns.values(), inst.key)).fetchall()
+        self._db.execute(
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (inst.key, type, seq, now, payload)
+        )
+
+    def _check_state(self, present: int, size: int) -> None:
+        limit = self.limits.instance_bytes
+        if size and limit is not None and present + size > limit:
+            raise _fatal(
+                "limit.instance_state",
+                f"the instance's state would exceed {limit} bytes (limit instance_bytes)",
+            )
+
+    # -- operations of a run: each is guarded, and does nothing (None) if the run is outdated -------------
+
+    def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
+        """What a life begins with: the instance, its whole journal (in one query), the steps that
+        wait, and the workflow's name."""
+        self._flush()
+        sql = """SELECT seq, at, type, step, attempt, started, data, extra FROM journal
+                 WHERE instance = ? ORDER BY seq"""
+        running = "status IN ('running', 'waitingForPause')"
+        for inst in self._instances(f"key = ? AND generation = ? AND {running}", key, generation):
+            rows = [Row._make(row) for row in self._db.execute(sql, (key,))]
+            waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
+            return inst, rows, [step for (step,) in waits], self.bound[inst.workflow]
+        return None
+
+    def record(
+        self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
+    ) -> int | None:
+        """Appends what a run did. This is the hot path: see `Head`."""
+        head = self._heads.get(key)
+        if head is None:
+            self._read_heads([key])
+            head = self._heads.get(key)
+        if head is None or head.generation != generation:
+            return None
+        self._check_state(head.state_bytes, size)
+        head.state_bytes += size
+        head.seq += len(rows)
+        head.careful = head.careful and not ended
+        head.dirty = True
+        self._append(key, head.seq, self.clock.now(), rows)
+        return head.seq
+
+    def _read_heads(self, keys: list[int]) -> None:
+        sql = f"""SELECT key, generation, seq, state_bytes, careful FROM instances
+                  WHERE key IN (SELECT value FROM json_each(?)) AND {_LIVE}"""
+        for row in self._db.execute(sql, (str(keys),)):
+            self._heads[row[0]] = Head(*row)
+
+    def wait(
+        self, key: int, generation: int, rows: list[RowTail], wait: tuple[Any, ...]
+    ) -> int | None:
+        """Appends the start of a sleep, of an event wait or of a retry delay."""
+        seq = self.record(key, generation, rows, ended=wait[0] == "retry")
+        if seq is not None:
+            kind, step, event, due, fixed = wait
+            now = self.clock.now()
+            self._db.execute(
+                "INSERT INTO waits VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, seq, now, kind, step, event, due, fixed),
+            )
+            look = due if event is None else now  # its event may be here already
+            self._db.execute(
+                "UPDATE instances SET wake = min(coalesce(wake, ?), ?) WHERE key = ?",
+                (look, look, key),
+            )
+            self.next_wake = min(self.next_wake, look)
+        return seq
+
+    def give_up(self, key: int, generation: int, kind: str, steps: list[str]) -> int | None:
+        """Records that calls were cancelled or interrupted. An event that one of them had been given
+        but `run` never saw goes back to its place in the buffer."""
+        self._flush()
+        seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
+        for step in steps if seq is not None else ():
+            self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
+            sql = (
+                "SELECT data, extra FROM journal WHERE instance = ? AND step = ? AND type = 'event'"
+            )
+            for payload, extra in self._db.execute(sql, (key, step)).fetchall():
+                was = json.loads(extra)
+                sql = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)"
+                self._db.execute(sql, (key, was["type"], was["seq"], was["at"], payload))
+                self._update(key, wake=self.clock.now())
+                self._stir = True
+        return seq
+
+    def idle(self, key: int, generation: int, seq: int) -> bool:
+        """running → waiting, unless something happened that the run hasn't seen yet."""
+        for _ in self._instances(
+            "key = ? AND generation = ? AND status = 'running' AND seq = ?", key, generation, seq
+        ):
+            self._write(key, [_status_row("waiting")], status="waiting")
+            self._stir = True
+            return True
+        return False
+
+    def paused(self, key: int, generation: int) -> bool:
+        """waitingForPause → paused, once nothing is in flight."""
+        for inst in self._instances(
+            "key = ? AND generation = ? AND status = 'waitingForPause'", key, generation
+        ):
+            self._settle(inst, self.clock.now())
+            self._put_to_pause(inst)
+            self._stir = True
+            return True
+        return False
+
+    def poke(self, key: int, generation: int) -> bool:
+        """A waiting run wants to go on by itself."""
+        where = "key = ? AND generation = ? AND status = 'waiting'"
+        for inst in self._instances(where, key, generation):
+            self._enqueue(inst)
+        return True
+
+    def finish(self, key: int, generation: int, status: str, data: str, size: int) -> bool:
+        for inst in self._instances(f"key = ? AND generation = ? AND {_LIVE}", key, generation):
+            self._check_state(inst.state_bytes, size)
+            now = self.clock.now()
+            expiry = inst._replace(status=status, ended=now).expiry()
+            row = (status, None, None, None, data, None)
+            self._write(key, [row], size, status=status, ended=now, wake=expiry, place=None)
+            self.next_wake = min(self.next_wake, math.inf if expiry is None else expiry)
+            self._stir = True
+            return True
+        return False
+
+    def release(self, key: int, generation: int, interrupted: list[str]) -> None:
+        """A clean stop: no attempt counts, and whoever owns the database next goes on."""
+        for inst in self._instances(f"key = ? AND generation = ? AND {_LIVE}", key, generation):
+            if interrupted:
+                self.give_up(key, generation, "stop", interrupted)
+            if inst.status == "running":
+                self._enqueue(inst)
+            elif inst.status == "waitingForPause":
+                self._put_to_pause(inst)
+
+
+def _status_row(status: str) -> RowTail:
+    return (status, None, None, None, None, None)
+
+
+def _storage_error(path: str, error: BaseException) -> WorkflowError:
+    if isinstance(error, WorkflowInternalError):
+        return WorkflowInternalError(f"{path}: {error}")
+    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
+        return WorkflowInternalError(f"{path}: not a database")
+    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+
+
+def _set_result(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Threads: where plain (not async) callbacks run, so that they never block the loop. A thread cannot be
+# cancelled; one whose attempt has ended is abandoned, which frees its slot but not the thread. They are
+# daemons of our own, because an executor's threads would hold up the interpreter's exit.
+
+
+class Threads:
+    """At most `LIMIT` callbacks at a time; used from the loop only."""
+
+    LIMIT = 64
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = self._idle = self._busy = 0
+        self._backlog: deque[Callable[[], None]] = deque()
+        self._began: dict[Callable[..., None], float] = {}
+
+    def acquire(self, begin: Callable[[], None]) -> None:
+        """Calls `begin` when there is a slot, which may be now; it must `execute` or `release`."""
+        if self._busy < self.LIMIT:
+            self._busy += 1
+            begin()
+        else:
+            self._backlog.append(begin)
+
+    def release(self) -> None:
+        """Frees a slot: its callback has ended, was abandoned, or never began."""
+        self._busy -= 1
+        if self._backlog:
+            self.acquire(self._backlog.popleft())
+
+    def execute(
+        self, function: Callable[[], Any], reply: Callable[[Any, BaseException | None, int], None]
+    ) -> None:
+        """Runs it in a thread; `reply(value, error, cpu_ns)` comes on the loop."""
+
+        def job() -> None:
+            began = time.thread_time_ns()
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:
+                error = raised
+            spent = time.thread_time_ns() - began
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+                self._loop.call_soon_threadsafe(self._done, reply, value, error, spent)
+
+        self._began[reply] = time.monotonic()
+        if self._idle:
+            self._idle -= 1
+        else:
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True, name="workflows-callback").start()
+        self._jobs.put(job)
+
+    def _done(self, reply: Callable[..., None], *outcome: Any) -> None:
+        self._idle += 1
+        del self._began[reply]
+        reply(*outcome)
+
+    def fresh(self) -> bool:
+        """Whether a callback may end any moment: it has been running for less than 100 ms."""
+        now = time.monotonic()
+        return any(now < began + 0.1 for began in self._began.values())
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def close(self) -> None:
+        """Lets every thread end, at once or when its callback does."""
+        self._backlog.clear()
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run: one life of one instance, from its loading to its unloading.
+#
+# A life begins with the folded journal and calls `run` from the top. A step call looks its identity up:
+# a recorded result is handed over, in the order in which results were recorded; anything else begins,
+# or goes on, for real. What is recorded from then on comes back the same way: through `_inbox`, one
+# result at a time, each only after the run has settled down from the one before. So
+#
+#     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
+#
+# finds the same task done in every life.
+#
+# A life ends in one way, `unload`: because `run` ended, the instance is paused, waits long enough, was
+# restarted, terminated or deleted by anybody, or the engine stops. Nothing in memory is worth keeping:
+# another life begins with the journal.
+
+SETTLED = 10  # turns of the loop without a step call or a result
+GRACE = 1.0  # seconds that cancelled code gets to end
+
+_attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workflows", default=None)
+Then = Callable[[Any, BaseException | None], None]
+
+
+class StepCall(Coroutine[Any, Any, Any]):
+    """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
+
+    __slots__ = ("run", "kind", "name", "count", "key", "args", "options", "attempt", "_coroutine")
+
+    def __init__(
+        self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        self.run, self.kind, self.name, self.args, self.options = run, kind, name, args, options
+        attempt = _attempt.get()
+        self.attempt = attempt if attempt is not None and attempt.run is run else None
+        counts = run.counts if self.attempt is None else self.attempt.counts
+        base = f"{kind}\n{name}"
+        self.count = counts[base] = counts.get(base, 0) + 1
+        self.key = f"{base}\n{self.count}"
+        if self.attempt is None:
+            run.open_calls.add(self)
+        else:
+            self.key = self.attempt.step.key + SEPARATOR + self.key
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+
+    def _begin(self) -> Coroutine[Any, Any, Any]:
+        if self._coroutine is None:
+            self._coroutine = self.run.perform(self)
+        return self._coroutine
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._begin().__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._begin().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._begin().throw(*error)
+
+    def close(self) -> None:
+        if self._coroutine is not None:
+            self._coroutine.close()
+
+    @property
+    def awaited(self) -> bool:
+        return self._coroutine is not None
+
+
+class WorkflowStep:
+    """The `step` of `run(event, step)`. Each method returns something to await, once.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def do(self, name: Any, *args: Any, **options: Any) -> StepCall:
+        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
+        returns, and returns that, now and in every replay.
+
+        The callback is async, or plain, which runs in a thread; if it has one required parameter, or
+        one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
+        (`limit`, `delay`, `backoff`), each attempt bounded by `config["timeout"]`; then its last
+        error is raised. Names are up to 256 characters.
+
+        Errors: `step.invalid_name`, `step.invalid_config`, `step.invalid_callback`,
+        `step.not_serializable`, `limit.steps`, `limit.step_output`, `limit.instance_state`."""
+        return StepCall(self._run, "do", name, args, options)
+
+    def sleep(self, name: str, duration: float | str | timedelta) -> StepCall:
+        """Waits for a duration, at most 365 days, across restarts.
+
+        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
+        return StepCall(self._run, "sleep", name, (parse_duration, duration), {})
+
+    def sleep_until(self, name: str, when: datetime | float) -> StepCall:
+        """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since 1970.
+        One that has passed returns at once. It is a sleep: both share the counts of a name."""
+        return StepCall(self._run, "sleep", name, (_parse_moment, when), {})
+
+    def wait_for_event(self, name: str, *args: Any, **options: Any) -> StepCall:
+        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
+        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
+        days) it raises `WorkflowTimeoutError`.
+
+        developers.cloudflare.com/workflows/build/events-and-parameters/
+        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
+        return StepCall(self._run, "wait_for_event", name, args, options)
+
+
+class Attempt:
+    """One execution of a step's callback; also the scope of the step calls that it makes.
+
+    An async callback runs up to its first suspension right where it is called, which is all that most
+    need; but in the name of a task of its own, the carrier, which then carries it on. So a timeout or
+    a cancellation reaches the callback and nothing else."""
+
+    __slots__ = (
+        *(
+            "run",
+            "step",
+            "call",
+            "config",
+            "callback",
+            "plain",
+            "wants",
+            "counts",
+            "number",
+            "started",
+        ),
+        *("recorded", "begun", "over", "threaded", "carrier", "context", "coroutine", "timer"),
+        *("verdict", "cpu", "state", "text", "fresh"),
+    )
+
+    def __init__(
+        self,
+        run: Run,
+        call: StepCall,
+        config: StepConfig,
+        callback: Callable[..., Any],
+        plain: bool,
+        wants: str | bool,
+    ) -> None:
+        self.run, self.call, self.config = run, call, config
+        self.callback, self.plain, self.wants = callback, plain, wants
+        self.step: Step
+        self.context: contextvars.Context
+        self.coroutine: Coroutine[Any, Any, Any]
+        self.counts: dict[str, int] = {}
+        self.number = self.started = self.cpu = 0  # cpu in ns
+        self.recorded = False  # its start has been handed to the writer
+        self.begun = self.over = self.threaded = False
+        self.carrier: Carrier | None = None
+        self.timer: Any = None
+        self.verdict: BaseException | None = None  # decided before the callback ended
+        self.state = self.text = ""  # how it ended
+        self.fresh: Any = None
+
+    def again(self) -> Attempt:
+        """The next attempt of the same step."""
+        attempt = Attempt(self.run, self.call, self.config, self.callback, self.plain, self.wants)
+        attempt.step = self.step
+        return attempt
+
+    def launch(self) -> None:
+        if self.over:
+            return
+        self.context = contextvars.copy_context()
+        self.context.run(_attempt.set, self)
+        callback = self.callback
+        if self.wants:
+            info = WorkflowStepInfo(self.call.name, self.call.count)
+            ctx = WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
+            bound = {"ctx": ctx} if self.wants == "ctx" else {}
+            callback = functools.partial(callback, *(() if bound else (ctx,)), **bound)
+        if self.plain:
+            self.suspended()
+            job = functools.partial(self.context.run, callback)
+            self.run.engine.threads.execute(job, self._thread_ended)
+        else:
+            self._drive(callback)
+
+    def _thread_ended(self, value: Any, error: BaseException | None, cpu: int) -> None:
+        self.cpu += cpu
+        self._release_thread()
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        if self.over:
+            if inspect.iscoroutine(value):
+                value.close()
+        elif error is None and inspect.isawaitable(value):
+            self._drive(lambda: value)
+        else:
+            self._end(value, error)
+
+    def _drive(self, callback: Callable[[], Awaitable[Any]]) -> None:
+        loop, carriers = self.run.loop, self.run.engine.carriers
+        carrier = carriers.pop() if carriers else Carrier(loop)
+        caller = asyncio.current_task()
+        value: Any = None
+        error: BaseException | None = None
+        if caller is not None:
+            _leave_task(loop, caller)
+        _enter_task(loop, carrier.task)
+        try:
+            awaitable = self.context.run(callback)
+            if isinstance(awaitable, types.CoroutineType):
+                self.coroutine = awaitable
+            else:
+                self.coroutine = _awaited(awaitable)
+            awaited = self.resume(None, None)
+        except StopIteration as stop:
+            value = stop.value
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as raised:
+            error = raised
+        else:
+            self.carrier = carrier
+            carrier.carry(self, awaited)
+        finally:
+            _leave_task(loop, carrier.task)
+            if caller is not None:
+                _enter_task(loop, caller)
+        if self.carrier is None:
+            if not carrier.task.done() and not carrier.task.cancelling():
+                carriers.append(carrier)
+            self._end(value, error)
+        else:
+            self.suspended()
+
+    def resume(self, value: Any, error: BaseException | None) -> Any:
+        """Runs the callback to its next suspension, and adds up its CPU time."""
+        began = time.thread_time_ns()
+        self.run.engine.activity += 1
+        try:
+            if error is None:
+                return self.context.run(self.coroutine.send, value)
+            return self.context.run(self.coroutine.throw, error)
+        finally:
+            self.cpu += time.thread_time_ns() - began
+
+    @types.coroutine
+    def rest(self, awaited: Any) -> Generator[Any, Any, None]:
+        """What the carrier does: all but the beginning of the callback."""
+        value: Any = None
+        error: BaseException | None
+        try:
+            while True:
+                try:
+                    value, error = (yield awaited), None
+                except GeneratorExit:
+                    self.coroutine.close()
+                    raise
+                except BaseException as thrown:
+                    value, error = None, thrown
+                awaited = self.resume(value, error)
+                self.suspended()
+        except StopIteration as stop:
+            value, error = stop.value, None
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as raised:
+            value, error = None, raised
+            if (
+                isinstance(raised, asyncio.CancelledError)
+                and self.verdict is None
+                and not self.over
+            ):
+                # Not our doing; but if the loop is torn down, this run is about to be unloaded.
+                with contextlib.suppress(asyncio.CancelledError):
+                    yield from asyncio.sleep(0).__await__()
+        self._end(value, error)
+
+    def suspended(self) -> None:
+        """The callback has not ended by itself: from now on its start is a fact of its own, and its
+        timeout runs."""
+        engine = self.run.engine
+        if not self.recorded:
+            self.run.record_start(self, _ignore)
+        if self.timer is None:
+            spent = engine.clock.now() - self.started
+            self.timer = engine.clock.call_later(max(0, self.config.timeout - spent), self._late)
+        if (excess := self._excess()) is not None:
+            self._expire(excess)
+
+    def _late(self) -> None:
+        ms = self.config.timeout
+        self._expire(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
+
+    def _excess(self) -> WorkflowError | None:
+        limit = self.run.engine.limits.cpu_ms
+        if limit is None or self.cpu <= limit * 1_000_000:
+            return None
+        message = f"the attempt used over {limit} ms of CPU time (limit cpu_ms)"
+        return WorkflowError(message, code="limit.cpu")
+
+    def _expire(self, verdict: BaseException) -> None:
+        """Decides that the attempt has failed, whatever its callback does from now on."""
+        if self.over or self.verdict is not None:
+            return
+        self.verdict = verdict
+        if self.carrier is None:
+            self._release_thread()
+            self._end(None, None)
+        else:
+            self.carrier.cancel()
+            self.timer.cancel()
+            self.timer = self.run.loop.call_later(GRACE, self._overdue)
+
+    def _overdue(self) -> None:
+        log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
+        self._end(None, None)
+
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        """The one way in which an attempt ends by itself: its outcome goes into the journal."""
+        if not self.over:
+            self._close()
+            if not self.run.dead:
+                self.run.conclude(self, value, self.verdict or self._excess() or error)
+
+    def stop(self) -> None:
+        """Ends it from outside: nothing is recorded, and what it still does is ignored."""
+        self._close()
+        self._release_thread()
+        if self.carrier is not None:
+            self.carrier.cancel()
+
+    def _close(self) -> None:
+        self.over = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def _release_thread(self) -> None:
+        if self.threaded:
+            self.threaded = False
+            self.run.engine.threads.release()
+
+    def stored(self, seq: int | None, refused: BaseException | None) -> None:
+        """Its end is in the journal."""
+        if self.run.dead:
+            return
+        if refused is not None:
+            self.run.conclude(self, None, refused)
+        elif seq is None:
+            self.run.unload()
+        else:
+            self.run.concluded(self, seq)
+
+
+class Carrier:
+    """A task that waits for a callback to carry on with."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._job: asyncio.Future[tuple[Attempt, Any]] = loop.create_future()
+        self._moving = self._cancelled = False
+        self.task = loop.create_task(self._main(), name="workflows:callback")
+
+    async def _main(self) -> None:
+        attempt, awaited = await self._job
+        self._moving = True
+        if self._cancelled:
+            self.task.cancel()
+        await attempt.rest(awaited)
+
+    def carry(self, attempt: Attempt, awaited: Any) -> None:
+        self._job.set_result((attempt, awaited))
+        attempt.run.tasks.add(self.task)
+        self.task.add_done_callback(attempt.run.tasks.discard)
+
+    def cancel(self) -> None:
+        """Cancels the callback, not the hand-over to it."""
+        if self._moving:
+            self.task.cancel()
+        else:
+            self._cancelled = True
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+class Run:
+    """One life of one instance."""
+
+    def __init__(
+        self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], waits: list[str]
+    ) -> None:
+        self.engine, self.bound = engine, bound
+        self.loop = engine.loop
+        self.key, self.generation, self.seq, self.status = (
+            inst.key,
+            inst.generation,
+            inst.seq,
+            inst.status,
+        )
+        self.id = inst.id or ""
+        self.careful = bool(inst.careful)
+        self.steps, self._inbox = fold(rows)
+        self.event = WorkflowEvent(
+            freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
+        )
+        self.counts: dict[str, int] = {}
+        self.open_calls: set[StepCall] = set()
+        self.dead = False
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.successor: Instance | None = None
+        self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
+        self._attempts: dict[str, Attempt] = {}  # by step; in flight until their end is committed
+        self._retries: dict[str, Attempt] = {}  # the next attempts of steps in a retry delay
+        self._gate: list[Attempt] = []  # attempts that may not begin yet
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self._cancelled: list[
+            str
+        ] = []  # calls that `run` has cancelled since it last did something
+        self._held = 0  # replayed calls that wait for `run` to cancel them again
+        self._todo = bound.step_limit
+        self._quiet = self._writing = 0
+        self._ticking = self._idling = False
+        self._timer: Any = None
+        self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+
+    def begin(self) -> None:
+        self.task = self.loop.create_task(
+            self._main(), name=f"workflows:{self.bound.name}:{self.id}"
+        )
+        self.task.add_done_callback(self._main_ended)
+        self._check_pause()
+
+    async def _main(self) -> tuple[Any, BaseException | None]:
+        try:
+            context = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
+            result = self.bound.cls(context, self.engine.env).run(self.event, WorkflowStep(self))
+            return (await result if inspect.isawaitable(result) else result), None
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except asyncio.CancelledError as error:
+            if self.dead or self.task.cancelling():
+                raise
+            return None, error
+        except BaseException as error:
+            return None, error
+
+    # -- step calls -------------------------------------------------------------------------------------
+
+    async def perform(self, call: StepCall) -> Any:
+        """The way of every step call: look it up, begin it if need be, wait for its turn."""
+        try:
+            if self.dead:
+                await self._leave()
+            self._quiet = 0
+            step = self.steps.get(call.key)
+            if step is None or step.state == "pending":
+                begin = self._plan(call, step)
+                if call.attempt is None and self._cancelled:
+                    self._record_cancelled()
+                if step is None:
+                    step = self.steps[call.key] = Step(call.key)
+                begin(step)
+            elif step.state == "cancelled":
+                self._held += 1  # until `run` cancels it again
+            elif not step.queued:
+                step.called = True
+                return self._value(step, call)
+            elif self._inbox[0] is step and self._is_alone(asyncio.current_task()):
+                step.called = True
+                self._inbox.popleft().queued = False
+                return self._value(step, call)
+            step.called = True
+            await self._turn(step)
+            return self._value(step, call)
+        finally:
+            self.open_calls.discard(call)
+
+    def _is_alone(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether nothing but this task could notice that a result comes without a pause: it is that
+        of `run` itself, and there is no other call."""
+        return task is self.task and len(self.open_calls) == 1
+
+    async def _turn(self, step: Step) -> None:
+        step.waiter = self.loop.create_future()
+        step.task = asyncio.current_task()
+        self._arm()
+        try:
+            await step.waiter
+        except asyncio.CancelledError:
+            if not self.dead:
+                self._abandon_call(step)
+                raise
+        finally:
+            step.waiter = None
+        if self.dead:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Ends the task that called a step of a dead run. If it comes back after that, it ignores
+        everything: it is left suspended, and nobody will look for it."""
+        task = asyncio.current_task()
+        assert task is not None
+        if task in self._told:
+            asyncio.tasks._unregister_task(task)
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            self._task_ended(task)
+            await self.loop.create_future()
+        self._told.add(task)
+        raise _Unload
+
+    def _value(self, step: Step, call: StepCall) -> Any:
+        """What the caller gets: always from what was stored, also the first time."""
+        fresh, step.fresh, data, step.data = step.fresh, None, step.data, None
+        if step.state == "error":
+            error = rebuild_error(decode(data or "null"))
+            raise error.with_traceback(
+                fresh.__traceback__ if isinstance(fresh, BaseException) else None
+            )
+        if fresh is not None or data is None:
+            return fresh
+        if call.kind == "do":
+            return decode(data)
+        origin = json.loads(step.extra or "")
+        return WorkflowStepEvent(freeze(decode(data)), _to_datetime(origin["at"]), origin["type"])
+
+    # -- what a call asks for ---------------------------------------------------------------------------
+
+    def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
+        """Checks a call that has no result yet; the answer begins it. Nothing is stored for one that
+        is refused."""
+        _check_name(call.name)
+        if call.kind == "do":
+            if step is None or not step.called:
+                self._todo -= 1
+                if self._todo < 0:
+                    raise _fatal(
+                        "limit.steps", f"a run may call {self.bound.step_limit} steps (limit steps)"
+                    )
+            return self._plan_do(call, step)
+        if call.attempt is not None:
+            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
+        return self._plan_sleep(call) if call.kind == "sleep" else self._plan_wait(call)
+
+    def _plan_do(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
+        given, callback = _do_arguments(call)
+        if step is not None and step.attempts:
+            config = StepConfig.load(step.config)
+        elif given is None:
+            config = _DEFAULT_CONFIG
+        else:
+            try:
+                config = StepConfig(given, self.engine.limits.max_sleep)
+            except (TypeError, ValueError) as error:
+                raise _fatal("step.invalid_config", f"step {call.name!r}: {error}") from None
+        plain = not _is_async(callback)
+        wants = _wants_context(call.name, callback)
+
+        attempt = Attempt(self, call, config, callback, plain, wants)
+
+        def begin(step: Step) -> None:
+            step.state = "pending"
+            attempt.step = step
+            if step.open:  # and no end: the engine died
+                attempt.number, attempt.recorded = step.attempts, True
+                self._attempts[step.key] = attempt
+                died = WorkflowInternalError("attempt failed: the engine stopped")
+                self.conclude(attempt, None, died)
+            elif step.key in self._waiting:
+                self._retries[step.key] = attempt
+            else:
+                self._try(attempt)
+
+        return begin
+
+    def _plan_sleep(self, call: StepCall) -> Callable[[Step], None]:
+        parse, given = call.args
+        now = self.engine.clock.now()
+        try:
+            ms = parse(given)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _fatal("step.invalid_duration", f"sleep {call.name!r}: {error}") from None
+        fixed = parse is _parse_moment
+        due = ms if fixed else now + ms
+        self._check_sleep(call, due - now)
+
+        def begin(step: Step) -> None:
+            if step.state == "new":
+                row = ("sleep", step.key, None, None, str(max(0, due - now)), None)
+                self._wait(step, [row], ("sleep", step.key, None, due, int(fixed)))
+
+        return begin
+
+    def _plan_wait(self, call: StepCall) -> Callable[[Step], None]:
+        names = ("type", "timeout")
+        try:
+            if len(call.args) == 1 and isinstance(call.args[0], Mapping):
+                options = _options({**call.args[0], **call.options}, names, "options")
+            elif len(call.args) <= 2:
+                options = dict(zip(names, call.args)) | call.options
+                if "event_type" in options:  # the Python SDK's name
+                    options["type"] = options.pop("event_type")
+                options = _options(options, names, "options")
+            else:
+                raise TypeError(
+                    f"{len(call.args) + 1} positional arguments: expected (name, type, timeout)"
+                )
+            ms = parse_duration(options.get("timeout", "24 hours"))
+        except (TypeError, ValueError) as error:
+            raise _fatal("step.invalid_config", f"wait_for_event {call.name!r}: {error}") from None
+        type = _check_event_type(options.get("type"), WorkflowFatalError)
+        self._check_sleep(call, ms)
+
+        def begin(step: Step) -> None:
+            if step.state == "new":
+                row = ("wait", step.key, None, None, _to_json({"type": type, "timeout": ms}), None)
+                due = self.engine.clock.now() + ms
+                self._wait(step, [row], ("wait", step.key, type, due, 0))
+
+        return begin
+
+    def _check_sleep(self, call: StepCall, ms: int) -> None:
+        if ms > self.engine.limits.max_sleep:
+            raise _fatal(
+                "limit.sleep",
+                f"{call.kind} {call.name!r}: {ms} ms is longer than {self.engine.limits.max_sleep} ms "
+                "(limit max_sleep)",
+            )
+
+    def _wait(self, step: Step, rows: list[RowTail], wait: tuple[Any, ...]) -> None:
+        """Hands a sleep, an event wait or a retry delay to the store, which knows when it ends."""
+        step.state = "pending"
+        self._waiting.add(step.key)
+        self._post(self.engine.store.wait, rows, wait, then=lambda *_: self._arm())
+
+    # -- attempts ---------------------------------------------------------------------------------------
+
+    def _try(self, attempt: Attempt) -> None:
+        """Begins an attempt as soon as callbacks may start, and a plain one when it has a thread."""
+        if not self._may_start(attempt):
+            self._gate.append(attempt)
+            if self.status == "waiting":
+                self._post(self.engine.store.poke, then=_ignore)
+            return
+        self._attempts[attempt.step.key] = attempt
+        if attempt.plain:
+            self.engine.threads.acquire(functools.partial(self._start, attempt))
+        else:
+            self._start(attempt)
+
+    def _may_start(self, attempt: Attempt) -> bool:
+        if self.status == "waitingForPause":
+            return attempt.step.nested  # or the outer callback could not finish
+        return self.status == "running"
+
+    def _start(self, attempt: Attempt) -> None:
+        if attempt.over or not self._may_start(attempt):
+            self.engine.threads.release()
+            if not attempt.over:
+                del self._attempts[attempt.step.key]
+                self._gate.append(attempt)
+            return
+        attempt.threaded = attempt.plain
+        attempt.begun = True
+        attempt.step.attempts += 1
+        attempt.number = attempt.step.attempts
+        attempt.started = self.engine.clock.now()
+        if self.careful:
+            self.record_start(attempt, lambda *_: attempt.launch())
+        else:
+            attempt.launch()
+
+    def record_start(self, attempt: Attempt, then: Then) -> None:
+        attempt.recorded = True
+        config = attempt.config.text if attempt.number == 1 else None
+        row = ("start", attempt.step.key, attempt.number, None, None, config)
+        self._post(self.engine.store.record, [row], then=then)
+
+    def conclude(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+        """Hands the end of an attempt to the store: a result, a failure and the wait before the next
+        attempt, or the failure of the step."""
+        step, number, name = attempt.step, attempt.number, attempt.call.name
+        post, store = self.engine.store.post, self.engine.store
+        started = None if attempt.recorded else attempt.started
+        extra = None if attempt.recorded or number > 1 else attempt.config.text
+        size = 0
+        if error is None:
+            try:
+                attempt.text, attempt.fresh = encode(value)
+            except _Unserializable as bad:
+                message = f"step {name!r} returned a value that can't be stored: {bad}"
+                error = _fatal("step.not_serializable", message)
+            else:
+                size = size_of(attempt.text)
+                limit = self.engine.limits.step_bytes
+                if limit is not None and size > limit:
+                    message = f"step {name!r} returned {size} bytes of {limit} (limit step_bytes)"
+                    error = _fatal("limit.step_output", message)
+        if error is None:
+            attempt.state = "done"
+        else:
+            size = 0
+            record = describe_error(error)
+            final = isinstance(error, (NonRetryableError, WorkflowFatalError))
+            if not final and number <= attempt.config.limit:
+                delay = attempt.config.delay_after(number, self.engine.limits.max_sleep)
+                attempt.state = "pending"
+                text = encode(record | {"retry_delay_ms": delay})[0]
+                row = ("failed", step.key, number, started, text, extra)
+                wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
+                self._waiting.add(step.key)
+                self._retries[step.key] = attempt.again()
+                post(store.wait, self.key, self.generation, [row], wait, then=attempt.stored)
+                return
+            attempt.state, attempt.text, attempt.fresh = "error", encode(record)[0], error
+        row = (attempt.state, step.key, number, started, attempt.text, extra)
+        post(store.record, self.key, self.generation, [row], size, True, then=attempt.stored)
+
+    def concluded(self, attempt: Attempt, seq: int) -> None:
+        """The end of an attempt is stored."""
+        step = attempt.step
+        self.seq = max(self.seq, seq)
+        self.careful = False
+        if self._attempts.get(step.key) is attempt:
+            del self._attempts[step.key]
+        if step.state == "pending":
+            step.open = False
+            if attempt.state != "pending":
+                step.state, step.data, step.fresh = attempt.state, attempt.text, attempt.fresh
+                self._finished(step)
+        self._check_pause()
+        self._arm()
+
+    # -- results, one at a time ---------------------------------------------------------------------------
+
+    def _finished(self, step: Step) -> None:
+        if not step.nested:
+            self._inbox.append(step)
+            step.queued = True
+        elif step.waiter is not None:
+            _set_result(step.waiter, None)
+
+    def _arm(self) -> None:
+        """Delivers the next result if that can disturb nobody; otherwise, or if the run may be idle,
+        looks again when it has settled."""
+        if self._ticking or self.dead or self.status not in ("running", "waitingForPause"):
+            return
+        if self._inbox:
+            step = self._inbox[0]
+            if step.waiter is not None and self._is_alone(step.task):
+                self._deliver()
+                return
+        elif not self._may_be_idle():
+            return
+        self._ticking = True
+        self._quiet = 0
+        self.loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._quiet += 1
+        if self.dead:
+            return
+        if self._quiet < SETTLED:
+            self.loop.call_soon(self._tick)
+            return
+        self._ticking = False
+        if self.status not in ("running", "waitingForPause"):
+            return
+        if any(step.waiter for step in self._inbox):
+            while self._inbox[0].waiter is None:
+                self._inbox.popleft().queued = False  # its call never came
+            self._deliver()
+            self._arm()
+        elif self._may_be_idle():
+            self._idling = True
+            self.status = "waiting"  # until we know better: no callback may start now
+            self._post(self.engine.store.idle, self.seq, then=self._idled)
+
+    def _deliver(self) -> None:
+        step = self._inbox.popleft()
+        step.queued = False
+        self._quiet = 0
+        assert step.waiter is not None
+        _set_result(step.waiter, None)
+
+    def _may_be_idle(self) -> bool:
+        return bool(
+            self.status == "running"
+            and self._waiting
+            and not (self._attempts or self._held or self._writing or self._idling or self._gate)
+            and any(key in self.steps and self.steps[key].waiter for key in self._waiting)
+        )
+
+    def _idled(self, idle: bool, _: BaseException | None) -> None:
+        self._idling = False
+        if idle:
+            self._timer = self.engine.clock.call_later(self.engine.hibernate_after, self._hibernate)
+        else:
+            self._become("running")
+
+    def _hibernate(self) -> None:
+        if self.status == "waiting" and not self._gate:
+            self.unload()
+
+    # -- news from the store --------------------------------------------------------------------------------
+
+    def on_news(self, inst: Instance, rows: list[Row]) -> None:
+        if inst.generation != self.generation or inst.status in (*FINISHED, "paused"):
+            self.unload()
+            return
+        self.seq = max(self.seq, inst.seq)
+        for row in rows:
+            self._waiting.discard(row.step or "")
+            if row.type == "due":
+                attempt = self._retries.pop(row.step or "", None)
+                if attempt is not None:
+                    self._try(attempt)
+            elif step := apply(self.steps, row):
+                self._finished(step)
+        self._become(inst.status)
+
+    def _become(self, status: str) -> None:
+        if self._idling and status == "running":
+            return  # written before we went idle; the answer to that will say
+        self.status = status
+        if status != "waiting" and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        gate, self._gate = self._gate, []
+        for attempt in gate:
+            self._try(attempt)
+        self._check_pause()
+        self._arm()
+
+    def _check_pause(self) -> None:
+        if self.status == "waitingForPause" and not any(a.begun for a in self._attempts.values()):
+            self._post(self.engine.store.paused, then=_ignore)
+
+    def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
+        self._writing += 1
+        self.engine.store.post(
+            op, self.key, self.generation, *args, then=functools.partial(self._written, then)
+        )
+
+    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
+        self._writing -= 1
+        if self.dead:
+            return
+        if result is None and error is None:
+            self.unload()  # somebody else has changed the instance; the news is on its way
+            return
+        if type(result) is int:
+            self.seq = max(self.seq, result)
+        then(result, error)
+
+    # -- cancelled calls --------------------------------------------------------------------------------
+
+    def _abandon_call(self, step: Step) -> None:
+        """`run` (or the callback around the call) has cancelled it."""
+        attempt = self._attempts.pop(step.key, None)
+        if attempt is not None:
+            attempt.stop()
+        self._gate = [attempt for attempt in self._gate if attempt.step is not step]
+        self._retries.pop(step.key, None)
+        self._waiting.discard(step.key)
+        if step.nested:
+            # A callback is repeated as a whole: what it broke off is as if it had not been called.
+            step.open = attempt is not None and attempt.begun
+            apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
+            self._post(self.engine.store.give_up, "stop", [step.key], then=_ignore)
+        elif step.state == "cancelled":
+            self._held -= 1
+        else:
+            step.state = "cancelled"
+            self._cancelled.append(step.key)
+        self._check_pause()
+        self._arm()
+
+    def _record_cancelled(self) -> None:
+        cancelled, self._cancelled = self._cancelled, []
+        self._post(self.engine.store.give_up, "cancel", cancelled, then=_ignore)
+
+    # -- the end of a life ------------------------------------------------------------------------------
+
+    def _main_ended(self, task: asyncio.Task[Any]) -> None:
+        if self.dead:
+            return
+        if task.cancelled() or task.exception() is not None:
+            self.engine.orphaned(self)  # the loop is being torn down
+            return
+        output, error = task.result()
+        self._warn_about_calls()
+        text, status = "null", "complete"
+        if error is None:
+            try:
+                text = encode(output)[0]
+            except _Unserializable as bad:
+                error = _fatal(
+                    "output.not_serializable", f"run returned a value that can't be stored: {bad}"
+                )
+        if self._cancelled:
+            self._record_cancelled()
+        if error is not None:
+            text, status = encode(describe_error(error))[0], "errored"
+        size = size_of(text) if error is None else 0
+        self.engine.store.post(
+            self.engine.store.finish,
+            self.key,
+            self.generation,
+            status,
+            text,
+            size,
+            then=self._stored,
+        )
+        self.unload()
+
+    def _stored(self, _: Any, refused: BaseException | None) -> None:
+        if isinstance(refused, WorkflowFatalError):  # the output was too large
+            text = encode(describe_error(refused))[0]
+            self.engine.store.post(
+                self.engine.store.finish,
+                self.key,
+                self.generation,
+                "errored",
+                text,
+                0,
+                then=_ignore,
+            )
+
+    def _warn_about_calls(self) -> None:
+        for call in self.open_calls:
+            if not call.awaited:
+                log.warning("%s: step %r was called but never awaited", self, call.name)
+        if not any(step.state == "cancelled" for step in self.steps.values()):
+            for step in self.steps.values():
+                if not step.called and not step.nested:
+                    log.warning(
+                        "%s: replay never reached the recorded step %r; is its name deterministic?",
+                        *(self, step_label(step.key)),
+                    )
+
+    def unload(self) -> None:
+        """Ends this life: cancels the run, then the tasks of its calls, then its callbacks. Whatever
+        they do is ignored; `ended` is done when they are, or after a second."""
+        if self.dead:
+            return
+        self.dead = True
+        if self._timer is not None:
+            self._timer.cancel()
+        waiting = (step.task for step in self.steps.values() if step.waiter and step.task)
+        tasks = [self.task, *waiting, *self.tasks]
+        self._left = {task for task in tasks if not task.done()}
+        for task in tasks:
+            task.cancel()
+        for attempt in self._attempts.values():
+            attempt.stop()
+        for task in self._left:
+            task.add_done_callback(self._task_ended)
+        self._deadline = self.loop.call_later(GRACE, self._give_up_on_tasks)
+        self._check_ended()
+
+    def interrupted(self) -> list[str]:
+        """The steps whose recorded attempts a clean stop has cut off."""
+        return [key for key, attempt in self._attempts.items() if attempt.recorded]
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        if self.dead:
+            self._left.discard(task)
+            self._check_ended()
+
+    def _check_ended(self) -> None:
+        if not self._left and not self.ended.done():
+            self._deadline.cancel()
+            self.ended.set_result(None)
+            self.engine.unloaded(self)
+
+    def _give_up_on_tasks(self) -> None:
+        log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._left))
+        self._left.clear()
+        self._check_ended()
+
+    def busy(self) -> bool:
+        """Whether it will go on by itself, as far as we can see."""
+        return self._ticking or self.dead
+
+    def __str__(self) -> str:
+        return f"{self.bound.name} {self.id}"
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _fatal(code: str, message: str) -> WorkflowFatalError:
+    return WorkflowFatalError(message, code=code)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise _fatal("step.invalid_name", f"a step's name is {name!r}: expected a str")
+    if len(name) > 256:
+        raise _fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
+    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        raise _fatal(
+            "step.invalid_name", f"the step name {name!r} holds control characters or surrogates"
+        )
+
+
+_NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
+
+
+def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
+    if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
+        return type
+    raise error(
+        f"{type!r} is not an event type: expected 1 to 100 letters, digits, '_' and '-', not beginning with '-'",
+        code="event.invalid_type",
+    )
+
+
+def _do_arguments(call: StepCall) -> tuple[Any, Callable[..., Any]]:
+    """(config, callback) of a `do` call."""
+    names = ("config", "callback")
+    if len(call.args) == 1 and not call.options and callable(call.args[0]):
+        return None, call.args[0]
+    args, options = list(call.args), dict(call.options)
+    if len(args) == 1 and "callback" not in options and not isinstance(args[0], Mapping):
+        args.insert(0, options.pop("config", None))
+    for name, value in zip(names, args):
+        if name in options:
+            raise _fatal("step.invalid_config", f"step {call.name!r}: {name} is given twice")
+        options[name] = value
+    unknown = [name for name in options if name not in names]
+    if unknown or len(args) > 2:
+        what = f"the unknown argument {unknown[0]!r}" if unknown else f"{len(args) + 1} arguments"
+        raise _fatal(
+            "step.invalid_config",
+            f"step {call.name!r} got {what}: expected (name, [config], callback)",
+        )
+    callback = options.get("callback")
+    if not callable(callback):
+        raise _fatal(
+            "step.invalid_callback",
+            f"step {call.name!r}: the callback is {callback!r}: expected an async or plain function",
+        )
+    config = options.get("config")
+    if config is not None and not isinstance(config, Mapping):
+        raise _fatal(
+            "step.invalid_config", f"step {call.name!r}: config is {config!r}: expected a dict"
+        )
+    return config, callback
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    if type(function) is types.FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
+        return True
+    called = getattr(function, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
+    """How a callback takes the step context: "ctx" by that name, True by position, False not at all."""
+    if type(function) is types.FunctionType and not function.__code__.co_argcount:
+        if not function.__code__.co_kwonlyargcount:
+            return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False  # a built-in that doesn't say
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    named = [
+        p for p in parameters if p.name == "ctx" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if named and named[0].kind != inspect.Parameter.POSITIONAL_ONLY:
+        needed = [p for p in needed if p.name != "ctx"]
+        if not needed:
+            return "ctx"
+    elif not needed:
+        return False
+    elif len(needed) == 1 and needed[0].kind in by_position:
+        return True
+    raise _fatal(
+        "step.invalid_callback",
+        f"step {name!r}: the callback requires {', '.join(p.name for p in needed)}: "
+        "it gets the step context at most",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Engine: which instances live now. It turns the store's news into lives, and knows what to do when
+# something fails: storage (stop in place), the loop (unload), the whole process (nothing at all, the
+# next one recovers).
+
+
+class Env(Mapping[str, Any]):
+    """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__["_values"] = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_values" or name not in self._values:
+            raise AttributeError(
+                f"env has no {name!r}; it has {', '.join(sorted(self.__dict__.get('_values', ())))}"
+            )
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class WorkflowEntrypoint(Generic[Params]):
+    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life of
+    each instance; `self.env` has the engine's `env` and bindings.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx = ctx
+        self.env = env
+
+    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
+        """The workflow. What it returns becomes the output, an error that leaves it the error."""
+        raise NotImplementedError
+
+
+class Engine:
+    """Runs workflows on a database file (or ":memory:").
+
+    Enter it with `async with`. Any number of processes may open one file: one of them runs the
+    instances, the others are full clients, and one of those takes over when it goes away.
+
+    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
+    `hibernate_after` how long a waiting instance stays in memory."""
+
+    def __init__(
+        self,
+        database: str | os.PathLike[str] = "workflows.db",
+        *,
+        env: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        hibernate_after: float | str | timedelta = "1 second",
+    ) -> None:
+        path = os.fspath(database)
+        if not isinstance(path, str) or not path:
+            raise TypeError(f"database is {database!r}: expected a path")
+        if env is not None and not isinstance(env, Mapping):
+            raise TypeError(f"env is {type(env).__name__}: expected a dict")
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits is {type(limits).__name__}: expected Limits")
+        if clock is not None and not isinstance(clock, Clock):
+            raise TypeError(f"clock is {type(clock).__name__}: expected a Clock")
+        self.path = path if path == ":memory:" else os.path.abspath(path)
+        self.env = Env(env or {})
+        self.limits = limits or Limits()
+        self.clock = clock or Clock()
+        self.hibernate_after = parse_duration(hibernate_after)
+        self.activity = 0  # counts what callbacks do
+        self.carriers: list[Carrier] = []  # idle ones
+        self.runs: dict[int, Run] = {}  # by the instance's key
+        self._workflows: dict[str, Workflow] = {}
+        self._state = "new"  # → open → closed
+        self._loading: dict[int, Instance] = {}
+        self._watchers: dict[int, list[Callable[[], None]]] = {}
+
+    # -- bindings -----------------------------------------------------------------------------------------
+
+    def bind(
+        self,
+        cls: type[WorkflowEntrypoint[Any]],
+        name: str | None = None,
+        binding: str | None = None,
+        *,
+        steps: int | None = None,
+    ) -> Workflow:
+        """Makes a workflow known, before entering the engine or later. `name` defaults to the class's
+        in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is the most
+        steps that a run may call, up to 25,000."""
+        if not (isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)):
+            raise TypeError(
+                f"{cls!r} is not a workflow: expected a class that extends WorkflowEntrypoint"
+            )
+        if cls.run is WorkflowEntrypoint.run or not callable(cls.run):
+            raise TypeError(f"{cls.__name__} has no run(self, event, step)")
+        name = _kebab(cls.__name__) if name is None else name
+        if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is not a workflow name: expected up to 64 letters, digits, '_', '-'"
+            )
+        binding = name.upper().replace("-", "_") if binding is None else binding
+        if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
+            raise ValueError(
+                f"{binding!r} is not a binding: expected an identifier like MY_WORKFLOW"
+            )
+        if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
+            raise ValueError(f"steps is {steps!r}: expected a whole number from 1 to 25,000")
+        if name in self._workflows:
+            raise ValueError(f"workflow {name!r} is bound already")
+        if binding in self.env:
+            raise ValueError(f"env has {binding!r} already: give another binding")
+        if self._state == "closed":
+            raise RuntimeError("the engine is closed")
+        workflow = Workflow(self, name, cls, steps or self.limits.steps)
+        if self._state == "open":
+            self._check_open()
+            self._define(workflow, binding)
+        self._workflows[name] = workflow
+        self.env._values[binding] = workflow
+        return workflow
+
+    def _define(self, workflow: Workflow, binding: str) -> None:
+        args = (workflow.name, binding, workflow.cls.__name__, workflow.step_limit)
+        self.store.post(self.store.define, *args, then=_ignore)
+
+    # -- opening and closing --------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Engine:
+        if self._state != "new":
+            raise RuntimeError("an engine can be entered once; make a new one")
+        self.loop = asyncio.get_running_loop()
+        self.threads = Threads(self.loop)
+        self.store = Store(self.path, self.clock, self.limits, self.loop)
+        self.store.deliver, self.store.broke = self._deliver, self._broke
+        await self.store.start()
+        self._state = "open"
+        self.clock.engines.append(self)
+        for binding, workflow in self.env.items():
+            if isinstance(workflow, Workflow) and workflow.engine is self:
+                self._define(workflow, binding)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._state = "closed"
+        self.clock.engines.remove(self)
+        runs = list(self.runs.values())
+        for run in runs:
+            run.unload()
+        await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
+        for run in runs:
+            self._release(run.key, run.generation, run.interrupted())
+            if run.successor is not None:
+                self._release(run.successor.key, run.successor.generation, [])
+        for inst in self._loading.values():
+            self._release(inst.key, inst.generation, [])
+        self.store.ops.put(None)
+        await self.store.closed
+        self.store.thread.join()
+        self.threads.close()
+        for carrier in self.carriers:
+            carrier.task.cancel()
+        self._wake(None)
+
+    def _release(self, key: int, generation: int, interrupted: list[str]) -> None:
+        self.store.post(self.store.release, key, generation, interrupted, then=_ignore)
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            what = "not open yet" if self._state == "new" else "closed"
+            raise RuntimeError(f"the engine is {what}: use it inside `async with Engine(…)`")
+        if asyncio.get_running_loop() is not self.loop:
+            raise RuntimeError("the engine was entered in another event loop")
+        if self.store.failure is not None:
+            raise WorkflowInternalError(str(self.store.failure))
+
+    async def call(self, op: Callable[..., Any], *args: Any) -> Any:
+        """The result of a store operation, once it is committed."""
+        self._check_open()
+        future: asyncio.Future[Any] = self.loop.create_future()
+
+        def resolve(result: Any, error: BaseException | None) -> None:
+            if error is not None:
+                _set_exception(future, error)
+            else:
+                _set_result(future, result)
+
+        self.store.post(op, *args, then=resolve)
+        return await future
+
+    # -- what the store tells, on the loop ----------------------------------------------------------------
+
+    def _deliver(self, results: list[Any], news: list[News], touched: set[int] | None) -> None:
+        self.store.pending -= len(results)
+        for then, result, error in results:
+            then(result, error)
+        for item in news:
+            self._hear(item)
+        self._wake(touched)
+
+    def _hear(self, news: News) -> None:
+        inst = news.instance
+        run = self.runs.get(inst.key)
+        if run is None:
+            if news.admitted:
+                self._load(inst)
+        elif not run.dead and run.generation == inst.generation:
+            run.on_news(inst, news.rows)
+        else:
+            run.unload()
+            run.successor = inst if news.admitted else None
+
+    def _load(self, inst: Instance) -> None:
+        if self._state != "open":
+            self._release(inst.key, inst.generation, [])
+            return
+        self._loading[inst.key] = inst
+        self.store.post(
+            self.store.load,
+            inst.key,
+            inst.generation,
+            then=functools.partial(self._begin, inst.key),
+        )
+
+    def _begin(self, key: int, loaded: Any, _: BaseException | None) -> None:
+        admitted = self._loading.pop(key)
+        if loaded is None:
+            return
+        inst, rows, waits, workflow = loaded
+        if self._state != "open":
+            self._release(admitted.key, admitted.generation, [])
+            return
+        self.runs[key] = run = Run(self, self._workflows[workflow], inst, rows, waits)
+        run.begin()
+
+    def unloaded(self, run: Run) -> None:
+        """A life has ended; the next one may begin."""
+        if self.runs.get(run.key) is run and self._state == "open":
+            del self.runs[run.key]
+            if run.successor is not None:
+                self._load(run.successor)
+
+    def orphaned(self, run: Run) -> None:
+        """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes on."""
+        run.unload()
+        interrupted = run.interrupted()
+
+        def go_on() -> None:
+            if self._state == "open":
+                self._release(run.key, run.generation, interrupted)
+
+        self.loop.call_later(1, go_on)
+
+    def _broke(self, error: BaseException, callbacks: list[Then]) -> None:
+        """Storage failed: nothing goes on, and everybody who waits is told."""
+        self.store.pending -= len(callbacks)
+        for run in list(self.runs.values()):
+            run.unload()
+        for then in callbacks:
+            then(None, error)
+        self._wake(None)
+
+    def busy(self) -> bool:
+        """Whether anything will happen by itself, without an event, a timer or the world outside."""
+        return (
+            self.store.failure is None
+            and (self.store.pending > 0 or bool(self._loading) or self.threads.fresh())
+        ) or any(run.busy() for run in self.runs.values())
+
+    def watch(self, key: int, callback: Callable[[], None]) -> None:
+        """Calls back once, when something was written about the instance (or may have been)."""
+        self._watchers.setdefault(key, []).append(callback)
+
+    def _wake(self, touched: set[int] | None) -> None:
+        if not self._watchers:
+            return
+        keys = list(self._watchers) if touched is None else self._watchers.keys() & touched
+        for callback in [callback for key in keys for callback in self._watchers.pop(key)]:
+            callback()
+
+
+def _kebab(name: str) -> str:
+    return (
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+        .replace("_", "-")
+        .lower()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Binding: the side that callers see, in any process.
+
+
+class Workflow:
+    """A bound workflow: creates instances and finds them again.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (Workflow)"""
+
+    def __init__(
+        self, engine: Engine, name: str, cls: type[WorkflowEntrypoint[Any]], step_limit: int
+    ) -> None:
+        self.engine, self.name, self.cls, self.step_limit = engine, name, cls, step_limit
+
+    async def create(
+        self, options: Mapping[str, Any] | None = None, /, **given: Any
+    ) -> WorkflowInstance:
+        """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance is
+        durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4), `params` any
+        value that can be stored (default `{}`).
+
+        Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
+        `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`, `limit.retention`."""
+        entry = self._entry(_merge(options, given, _CREATE, "create"), "")
+        made = await self.engine.call(self.engine.store.create, self.name, [entry], "binding")
+        if not made:
+            raise WorkflowError(
+                f"workflow {self.name!r} has an instance {entry[0]!r} already",
+                code="instance.already_exists",
+            )
+        return WorkflowInstance(self, entry[0])
+
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]:
+        """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or repeat,
+        are skipped and left out of the result. Errors as in `create`, and `limit.batch_size`."""
+        if isinstance(batch, (str, bytes, Mapping)) or not isinstance(batch, Iterable):
+            raise TypeError(f"the batch is {type(batch).__name__}: expected a list of dicts")
+        entries = [
+            self._entry(_options(options, _CREATE, f"batch[{n}]"), f"batch[{n}]: ")
+            for n, options in enumerate(batch)
+        ]
+        limit = self.engine.limits.batch
+        if not 0 < len(entries) <= limit:
+            raise WorkflowError(
+                f"the batch has {len(entries)} entries: expected 1 to {limit} (limit batch)",
+                code="limit.batch_size",
+            )
+        made = await self.engine.call(self.engine.store.create, self.name, entries, "binding")
+        return [WorkflowInstance(self, id) for id in made]
+
+    def _entry(
+        self, options: dict[str, Any], where: str
+    ) -> tuple[str, str, int | None, int | None]:
+        limits = self.engine.limits
+        id = (
+            str(uuid.uuid4()) if options.get("id") is None else self._check_id(options["id"], where)
+        )
+        params = _payload(
+            options.get("params", {}), limits, f"{where}params", "params.not_serializable"
+        )
+        return id, params, limits.success_retention, limits.error_retention
+
+    def _check_id(self, id: Any, where: str = "") -> str:
+        limit = self.engine.limits.id_length
+        if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
+            return id
+        raise WorkflowError(
+            f"{where}{id!r} is not an instance id: expected 1 to {limit} letters, digits, '_' and '-', "
+            "not beginning with '-'",
+            code="instance.invalid_id",
+        )
+
+    async def get(self, id: str) -> WorkflowInstance:
+        """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
+        await self.engine.call(self.engine.store.find, self.name, self._check_id(id))
+        return WorkflowInstance(self, id)
+
+
+_CREATE = ("id", "params")
+
+
+def _merge(
+    options: Any, given: Mapping[str, Any], known: Sequence[str], what: str
+) -> dict[str, Any]:
+    """An options object, or keyword arguments, or both; every key known."""
+    return _options(
+        {**_options({} if options is None else options, known, what), **given}, known, what
+    )
+
+
+def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
+    try:
+        text = encode(value)[0]
+    except _Unserializable as bad:
+        raise WorkflowError(f"{what} can't be stored: {bad}", code=code) from None
+    size = size_of(text)
+    if limits.payload_bytes is not None and size > limits.payload_bytes:
+        raise WorkflowError(
+            f"{what} has {size} bytes: the limit is {limits.payload_bytes} (limit payload_bytes)",
+            code="limit.event_payload",
+        )
+    return text
+
+
+class WorkflowInstance:
+    """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible to
+    `status()` in every process when it returns. Every method may raise `instance.not_found`.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowInstance)"""
+
+    def __init__(self, workflow: Workflow, id: str) -> None:
+        self.workflow = workflow
+        self.id = id
+
+    def __repr__(self) -> str:
+        return f"<WorkflowInstance {self.workflow.name} {self.id}>"
+
+    async def _call(self, op: str, *args: Any) -> Any:
+        engine = self.workflow.engine
+        engine._check_open()
+        return await engine.call(getattr(engine.store, op), self.workflow.name, self.id, *args)
+
+    async def status(self) -> InstanceStatus:
+        """Status, output and error as they are now."""
+        _, status, data = await self._call("status")
+        if status == "complete":
+            return InstanceStatus(status, decode(data))
+        if status == "errored":
+            record = decode(data)
+            return InstanceStatus(
+                status, None, {"name": record["name"], "message": record["message"]}
+            )
+        return InstanceStatus(status)
+
+    async def pause(self) -> None:
+        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the callbacks in
+        flight have finished. Sleeps, retry delays and event timeouts stand still while paused."""
+        await self._call("pause")
+
+    async def resume(self) -> None:
+        """Goes on from a pause, or cancels one that hasn't taken effect."""
+        await self._call("resume")
+
+    async def terminate(self) -> None:
+        """Stops it for good, at once. Error: `instance.cannot_terminate` if it has finished."""
+        await self._call("terminate", "binding")
+
+    async def restart(self) -> None:
+        """Begins again with the same id, params and timestamp; everything else is erased."""
+        await self._call("restart")
+
+    async def send_event(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+        """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
+        delivered to exactly one `wait_for_event` of that type, now or later.
+
+        Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
+        `limit.event_payload`, `limit.instance_state`."""
+        event = _merge(options, given, ("type", "payload"), "send_event")
+        if "type" not in event:
+            raise TypeError("send_event needs a type")
+        type = _check_event_type(event["type"], WorkflowError)
+        limits = self.workflow.engine.limits
+        payload = _payload(event.get("payload"), limits, "payload", "event.not_serializable")
+        await self._call("send_event", type, payload)
+
+    async def result(self, timeout: float | str | timedelta | None = None) -> Any:
+        """Waits for the end. Returns the output; raises the error that left `run`, or `WorkflowError`
+        (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError` after `timeout`."""
+        engine = self.workflow.engine
+        engine._check_open()
+        patience = None if timeout is None else parse_duration(timeout)
+        future: asyncio.Future[tuple[str, str]] = engine.loop.create_future()
+
+        def look() -> None:
+            if future.done():
+                return
+            try:
+                engine._check_open()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                engine.store.post(engine.store.status, self.workflow.name, self.id, then=seen)
+
+        def seen(found: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            elif found[1] in FINISHED:
+                future.set_result(found[1:])
+            else:
+                engine.watch(found[0], look)
+
+        def late() -> None:
+            _set_exception(
+                future, WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
+            )
+
+        timer = None if patience is None else engine.clock.call_later(patience, late)
+        look()
+        try:
+            status, data = await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if status == "complete":
+            return decode(data)
+        if status == "errored":
+            raise rebuild_error(decode(data))
+        raise WorkflowError(f"instance {self.id!r} was terminated", code="instance.terminated")
+
+
+# The original's spelling of what has one.
+Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
+WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
+WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
+WorkflowStep.waitForEvent = WorkflowStep.wait_for_event  # type: ignore[attr-defined]
+WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
+WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Test tools: a clock that moves only when told, so that a year of sleeps is tested in milliseconds.
+
+
+class _Timer:
+    """A timer of a `ManualClock`; cancelled like any of asyncio's."""
+
+    def __init__(self, due: float, callback: Callable[[], object]) -> None:
+        self.due, self.callback = due, callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class ManualClock(Clock):
+    """A clock for tests: `Engine(clock=ManualClock())`, then `await clock.advance("3 days")`.
+
+    What falls due on the way happens in its order, and after each moment every instance runs until it
+    waits again. Sleeps, retry delays, event and attempt timeouts, hibernation, retention and
+    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something real."""
+
+    exact = True
+
+    def __init__(self, start: datetime | float | None = None) -> None:
+        super().__init__()
+        self._now = Clock.now(self) if start is None else _parse_moment(start)
+        self._timers: list[_Timer] = []
+
+    def now(self) -> int:
+        return self._now
+
+    def call_later(self, ms: float, callback: Callable[[], object]) -> Any:
+        timer = _Timer(self._now + ms, callback)
+        self._timers.append(timer)
+        return timer
+
+    async def advance(self, duration: float | str | timedelta) -> None:
+        """Moves the time on; returns when nothing more happens by itself."""
+        target = self._now + parse_duration(duration)
+        await self.settle()
+        while (due := self._next_due()) <= target:
+            self._now = max(self._now, math.ceil(due))
+            self._fire()
+            await self.settle()
+        self._now = target
+        await self.settle()
+
+    def _next_due(self) -> float:
+        self._timers = [timer for timer in self._timers if not timer.cancelled]
+        wakes = (engine.store.next_wake for engine in self.engines if engine.store.owner)
+        return min((*wakes, *(timer.due for timer in self._timers)), default=math.inf)
+
+    def _fire(self) -> None:
+        due = [timer for timer in self._timers if timer.due <= self._now]
+        self._timers = [timer for timer in self._timers if timer.due > self._now]
+        for timer in sorted(due, key=lambda timer: timer.due):
+            if not timer.cancelled:
+                timer.callback()
+
+    async def settle(self) -> None:
+        """Returns when every instance waits: for ten turns of the loop nothing has happened."""
+        for engine in self.engines:
+            with contextlib.suppress(WorkflowInternalError):
+                await engine.call(engine.store.nothing)
+        quiet, seen = 0, -1
+        while quiet <= SETTLED:
+            activity = sum(engine.activity for engine in self.engines)
+            busy = any(engine.busy() for engine in self.engines)
+            quiet = quiet + 1 if activity == seen and not busy else 0
+            seen = activity
+            await asyncio.sleep(0.0002 if busy else 0)
