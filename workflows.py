@@ -40,9 +40,9 @@ The file reads downwards; each section begins with what it is for and why it is 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
-import builtins
 import contextlib
 import contextvars
 import copy
@@ -58,15 +58,16 @@ import os
 import queue
 import re
 import sqlite3
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-import traceback
 import types
 import unicodedata
 import uuid
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -717,8 +718,10 @@ def step_key(kind: str, name: str, count: int, parent: str | None) -> str:
     return key if parent is None else f"{parent}\n{key}"
 
 
-def step_label(key: str) -> str:
+def step_label(key: str | None) -> str:
     """`<name>-<count>`, as Cloudflare shows a step."""
+    if key is None:
+        return ""
     *_, name, count = key.split(SEPARATOR)
     return f"{name}-{count}"
 
@@ -1366,6 +1369,11 @@ class Store:
         sql = f"SELECT {_COLUMNS} FROM instances WHERE {where}"
         return [Instance._make(row) for row in self._db.execute(sql, args)]
 
+    def _journal(self, key: int) -> list[Row]:
+        self._flush()
+        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? ORDER BY seq"
+        return [Row._make(row) for row in self._db.execute(sql, (key,))]
+
     def _find(self, workflow: str, id: str) -> Instance | None:
         """The instance with that id, unless it has expired: then it is cleared away."""
         where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND id = ?"
@@ -1490,6 +1498,9 @@ class Store:
             ((data,),) = self._db.execute(sql, (inst.key, inst.seq)).fetchall()
         return inst.key, inst.status, data
 
+    def history(self, workflow: str, id: str) -> list[Row]:
+        return self._journal(self._get(workflow, id).key)
+
     def pause(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
@@ -1603,12 +1614,9 @@ class Store:
     def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
         """What a life begins with: the instance, its whole journal (in one query), the steps that
         wait, and the workflow's name."""
-        self._flush()
-        sql = """SELECT seq, at, type, step, attempt, started, data, extra FROM journal
-                 WHERE instance = ? ORDER BY seq"""
         running = "status IN ('running', 'waitingForPause')"
         for inst in self._instances(f"key = ? AND generation = ? AND {running}", key, generation):
-            rows = [Row._make(row) for row in self._db.execute(sql, (key,))]
+            rows = self._journal(key)
             waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
             return inst, rows, [step for (step,) in waits], self.bound[inst.workflow]
         return None
@@ -3343,6 +3351,11 @@ class WorkflowInstance:
             )
         return InstanceStatus(status)
 
+    async def history(self) -> list[Row]:
+        """Its journal, in order: what happened, and when."""
+        rows: list[Row] = await self._call("history")
+        return rows
+
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the callbacks in
         flight have finished. Sleeps, retry delays and event timeouts stand still while paused."""
@@ -3502,3 +3515,116 @@ class ManualClock(Clock):
             quiet = quiet + 1 if activity == seen and not busy else 0
             seen = activity
             await asyncio.sleep(0.0002 if busy else 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line: `python3 workflows.py demo`.
+
+
+class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
+    """The Quick Start of Cloudflare's documentation, with a retry and an approval."""
+
+    async def run(self, event: WorkflowEvent[dict[str, str]], step: WorkflowStep) -> Any:
+        async def fetch() -> dict[str, Any]:
+            return {"id": event.payload["userId"], "process": os.getpid()}
+
+        user = await step.do("fetch user", fetch)
+        await step.sleep("wait before processing", "1 second")
+
+        async def process(ctx: WorkflowStepContext) -> dict[str, Any]:
+            if ctx.attempt == 1:
+                await asyncio.sleep(3600)  # the demo kills its process here
+            return {"processed": True, "user": user["id"], "process": os.getpid()}
+
+        once_more = {"retries": {"limit": 3, "delay": "1 second"}}
+        result = await step.do("process action", once_more, process)
+        approval = await step.wait_for_event("wait for approval", "user_approval", timeout="7 days")
+        return result | {"approved": approval.approved}
+
+
+def timeline(rows: Iterable[Row]) -> Iterator[str]:
+    """A journal as lines of text: when, what, and what came of it."""
+    began = None
+    for row in rows:
+        began = row.at if began is None else began
+        data: Any = None if row.data is None else decode(row.data)
+        what = row.type
+        if row.type in ("failed", "error", "errored", "timeout"):
+            what += f"   {data['name']}: {data['message']}"
+            if "retry_delay_ms" in data:
+                what += f"; again in {data['retry_delay_ms']} ms"
+        elif data is not None:
+            what += f"   {data!r}"
+        attempt = "" if row.attempt is None else f"#{row.attempt}"
+        yield f"{(row.at - began) / 1000:9.3f} s   {step_label(row.step):25} {attempt:3} {what}"
+
+
+async def _run_demo_engine(database: str) -> None:
+    async with Engine(database) as engine:
+        workflow = engine.bind(_MyWorkflow)
+        try:
+            instance = await workflow.get("demo")
+        except WorkflowError:
+            instance = await workflow.create(id="demo", params={"userId": "123"})
+        await instance.result()
+
+
+async def _run_demo(database: str) -> None:
+    """Steers from outside: this process is a client, the workflow runs in children."""
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, __file__, "demo", "--engine", database])
+
+    async with Engine(database) as client:
+        instance = WorkflowInstance(Workflow(client, "my-workflow", _MyWorkflow, 0), "demo")
+
+        async def until(type: str, label: str) -> None:
+            seen = False
+            while not seen:
+                await asyncio.sleep(0.02)
+                with contextlib.suppress(WorkflowError):  # it has not been created yet
+                    rows = await instance.history()
+                    seen = any(row.type == type and step_label(row.step) == label for row in rows)
+
+        child = start()
+        try:
+            print(f"process {child.pid} runs the workflow …")
+            await until("start", "process action-1")
+            child.kill()
+            child.wait()
+            print(f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'")
+            child = start()
+            print(f"process {child.pid} goes on; it gets its approval when it waits for it …\n")
+            await until("wait", "wait for approval-1")
+            await instance.send_event(type="user_approval", payload={"approved": True})
+            output = await instance.result()
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        rows = await instance.history()
+        print(*timeline(rows), sep="\n")
+        runs = Counter(step_label(row.step) for row in rows if row.type == "done")
+        print(f"\noutput: {output}")
+        print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
+        if set(runs.values()) != {1}:
+            raise SystemExit("a finished step ran again: this must not happen")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="workflows.py", description="Durable workflows.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="kill a workflow's process, and see it go on")
+    demo.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    with contextlib.suppress(KeyboardInterrupt):
+        if given.engine:
+            asyncio.run(_run_demo_engine(given.engine))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            asyncio.run(_run_demo(os.path.join(folder, "demo.db")))
+
+
+if __name__ == "__main__":
+    main()
