@@ -77,6 +77,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Sized,
 )
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
@@ -249,6 +250,15 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR = _UNITS["year"]  # Cloudflare's longest sleep
 
 
+def _show(value: Any) -> str:
+    """A value in an error message: never too long, and never another error."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
 def parse_duration(value: float | str | timedelta) -> int:
     """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`, or
     `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d), singular
@@ -264,7 +274,7 @@ def parse_duration(value: float | str | timedelta) -> int:
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         return round(decimal.Decimal(match[1]) * _UNITS[match[2]])
     raise ValueError(
-        f"{value!r} is not a duration: expected milliseconds (0 or more), a timedelta, or "
+        f"{_show(value)} is not a duration: expected milliseconds (0 or more), a timedelta, or "
         f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
     )
 
@@ -275,9 +285,9 @@ def _parse_moment(value: float | datetime) -> int:
     if isinstance(value, datetime) and value.utcoffset() is not None:
         return (value - _EPOCH) // timedelta(milliseconds=1)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return round(value * 1000 if abs(value) < 1e11 else value)
+        return max(0, round(value * 1000 if abs(value) < 1e11 else value))
     raise ValueError(
-        f"{value!r} is not a moment: expected an aware datetime, or seconds or milliseconds since 1970"
+        f"{_show(value)} is not a moment: expected an aware datetime, or seconds or milliseconds since 1970"
     )
 
 
@@ -300,7 +310,7 @@ class Clock:
 
     def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
         """Calls back on the running loop after so many milliseconds, unless cancelled."""
-        return asyncio.get_running_loop().call_later(ms / 1000, callback)
+        return asyncio.get_running_loop().call_later(min(ms, 100 * _YEAR) / 1000, callback)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -312,6 +322,7 @@ class Clock:
 # that holds surrogate pairs as two characters) or "$dict" (a list of pairs, for a dict that would read
 # as one of these).
 
+DEEPEST = 300  # levels of nesting
 _TAGS = ("$datetime", "$bytes", "$str", "$dict")
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode  # blanks: none
@@ -329,21 +340,41 @@ def encode(value: Any) -> tuple[str, Any]:
         text = _to_json(value)
         if type(value) in _ATOMS:
             return text, value
+        if text.count("[") + text.count("{") > DEEPEST:
+            _check_depth(value)
         if '"$' not in text:
             text.isascii() or text.encode()  # lone surrogates have no UTF-8
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
-    except (TypeError, ValueError, RecursionError):
+    except _Unserializable:
+        raise
+    except Exception:
         pass  # the slow way finds out what, and where
     try:
         text = _to_ascii_json(_tagged(value, "$", set()))
         return text, decode(text)
-    except (ValueError, RecursionError, OverflowError) as error:
-        if isinstance(error, _Unserializable):
-            raise
-        what = "nested too deep" if isinstance(error, RecursionError) else f"{error}"
+    except _Unserializable:
+        raise
+    except Exception as error:  # the value's own methods may raise anything
+        deep = isinstance(error, RecursionError)
+        what = "nested too deep" if deep else f"{type(error).__name__}: {_message(error)}"
         raise _Unserializable(f"$: {what}") from None
+
+
+def _check_depth(value: Any) -> None:
+    """Refuses what other code, with less of the stack left, could not read back."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list, tuple))
+        ]
 
 
 def decode(text: str) -> Any:
@@ -385,6 +416,8 @@ def _tagged(value: Any, path: str, above: set[int]) -> Any:
         raise _Unserializable(f"{path}: {type(value).__name__}")
     if id(value) in above:
         raise _Unserializable(f"{path}: a cycle")
+    if len(above) >= DEEPEST:
+        raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
     above.add(id(value))
     try:
         if not isinstance(value, dict):
@@ -475,7 +508,7 @@ def freeze(value: Any) -> Any:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # a user's __str__ may fail; its error must be recorded all the same
+    except (Exception, SystemExit):  # a user's __str__ may do anything; its error is recorded
         return ""
 
 
@@ -484,9 +517,18 @@ def _native(cls: type[BaseException]) -> type[BaseException]:
     return next(base for base in cls.__mro__ if base.__module__ == "builtins")
 
 
-def describe_error(error: BaseException) -> dict[str, Any]:
-    """An error as data: where its class is, its name and message, and its args, attributes and group
+def encode_error(error: BaseException, **more: Any) -> str:
+    """An error as JSON: where its class is, its name and message, and its args, attributes and group
     members as far as these are allowed values."""
+    cls = type(error)
+    try:
+        return encode(_describe(error) | more)[0]
+    except Exception:  # an error whose attributes or arguments can't even be looked at
+        record = {"module": cls.__module__, "class": "", "name": cls.__name__}
+        return encode(record | {"message": _message(error), **more})[0]
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
     cls = type(error)
     members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     state: Any = _native(cls).__reduce__(error)  # with OSError.filename, …
@@ -501,15 +543,15 @@ def describe_error(error: BaseException) -> dict[str, Any]:
         args = [message] if members else encode(args)[1]
     except _Unserializable:
         args = [message]
-    name = error.name if isinstance(error, WorkflowError) else cls.__name__
+    label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
     return {
         "module": cls.__module__,
         "class": cls.__qualname__,
-        "name": name if isinstance(name, str) else cls.__name__,
+        "name": label if isinstance(label, str) else cls.__name__,
         "message": message,
         "args": args,
         "attributes": kept,
-        "members": [describe_error(member) for member in members],
+        "members": [_describe(member) for member in members],
     }
 
 
@@ -519,12 +561,12 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
     found: Any = sys.modules.get(record["module"])
     for part in record["class"].split("."):
         found = getattr(found, part, None) if part.isidentifier() else None
-    members = [rebuild_error(member) for member in record["members"]]
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return WorkflowError(record["message"], name=record["name"])
     if issubclass(found, StopIteration):  # a coroutine can't raise it
         return RuntimeError(record["message"])
     native = _native(found)
+    members = [rebuild_error(member) for member in record["members"]]
     args = (record["message"], members) if members else tuple(record["args"])
     try:
         error: Exception = native.__new__(found, *args)
@@ -610,7 +652,7 @@ class StepConfig:
         given = _options(config or {}, ("retries", "timeout"), "config")
         retries = given.get("retries", {})
         if not isinstance(retries, Mapping):
-            raise ValueError(f"config['retries'] is {retries!r}: expected a dict")
+            raise ValueError(f"config['retries'] is {_show(retries)}: expected a dict")
         retries = _options(retries, ("limit", "delay", "backoff"), "config['retries']")
         self.raw = DEFAULT_CONFIG | given
         self.raw["retries"] = merged = DEFAULT_CONFIG["retries"] | retries
@@ -621,19 +663,19 @@ class StepConfig:
         whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
         if not whole or isinstance(limit, bool) or limit < 0:
             raise ValueError(
-                f"config['retries']['limit'] is {limit!r}: expected a whole number from 0, or math.inf"
+                f"config['retries']['limit'] is {_show(limit)}: expected a whole number from 0, or math.inf"
             )
         self.limit: float = limit
         self.delay = _config_ms(merged, "delay")
         self.timeout = _config_ms(self.raw, "timeout")
         if not 0 < self.timeout <= max_sleep:
             raise ValueError(
-                f"config['timeout'] is {self.raw['timeout']!r}: expected more than 0 and at most "
+                f"config['timeout'] is {_show(self.raw['timeout'])}: expected more than 0 and at most "
                 f"{max_sleep} ms"
             )
         if merged["backoff"] not in tuple(_BACKOFF):
             raise ValueError(
-                f"config['retries']['backoff'] is {merged['backoff']!r}: expected one of "
+                f"config['retries']['backoff'] is {_show(merged['backoff'])}: expected one of "
                 f"{', '.join(_BACKOFF)}"
             )
         self.backoff = _BACKOFF[merged["backoff"]]
@@ -642,9 +684,9 @@ class StepConfig:
         self.text = None if not given else encode(stored | {"timeout": self.raw["timeout"]})[0]
 
     @classmethod
-    def load(cls, text: str | None) -> StepConfig:
+    def load(cls, text: str) -> StepConfig:
         """The configuration that a step was started with."""
-        if text is None:
+        if not text:
             return _DEFAULT_CONFIG
         config = decode(text)
         if config["retries"]["limit"] is None:
@@ -671,7 +713,9 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
         )
     for key in given:
         if key not in known:
-            raise ValueError(f"{what} has the unknown key {key!r}: expected {', '.join(known)}")
+            raise ValueError(
+                f"{what} has the unknown key {_show(key)}: expected {', '.join(known)}"
+            )
     return dict(given)
 
 
@@ -731,7 +775,7 @@ class Step:
 
     __slots__ = (
         *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
-        *("called", "queued", "waiter", "task", "fresh"),
+        *("called", "queued", "waiter", "task", "alone", "fresh"),
     )
 
     def __init__(self, key: str) -> None:
@@ -748,6 +792,7 @@ class Step:
         self.queued = False  # its result has not been handed to `run` yet
         self.waiter: asyncio.Future[None] | None = None  # of the call, in this task
         self.task: asyncio.Task[Any] | None = None
+        self.alone = False  # nothing else of the run was under way when it was called
         self.fresh: Any = (
             None  # the decoded value or the error itself, when it was made in this life
         )
@@ -762,13 +807,9 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     if step is None:
         step = steps[key] = Step(key)
     if row.attempt is not None:
-        if (
-            kind in ("start", "done", "failed", "error")
-            and row.extra is not None
-            and not step.config
-        ):
-            step.config = row.extra
         step.attempts = row.attempt
+        if step.config is None:
+            step.config = row.extra or ""  # "": the defaults
     if kind in ("done", "error", "slept", "event", "timeout"):
         if step.state == "cancelled":
             return None
@@ -783,8 +824,8 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         if step.open:
             step.open = False
             step.attempts -= 1
-        elif step.state == "pending" and not step.attempts:
-            del steps[key]  # a sleep or a wait inside a callback that was interrupted
+        if step.config is None and step.state in ("new", "pending"):
+            del steps[key]  # it had not even begun
     elif step.state != "cancelled":
         step.state = "pending"
         step.open = kind == "start"
@@ -971,6 +1012,7 @@ class Store:
         self.ops: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
         self.pending = 0  # operations whose results have not been delivered; the loop's count
         self.failure: BaseException | None = None
+        self.closing = False  # nothing new begins
         self.owner = False
         self.bound: dict[int, str] = {}  # workflow key → name
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
@@ -986,8 +1028,9 @@ class Store:
         self._warned: set[str] = set()
         self._room = 0  # so many more may be queued before we must count again
         self._created: deque[float] = deque()
+        self._forgotten = False
         self._version = 0  # of the data, as of our last look
-        self._contended = -math.inf
+        self._looked = self._contended = -math.inf
         self._checked = time.monotonic()
 
     # -- the thread ---------------------------------------------------------------------------------
@@ -1021,12 +1064,14 @@ class Store:
             self._tell(_set_result, self.closed, None)
 
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and the engine forgotten
+        try:
             self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop was closed, and the engine forgotten
+            self._forgotten = True
 
     def _work(self) -> None:
         stop = False
-        while not stop:
+        while not (stop or self._forgotten):
             batch, stop = self._gather()
             try:
                 if self.failure is None:
@@ -1038,17 +1083,20 @@ class Store:
 
     def _turn(self, batch: list[Op]) -> None:
         """One round of the thread: a transaction if there is reason for one, then the regular looks."""
-        if not batch and self._data_version() != self._version:
-            self._version = self._data_version()
-            self._outside = self._stir = True
+        moment = time.monotonic()
+        if not batch or moment > self._looked + TICK:
+            self._looked = moment
+            version, self._version = self._version, self._data_version()
+            if version != self._version:
+                self._outside = self._stir = True
         if batch or self._outside or (self.owner and self._is_due()):
             self._transact(batch)
-        moment = time.monotonic()
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
             self._contend()
         if moment > self._checked + 1:
             self._checked = moment
+            self._forgotten = self.loop.is_closed()
             self._check_files()
             self._warn_unbound()
 
@@ -1089,7 +1137,7 @@ class Store:
                 results.append((then, op(*args), None))
             except WorkflowError as refused:
                 results.append((then, None, refused))
-        if self.owner and self._is_due():
+        if self.owner and self._is_due() and not self.closing:
             self._schedule()
         self._flush()
         self._db.execute("COMMIT")
@@ -1314,7 +1362,7 @@ class Store:
             elif wait.event is not None:
                 kind = "timeout"
                 late = WorkflowTimeoutError(f"Execution timed out after {wait.due - wait.at}ms")
-                data = encode(describe_error(late))[0]
+                data = encode_error(late)
             row = (kind, wait.step, None, None, data, extra)
             rows.append(Row(self._write(inst.key, [row]), now, *row))
         return rows
@@ -1361,6 +1409,7 @@ class Store:
             wake=None,
             **columns,
         )
+        self._news.append(News(inst._replace(status="paused"), []))
 
     # -- building blocks ------------------------------------------------------------------------------
 
@@ -1510,7 +1559,6 @@ class Store:
                 inst.key, [_status_row("waitingForPause")], status="waitingForPause", wake=now
             )
         elif inst.status in ("waiting", "queued"):
-            self._settle(inst, now)  # what was due before the pause did happen
             self._write(inst.key, [_status_row("paused")], status="paused", paused=now, wake=now)
 
     def resume(self, workflow: str, id: str) -> None:
@@ -1520,10 +1568,10 @@ class Store:
         if inst.status == "waitingForPause":
             self._write(inst.key, [_status_row("running")], status="running", wake=now)
         elif inst.status == "paused":
-            stood = now - (inst.paused or now)
-            self._db.execute(
-                "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed", (stood, inst.key)
-            )
+            # What was due before the pause, and wasn't noticed, stays due: only the rest has stood still.
+            paused = inst.paused or now
+            sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
+            self._db.execute(sql, (now - paused, inst.key, paused))
             status = "waiting" if inst.place is None else "queued"
             self._write(inst.key, [_status_row(status)], status=status, paused=None, wake=now)
 
@@ -1649,7 +1697,7 @@ class Store:
         self, key: int, generation: int, rows: list[RowTail], wait: tuple[Any, ...]
     ) -> int | None:
         """Appends the start of a sleep, of an event wait or of a retry delay."""
-        seq = self.record(key, generation, rows, ended=wait[0] == "retry")
+        seq = self.record(key, generation, rows)
         if seq is not None:
             kind, step, event, due, fixed = wait
             now = self.clock.now()
@@ -1698,7 +1746,6 @@ class Store:
         for inst in self._instances(
             "key = ? AND generation = ? AND status = 'waitingForPause'", key, generation
         ):
-            self._settle(inst, self.clock.now())
             self._put_to_pause(inst)
             self._stir = True
             return True
@@ -1771,22 +1818,24 @@ class Threads:
         self._loop = loop
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = self._idle = self._busy = 0
-        self._backlog: deque[Callable[[], None]] = deque()
+        self._backlog: deque[Callable[[], bool]] = deque()
         self._began: dict[Callable[..., None], float] = {}
 
-    def acquire(self, begin: Callable[[], None]) -> None:
-        """Calls `begin` when there is a slot, which may be now; it must `execute` or `release`."""
-        if self._busy < self.LIMIT:
-            self._busy += 1
-            begin()
-        else:
-            self._backlog.append(begin)
+    def acquire(self, begin: Callable[[], bool]) -> None:
+        """Calls `begin` as soon as there is a slot; it says whether it has taken the slot."""
+        self._backlog.append(begin)
+        self._fill()
 
     def release(self) -> None:
-        """Frees a slot: its callback has ended, was abandoned, or never began."""
+        """Frees a slot: its callback has ended, or was abandoned."""
         self._busy -= 1
-        if self._backlog:
-            self.acquire(self._backlog.popleft())
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._backlog and self._busy < self.LIMIT:
+            self._busy += 1
+            if not self._backlog.popleft()():
+                self._busy -= 1
 
     def execute(
         self, function: Callable[[], Any], reply: Callable[[Any, BaseException | None, int], None]
@@ -1949,21 +1998,9 @@ class Attempt:
     need; but in the name of a task of its own, the carrier, which then carries it on. So a timeout or
     a cancellation reaches the callback and nothing else."""
 
-    __slots__ = (
-        *(
-            "run",
-            "step",
-            "call",
-            "config",
-            "callback",
-            "plain",
-            "wants",
-            "counts",
-            "number",
-            "started",
-        ),
-        *("recorded", "begun", "over", "threaded", "carrier", "context", "coroutine", "timer"),
-        *("verdict", "cpu", "state", "text", "fresh"),
+    __slots__ = tuple(
+        "base begun callback call carrier config context coroutine counts cpu fresh number over plain"
+        " recorded run started state step text threaded timer verdict wants".split()
     )
 
     def __init__(
@@ -1978,6 +2015,7 @@ class Attempt:
         self.run, self.call, self.config = run, call, config
         self.callback, self.plain, self.wants = callback, plain, wants
         self.step: Step
+        self.base = contextvars.copy_context()  # of the caller; each attempt starts with it
         self.context: contextvars.Context
         self.coroutine: Coroutine[Any, Any, Any]
         self.counts: dict[str, int] = {}
@@ -1993,13 +2031,13 @@ class Attempt:
     def again(self) -> Attempt:
         """The next attempt of the same step."""
         attempt = Attempt(self.run, self.call, self.config, self.callback, self.plain, self.wants)
-        attempt.step = self.step
+        attempt.step, attempt.base = self.step, self.base
         return attempt
 
     def launch(self) -> None:
         if self.over:
             return
-        self.context = contextvars.copy_context()
+        self.context = self.base.copy()
         self.context.run(_attempt.set, self)
         callback = self.callback
         if self.wants:
@@ -2045,7 +2083,7 @@ class Attempt:
             awaited = self.resume(None, None)
         except StopIteration as stop:
             value = stop.value
-        except (KeyboardInterrupt, GeneratorExit):
+        except KeyboardInterrupt:
             raise
         except BaseException as raised:
             error = raised
@@ -2074,37 +2112,24 @@ class Attempt:
         finally:
             self.cpu += time.thread_time_ns() - began
 
-    @types.coroutine
-    def rest(self, awaited: Any) -> Generator[Any, Any, None]:
-        """What the carrier does: all but the beginning of the callback."""
-        value: Any = None
-        error: BaseException | None
+    def carry_on(self, value: Any, error: BaseException | None) -> Any:
+        """One more step of the carrier: returns what to wait for, or ends it."""
         try:
-            while True:
-                try:
-                    value, error = (yield awaited), None
-                except GeneratorExit:
-                    self.coroutine.close()
-                    raise
-                except BaseException as thrown:
-                    value, error = None, thrown
-                awaited = self.resume(value, error)
-                self.suspended()
+            awaited = self.resume(value, error)
         except StopIteration as stop:
-            value, error = stop.value, None
-        except (KeyboardInterrupt, GeneratorExit):
+            self._end(stop.value, None)
+        except KeyboardInterrupt:
             raise
         except BaseException as raised:
-            value, error = None, raised
-            if (
-                isinstance(raised, asyncio.CancelledError)
-                and self.verdict is None
-                and not self.over
-            ):
+            if isinstance(raised, asyncio.CancelledError) and not (self.verdict or self.over):
                 # Not our doing; but if the loop is torn down, this run is about to be unloaded.
-                with contextlib.suppress(asyncio.CancelledError):
-                    yield from asyncio.sleep(0).__await__()
-        self._end(value, error)
+                self.run.loop.call_soon(self._end, None, raised)
+            else:
+                self._end(None, raised)
+        else:
+            self.suspended()
+            return awaited
+        raise StopIteration
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
@@ -2138,7 +2163,7 @@ class Attempt:
             self._release_thread()
             self._end(None, None)
         else:
-            self.carrier.cancel()
+            self.carrier.task.cancel()
             self.timer.cancel()
             self.timer = self.run.loop.call_later(GRACE, self._overdue)
 
@@ -2158,7 +2183,7 @@ class Attempt:
         self._close()
         self._release_thread()
         if self.carrier is not None:
-            self.carrier.cancel()
+            self.carrier.task.cancel()
 
     def _close(self) -> None:
         self.over = True
@@ -2182,32 +2207,52 @@ class Attempt:
             self.run.concluded(self, seq)
 
 
-class Carrier:
-    """A task that waits for a callback to carry on with."""
+class Carrier(Coroutine[Any, Any, None]):
+    """What a callback's task runs: nothing until the callback has suspended for the first time, then
+    the rest of it. A state machine and not an `async def`, since it may be cancelled before its first
+    step, and must pass that on."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._job: asyncio.Future[tuple[Attempt, Any]] = loop.create_future()
-        self._moving = self._cancelled = False
-        self.task = loop.create_task(self._main(), name="workflows:callback")
-
-    async def _main(self) -> None:
-        attempt, awaited = await self._job
-        self._moving = True
-        if self._cancelled:
-            self.task.cancel()
-        await attempt.rest(awaited)
+        self._attempt: Attempt | None = None
+        self._awaited: Any = None  # what the callback waits for, and the task does not yet
+        self._fresh = True
+        self._job: asyncio.Future[None] = loop.create_future()
+        self._idle = self._job.__await__()
+        self.task = asyncio.Task(self, loop=loop, name="workflows:callback")
 
     def carry(self, attempt: Attempt, awaited: Any) -> None:
-        self._job.set_result((attempt, awaited))
+        self._attempt, self._awaited = attempt, awaited
+        _set_result(self._job, None)
         attempt.run.tasks.add(self.task)
         self.task.add_done_callback(attempt.run.tasks.discard)
 
-    def cancel(self) -> None:
-        """Cancels the callback, not the hand-over to it."""
-        if self._moving:
-            self.task.cancel()
-        else:
-            self._cancelled = True
+    def send(self, value: Any) -> Any:
+        if self._attempt is None:
+            return next(self._idle)
+        if self._fresh:
+            return self._take_over()
+        return self._attempt.carry_on(value, None)
+
+    def throw(self, *thrown: Any) -> Any:
+        error = thrown[0] if isinstance(thrown[0], BaseException) else thrown[1]
+        if self._attempt is None:
+            raise error
+        if self._fresh:
+            awaited = self._take_over()
+            if awaited is not None and awaited.cancel():
+                return awaited  # as `Task.cancel` does it
+        return self._attempt.carry_on(None, error)
+
+    def _take_over(self) -> Any:
+        self._fresh = False
+        return self._awaited
+
+    def close(self) -> None:
+        if self._attempt is not None:
+            self._attempt.coroutine.close()
+
+    def __await__(self) -> Any:
+        raise NotImplementedError
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
@@ -2249,15 +2294,16 @@ class Run:
         ] = []  # calls that `run` has cancelled since it last did something
         self._held = 0  # replayed calls that wait for `run` to cancel them again
         self._todo = bound.step_limit
-        self._quiet = self._writing = 0
-        self._ticking = self._idling = False
+        self._writing = 0
+        self.moved = 0  # the turn of the loop in which it last did something
+        self._settling = self._idling = False
         self._timer: Any = None
         self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     def begin(self) -> None:
-        self.task = self.loop.create_task(
-            self._main(), name=f"workflows:{self.bound.name}:{self.id}"
-        )
+        # Not by `loop.create_task`, whose factory may begin it before we know it.
+        name = f"workflows:{self.bound.name}:{self.id}"
+        self.task = asyncio.Task(self._main(), loop=self.loop, name=name)
         self.task.add_done_callback(self._main_ended)
         self._check_pause()
 
@@ -2282,9 +2328,12 @@ class Run:
         try:
             if self.dead:
                 await self._leave()
-            self._quiet = 0
+            self.moved = self.engine.turn
+            _check_name(call.name)
             step = self.steps.get(call.key)
-            if step is None or step.state == "pending":
+            if call.kind == "do" and not (step and step.called):
+                self._count_step()
+            if step is None or step.state in ("new", "pending"):
                 begin = self._plan(call, step)
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
@@ -2296,7 +2345,7 @@ class Run:
             elif not step.queued:
                 step.called = True
                 return self._value(step, call)
-            elif self._inbox[0] is step and self._is_alone(asyncio.current_task()):
+            elif self._inbox[0] is step and self._is_alone():
                 step.called = True
                 self._inbox.popleft().queued = False
                 return self._value(step, call)
@@ -2306,13 +2355,25 @@ class Run:
         finally:
             self.open_calls.discard(call)
 
-    def _is_alone(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether nothing but this task could notice that a result comes without a pause: it is that
-        of `run` itself, and there is no other call."""
-        return task is self.task and len(self.open_calls) == 1
+    def _count_step(self) -> None:
+        self._todo -= 1
+        if self._todo < 0:
+            limit = self.bound.step_limit
+            raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
+
+    def _is_alone(self) -> bool:
+        """Whether nothing of the run can happen before the task that calls a step goes on: it is that
+        of `run` itself, there is no other call, and no task is ready to make one. Then a result that
+        comes without a pause changes nothing."""
+        return (
+            len(self.open_calls) == 1
+            and not self.engine.ready
+            and asyncio.current_task() is self.task
+        )
 
     async def _turn(self, step: Step) -> None:
         step.waiter = self.loop.create_future()
+        step.alone = self._is_alone()
         step.task = asyncio.current_task()
         self._arm()
         try:
@@ -2341,7 +2402,9 @@ class Run:
 
     def _value(self, step: Step, call: StepCall) -> Any:
         """What the caller gets: always from what was stored, also the first time."""
-        fresh, step.fresh, data, step.data = step.fresh, None, step.data, None
+        fresh, step.fresh, data = step.fresh, None, step.data
+        if not step.nested:
+            step.data = None  # nobody asks again; the next attempt of an outer step does
         if step.state == "error":
             error = rebuild_error(decode(data or "null"))
             raise error.with_traceback(
@@ -2359,14 +2422,7 @@ class Run:
     def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
         """Checks a call that has no result yet; the answer begins it. Nothing is stored for one that
         is refused."""
-        _check_name(call.name)
         if call.kind == "do":
-            if step is None or not step.called:
-                self._todo -= 1
-                if self._todo < 0:
-                    raise _fatal(
-                        "limit.steps", f"a run may call {self.bound.step_limit} steps (limit steps)"
-                    )
             return self._plan_do(call, step)
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
@@ -2374,7 +2430,7 @@ class Run:
 
     def _plan_do(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
         given, callback = _do_arguments(call)
-        if step is not None and step.attempts:
+        if step is not None and step.config is not None:
             config = StepConfig.load(step.config)
         elif given is None:
             config = _DEFAULT_CONFIG
@@ -2450,18 +2506,16 @@ class Run:
         return begin
 
     def _check_sleep(self, call: StepCall, ms: int) -> None:
-        if ms > self.engine.limits.max_sleep:
-            raise _fatal(
-                "limit.sleep",
-                f"{call.kind} {call.name!r}: {ms} ms is longer than {self.engine.limits.max_sleep} ms "
-                "(limit max_sleep)",
-            )
+        longest = self.engine.limits.max_sleep
+        if ms > longest:
+            message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
+            raise _fatal("limit.sleep", message)
 
     def _wait(self, step: Step, rows: list[RowTail], wait: tuple[Any, ...]) -> None:
         """Hands a sleep, an event wait or a retry delay to the store, which knows when it ends."""
         step.state = "pending"
         self._waiting.add(step.key)
-        self._post(self.engine.store.wait, rows, wait, then=lambda *_: self._arm())
+        self._post(self.engine.store.wait, rows, wait, then=_ignore)
 
     # -- attempts ---------------------------------------------------------------------------------------
 
@@ -2479,17 +2533,17 @@ class Run:
             self._start(attempt)
 
     def _may_start(self, attempt: Attempt) -> bool:
-        if self.status == "waitingForPause":
-            return attempt.step.nested  # or the outer callback could not finish
-        return self.status == "running"
+        if self.status == "waitingForPause" and attempt.step.nested:
+            return True  # or the outer callback could not finish
+        return self.status == "running" and not self.dead
 
-    def _start(self, attempt: Attempt) -> None:
-        if attempt.over or not self._may_start(attempt):
-            self.engine.threads.release()
-            if not attempt.over:
-                del self._attempts[attempt.step.key]
-                self._gate.append(attempt)
-            return
+    def _start(self, attempt: Attempt) -> bool:
+        if attempt.over:
+            return False
+        if not self._may_start(attempt):
+            del self._attempts[attempt.step.key]
+            self._gate.append(attempt)
+            return False
         attempt.threaded = attempt.plain
         attempt.begun = True
         attempt.step.attempts += 1
@@ -2499,6 +2553,7 @@ class Run:
             self.record_start(attempt, lambda *_: attempt.launch())
         else:
             attempt.launch()
+        return True
 
     def record_start(self, attempt: Attempt, then: Then) -> None:
         attempt.recorded = True
@@ -2530,19 +2585,18 @@ class Run:
             attempt.state = "done"
         else:
             size = 0
-            record = describe_error(error)
             final = isinstance(error, (NonRetryableError, WorkflowFatalError))
             if not final and number <= attempt.config.limit:
                 delay = attempt.config.delay_after(number, self.engine.limits.max_sleep)
                 attempt.state = "pending"
-                text = encode(record | {"retry_delay_ms": delay})[0]
+                text = encode_error(error, retry_delay_ms=delay)
                 row = ("failed", step.key, number, started, text, extra)
                 wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
                 self._waiting.add(step.key)
                 self._retries[step.key] = attempt.again()
                 post(store.wait, self.key, self.generation, [row], wait, then=attempt.stored)
                 return
-            attempt.state, attempt.text, attempt.fresh = "error", encode(record)[0], error
+            attempt.state, attempt.text, attempt.fresh = "error", encode_error(error), error
         row = (attempt.state, step.key, number, started, attempt.text, extra)
         post(store.record, self.key, self.generation, [row], size, True, then=attempt.stored)
 
@@ -2550,7 +2604,7 @@ class Run:
         """The end of an attempt is stored."""
         step = attempt.step
         self.seq = max(self.seq, seq)
-        self.careful = False
+        self.careful = self.careful and attempt.state == "pending"
         if self._attempts.get(step.key) is attempt:
             del self._attempts[step.key]
         if step.state == "pending":
@@ -2573,28 +2627,23 @@ class Run:
     def _arm(self) -> None:
         """Delivers the next result if that can disturb nobody; otherwise, or if the run may be idle,
         looks again when it has settled."""
-        if self._ticking or self.dead or self.status not in ("running", "waitingForPause"):
+        if self._settling or self.dead or self.status not in ("running", "waitingForPause"):
             return
         if self._inbox:
             step = self._inbox[0]
-            if step.waiter is not None and self._is_alone(step.task):
+            if step.waiter is not None and step.alone and len(self.open_calls) == 1:
                 self._deliver()
                 return
         elif not self._may_be_idle():
             return
-        self._ticking = True
-        self._quiet = 0
-        self.loop.call_soon(self._tick)
+        self._settling = True
+        self.moved = self.engine.turn
+        self.engine.when_settled(self)
 
-    def _tick(self) -> None:
-        self._quiet += 1
-        if self.dead:
-            return
-        if self._quiet < SETTLED:
-            self.loop.call_soon(self._tick)
-            return
-        self._ticking = False
-        if self.status not in ("running", "waitingForPause"):
+    def settled(self) -> None:
+        """Ten turns of the loop went by without a step call or a result."""
+        self._settling = False
+        if self.dead or self.status not in ("running", "waitingForPause"):
             return
         if any(step.waiter for step in self._inbox):
             while self._inbox[0].waiter is None:
@@ -2609,7 +2658,7 @@ class Run:
     def _deliver(self) -> None:
         step = self._inbox.popleft()
         step.queued = False
-        self._quiet = 0
+        self.moved = self.engine.turn
         assert step.waiter is not None
         _set_result(step.waiter, None)
 
@@ -2682,6 +2731,7 @@ class Run:
         if type(result) is int:
             self.seq = max(self.seq, result)
         then(result, error)
+        self._arm()
 
     # -- cancelled calls --------------------------------------------------------------------------------
 
@@ -2731,7 +2781,7 @@ class Run:
         if self._cancelled:
             self._record_cancelled()
         if error is not None:
-            text, status = encode(describe_error(error))[0], "errored"
+            text, status = encode_error(error), "errored"
         size = size_of(text) if error is None else 0
         self.engine.store.post(
             self.engine.store.finish,
@@ -2746,7 +2796,7 @@ class Run:
 
     def _stored(self, _: Any, refused: BaseException | None) -> None:
         if isinstance(refused, WorkflowFatalError):  # the output was too large
-            text = encode(describe_error(refused))[0]
+            text = encode_error(refused)
             self.engine.store.post(
                 self.engine.store.finish,
                 self.key,
@@ -2791,7 +2841,9 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        return [key for key, attempt in self._attempts.items() if attempt.recorded]
+        return [
+            key for key, attempt in self._attempts.items() if attempt.recorded and not attempt.state
+        ]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
@@ -2811,7 +2863,7 @@ class Run:
 
     def busy(self) -> bool:
         """Whether it will go on by itself, as far as we can see."""
-        return self._ticking or self.dead
+        return self._settling or self.dead
 
     def __str__(self) -> str:
         return f"{self.bound.name} {self.id}"
@@ -2827,7 +2879,7 @@ def _fatal(code: str, message: str) -> WorkflowFatalError:
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str):
-        raise _fatal("step.invalid_name", f"a step's name is {name!r}: expected a str")
+        raise _fatal("step.invalid_name", f"a step's name is {_show(name)}: expected a str")
     if len(name) > 256:
         raise _fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
     if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
@@ -2843,7 +2895,7 @@ def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
     raise error(
-        f"{type!r} is not an event type: expected 1 to 100 letters, digits, '_' and '-', not beginning with '-'",
+        f"{_show(type)} is not an event type: expected 1 to 100 letters, digits, '_' and '-', not beginning with '-'",
         code="event.invalid_type",
     )
 
@@ -2871,12 +2923,12 @@ def _do_arguments(call: StepCall) -> tuple[Any, Callable[..., Any]]:
     if not callable(callback):
         raise _fatal(
             "step.invalid_callback",
-            f"step {call.name!r}: the callback is {callback!r}: expected an async or plain function",
+            f"step {call.name!r}: the callback is {_show(callback)}: expected an async or plain function",
         )
     config = options.get("config")
     if config is not None and not isinstance(config, Mapping):
         raise _fatal(
-            "step.invalid_config", f"step {call.name!r}: config is {config!r}: expected a dict"
+            "step.invalid_config", f"step {call.name!r}: config is {_show(config)}: expected a dict"
         )
     return config, callback
 
@@ -2985,24 +3037,26 @@ class Engine:
     ) -> None:
         path = os.fspath(database)
         if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {database!r}: expected a path")
+            raise TypeError(f"database is {_show(database)}: expected a path")
         if env is not None and not isinstance(env, Mapping):
             raise TypeError(f"env is {type(env).__name__}: expected a dict")
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits is {type(limits).__name__}: expected Limits")
         if clock is not None and not isinstance(clock, Clock):
             raise TypeError(f"clock is {type(clock).__name__}: expected a Clock")
-        self.path = path if path == ":memory:" else os.path.abspath(path)
+        self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits = limits or Limits()
         self.clock = clock or Clock()
         self.hibernate_after = parse_duration(hibernate_after)
+        self.turn = 0  # of the loop, counted while somebody needs to know
+        self._settling: deque[tuple[int, Run]] = deque()
         self.activity = 0  # counts what callbacks do
         self.carriers: list[Carrier] = []  # idle ones
         self.runs: dict[int, Run] = {}  # by the instance's key
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
-        self._loading: dict[int, Instance] = {}
+        self._loading: set[tuple[int, int]] = set()  # (key, generation)
         self._watchers: dict[int, list[Callable[[], None]]] = {}
 
     # -- bindings -----------------------------------------------------------------------------------------
@@ -3020,22 +3074,22 @@ class Engine:
         steps that a run may call, up to 25,000."""
         if not (isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)):
             raise TypeError(
-                f"{cls!r} is not a workflow: expected a class that extends WorkflowEntrypoint"
+                f"{_show(cls)} is not a workflow: expected a class that extends WorkflowEntrypoint"
             )
         if cls.run is WorkflowEntrypoint.run or not callable(cls.run):
             raise TypeError(f"{cls.__name__} has no run(self, event, step)")
         name = _kebab(cls.__name__) if name is None else name
         if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} is not a workflow name: expected up to 64 letters, digits, '_', '-'"
+                f"{_show(name)} is not a workflow name: expected up to 64 letters, digits, '_', '-'"
             )
         binding = name.upper().replace("-", "_") if binding is None else binding
         if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
             raise ValueError(
-                f"{binding!r} is not a binding: expected an identifier like MY_WORKFLOW"
+                f"{_show(binding)} is not a binding: expected an identifier like MY_WORKFLOW"
             )
         if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
-            raise ValueError(f"steps is {steps!r}: expected a whole number from 1 to 25,000")
+            raise ValueError(f"steps is {_show(steps)}: expected a whole number from 1 to 25,000")
         if name in self._workflows:
             raise ValueError(f"workflow {name!r} is bound already")
         if binding in self.env:
@@ -3060,10 +3114,16 @@ class Engine:
         if self._state != "new":
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
+        # What the loop will run next; a loop that doesn't show it is taken to be busy always.
+        self.ready: Sized = getattr(self.loop, "_ready", (None,))
         self.threads = Threads(self.loop)
         self.store = Store(self.path, self.clock, self.limits, self.loop)
         self.store.deliver, self.store.broke = self._deliver, self._broke
-        await self.store.start()
+        try:
+            await self.store.start()
+        except asyncio.CancelledError:
+            self.store.ops.put(None)
+            raise
         self._state = "open"
         self.clock.engines.append(self)
         for binding, workflow in self.env.items():
@@ -3072,7 +3132,16 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        leaving = self.loop.create_task(self._leave())
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:
+            await leaving  # it takes a second at most
+            raise
+
+    async def _leave(self) -> None:
         self._state = "closed"
+        self.store.closing = True
         self.clock.engines.remove(self)
         runs = list(self.runs.values())
         for run in runs:
@@ -3082,8 +3151,8 @@ class Engine:
             self._release(run.key, run.generation, run.interrupted())
             if run.successor is not None:
                 self._release(run.successor.key, run.successor.generation, [])
-        for inst in self._loading.values():
-            self._release(inst.key, inst.generation, [])
+        for life in self._loading:
+            self._release(*life, [])
         self.store.ops.put(None)
         await self.store.closed
         self.store.thread.join()
@@ -3104,8 +3173,8 @@ class Engine:
         if self.store.failure is not None:
             raise WorkflowInternalError(str(self.store.failure))
 
-    async def call(self, op: Callable[..., Any], *args: Any) -> Any:
-        """The result of a store operation, once it is committed."""
+    async def call(self, op: str, *args: Any) -> Any:
+        """The result of one of the store's operations, once it is committed."""
         self._check_open()
         future: asyncio.Future[Any] = self.loop.create_future()
 
@@ -3115,7 +3184,7 @@ class Engine:
             else:
                 _set_result(future, result)
 
-        self.store.post(op, *args, then=resolve)
+        self.store.post(getattr(self.store, op), *args, then=resolve)
         return await future
 
     # -- what the store tells, on the loop ----------------------------------------------------------------
@@ -3123,7 +3192,10 @@ class Engine:
     def _deliver(self, results: list[Any], news: list[News], touched: set[int] | None) -> None:
         self.store.pending -= len(results)
         for then, result, error in results:
-            then(result, error)
+            try:
+                then(result, error)
+            except Exception:
+                log.exception("a bug in workflows.py: please report it")
         for item in news:
             self._hear(item)
         self._wake(touched)
@@ -3138,30 +3210,25 @@ class Engine:
             run.on_news(inst, news.rows)
         else:
             run.unload()
-            run.successor = inst if news.admitted else None
+            if news.admitted:
+                run.successor = inst
 
     def _load(self, inst: Instance) -> None:
         if self._state != "open":
             self._release(inst.key, inst.generation, [])
             return
-        self._loading[inst.key] = inst
-        self.store.post(
-            self.store.load,
-            inst.key,
-            inst.generation,
-            then=functools.partial(self._begin, inst.key),
-        )
+        life = (inst.key, inst.generation)
+        self._loading.add(life)
+        self.store.post(self.store.load, *life, then=functools.partial(self._begin, life))
 
-    def _begin(self, key: int, loaded: Any, _: BaseException | None) -> None:
-        admitted = self._loading.pop(key)
-        if loaded is None:
-            return
-        inst, rows, waits, workflow = loaded
+    def _begin(self, life: tuple[int, int], loaded: Any, _: BaseException | None) -> None:
+        self._loading.discard(life)
         if self._state != "open":
-            self._release(admitted.key, admitted.generation, [])
-            return
-        self.runs[key] = run = Run(self, self._workflows[workflow], inst, rows, waits)
-        run.begin()
+            self._release(*life, [])
+        elif loaded is not None:
+            inst, rows, waits, workflow = loaded
+            self.runs[inst.key] = run = Run(self, self._workflows[workflow], inst, rows, waits)
+            run.begin()
 
     def unloaded(self, run: Run) -> None:
         """A life has ended; the next one may begin."""
@@ -3197,6 +3264,23 @@ class Engine:
             and (self.store.pending > 0 or bool(self._loading) or self.threads.fresh())
         ) or any(run.busy() for run in self.runs.values())
 
+    def when_settled(self, run: Run) -> None:
+        """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
+        if not self._settling:
+            self.loop.call_soon(self._next_turn)
+        self._settling.append((self.turn + SETTLED, run))
+
+    def _next_turn(self) -> None:
+        self.turn += 1
+        while self._settling and self._settling[0][0] <= self.turn:
+            _, run = self._settling.popleft()
+            if run.moved + SETTLED > self.turn and not run.dead:
+                self._settling.append((run.moved + SETTLED, run))
+            else:
+                run.settled()
+        if self._settling:
+            self.loop.call_soon(self._next_turn)
+
     def watch(self, key: int, callback: Callable[[], None]) -> None:
         """Calls back once, when something was written about the instance (or may have been)."""
         self._watchers.setdefault(key, []).append(callback)
@@ -3210,11 +3294,8 @@ class Engine:
 
 
 def _kebab(name: str) -> str:
-    return (
-        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-        .replace("_", "-")
-        .lower()
-    )
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return words.replace("_", "-").strip("-").lower()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3241,7 +3322,7 @@ class Workflow:
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`, `limit.retention`."""
         entry = self._entry(_merge(options, given, _CREATE, "create"), "")
-        made = await self.engine.call(self.engine.store.create, self.name, [entry], "binding")
+        made = await self.engine.call("create", self.name, [entry], "binding")
         if not made:
             raise WorkflowError(
                 f"workflow {self.name!r} has an instance {entry[0]!r} already",
@@ -3264,7 +3345,7 @@ class Workflow:
                 f"the batch has {len(entries)} entries: expected 1 to {limit} (limit batch)",
                 code="limit.batch_size",
             )
-        made = await self.engine.call(self.engine.store.create, self.name, entries, "binding")
+        made = await self.engine.call("create", self.name, entries, "binding")
         return [WorkflowInstance(self, id) for id in made]
 
     def _entry(
@@ -3284,14 +3365,14 @@ class Workflow:
         if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
             return id
         raise WorkflowError(
-            f"{where}{id!r} is not an instance id: expected 1 to {limit} letters, digits, '_' and '-', "
+            f"{where}{_show(id)} is not an instance id: expected 1 to {limit} letters, digits, '_' and '-', "
             "not beginning with '-'",
             code="instance.invalid_id",
         )
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call(self.engine.store.find, self.name, self._check_id(id))
+        await self.engine.call("find", self.name, self._check_id(id))
         return WorkflowInstance(self, id)
 
 
@@ -3335,9 +3416,7 @@ class WorkflowInstance:
         return f"<WorkflowInstance {self.workflow.name} {self.id}>"
 
     async def _call(self, op: str, *args: Any) -> Any:
-        engine = self.workflow.engine
-        engine._check_open()
-        return await engine.call(getattr(engine.store, op), self.workflow.name, self.id, *args)
+        return await self.workflow.engine.call(op, self.workflow.name, self.id, *args)
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now."""
@@ -3507,7 +3586,7 @@ class ManualClock(Clock):
         """Returns when every instance waits: for ten turns of the loop nothing has happened."""
         for engine in self.engines:
             with contextlib.suppress(WorkflowInternalError):
-                await engine.call(engine.store.nothing)
+                await engine.call("nothing")
         quiet, seen = 0, -1
         while quiet <= SETTLED:
             activity = sum(engine.activity for engine in self.engines)
