@@ -80,10 +80,26 @@ from collections.abc import (
     Sized,
 )
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 # Documented for makers of tasks: docs.python.org/3/library/asyncio-extending.html
 _enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
+
+__all__ = [
+    *(
+        "Clock",
+        "Engine",
+        "InstanceStatus",
+        "Limits",
+        "ManualClock",
+        "NonRetryableError",
+        "Workflow",
+    ),
+    *("WorkflowEntrypoint", "WorkflowError", "WorkflowEvent", "WorkflowFatalError"),
+    *("WorkflowInstance", "WorkflowInternalError", "WorkflowStep", "WorkflowStepContext"),
+    *("WorkflowStepEvent", "WorkflowTimeoutError", "parse_duration"),
+]
 
 log = logging.getLogger("workflows")
 
@@ -966,7 +982,7 @@ class Instance(NamedTuple):
     def expiry(self) -> int | None:
         """When a finished instance is deleted."""
         kept = self.success_retention if self.status == "complete" else self.error_retention
-        return None if kept is None or self.ended is None else self.ended + kept
+        return None if self.ended is None or kept is None else self.ended + kept
 
 
 _COLUMNS = ", ".join(Instance._fields)
@@ -996,12 +1012,14 @@ class News(NamedTuple):
     admitted: bool = False
 
 
-Op = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any, BaseException | None], None]]
+Then = Callable[[Any, BaseException | None], None]
+Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
+Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
 
 
 class Store:
-    """The database, as seen from its own thread. `deliver(results, news, touched)` is called on the
-    loop after each commit; `broke(error, callbacks)` once, when storage fails."""
+    """The database, as seen from its own thread. After each commit `deliver(results, news, touched)`
+    is called on the loop; when storage fails, `broke(error, callbacks)`."""
 
     def __init__(
         self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
@@ -1015,42 +1033,39 @@ class Store:
         self.closing = False  # nothing new begins
         self.owner = False
         self.bound: dict[int, str] = {}  # workflow key → name
-        self._inherited: set[int] = set()  # workflows whose last owner may have left something
-        self._lock: sqlite3.Connection | None = None
+        self.followed: set[int] = set()  # instances of which every row is wanted, not only the last
         self.next_wake: float = math.inf  # nothing is due before
+        self._inherited: set[int] = set()  # workflows whose last owner may have left something
         self._stir = False  # something may be due, or a slot free
         self._outside = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         self._heads: dict[int, Head] = {}
         self._touched: set[int] = set()  # instances whose watchers want to know
-        self.followed: set[int] = set()  # those of which every row is wanted, not only the last
         self._news: list[News] = []
+        self._lock: sqlite3.Connection | None = None
         self._warned: set[str] = set()
-        self._room = 0  # so many more may be queued before we must count again
-        self._created: deque[float] = deque()
         self._forgotten = False
         self._version = 0  # of the data, as of our last look
         self._looked = self._contended = -math.inf
         self._checked = time.monotonic()
 
-    # -- the thread ---------------------------------------------------------------------------------
+    # -- the thread
 
     def start(self) -> asyncio.Future[None]:
         """Opens the database in a new thread; the future fails if that is refused."""
         opened: asyncio.Future[None] = self.loop.create_future()
         self.closed: asyncio.Future[None] = self.loop.create_future()
-        self.thread = threading.Thread(
-            target=self._main, args=(opened,), daemon=True, name="workflows-store"
-        )
+        self.thread = threading.Thread(target=self._main, args=(opened,), daemon=True)
         self.thread.start()
         return opened
 
-    def post(
-        self, op: Callable[..., Any], *args: Any, then: Callable[[Any, BaseException | None], None]
-    ) -> None:
+    def post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
         """Queues an operation; `then(result, error)` runs on the loop once it is committed."""
         self.pending += 1
         self.ops.put((op, args, then))
+
+    def nothing(self) -> None:
+        """An operation that is done when all before it are."""
 
     def _main(self, opened: asyncio.Future[None]) -> None:
         try:
@@ -1060,7 +1075,10 @@ class Store:
         except Exception as error:
             self._tell(_set_exception, opened, _storage_error(self.path, error))
         finally:
-            self._close()
+            self._release()
+            if hasattr(self, "_db"):
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.close()
             self._tell(_set_result, self.closed, None)
 
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
@@ -1076,29 +1094,10 @@ class Store:
             try:
                 if self.failure is None:
                     self._turn(batch)
-                else:
+                elif batch:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
                 self._fail(error, [then for _, _, then in batch])
-
-    def _turn(self, batch: list[Op]) -> None:
-        """One round of the thread: a transaction if there is reason for one, then the regular looks."""
-        moment = time.monotonic()
-        if not batch or moment > self._looked + TICK:
-            self._looked = moment
-            version, self._version = self._version, self._data_version()
-            if version != self._version:
-                self._outside = self._stir = True
-        if batch or self._outside or (self.owner and self._is_due()):
-            self._transact(batch)
-        if self.bound and not self.owner and moment > self._contended + 0.2:
-            self._contended = moment
-            self._contend()
-        if moment > self._checked + 1:
-            self._checked = moment
-            self._forgotten = self.loop.is_closed()
-            self._check_files()
-            self._warn_unbound()
 
     def _gather(self) -> tuple[list[Op], bool]:
         """Everything that is queued; waits for it until the next tick or the next wake."""
@@ -1117,18 +1116,36 @@ class Store:
         except queue.Empty:
             return batch, False
 
-    def nothing(self) -> None:
-        """An operation that is done when all before it are."""
+    def _turn(self, batch: list[Op]) -> None:
+        """One round of the thread: a transaction if there is reason for one, then the regular looks."""
+        moment = time.monotonic()
+        if not batch or moment > self._looked + TICK:
+            self._looked = moment
+            self._look_outside()
+        if batch or self._outside or (self.owner and self._is_due()):
+            self._transact(batch)
+        if self.bound and not self.owner and moment > self._contended + 0.2:
+            self._contended = moment
+            self._contend()
+        if moment > self._checked + 1:
+            self._checked = moment
+            self._check()
+
+    def _look_outside(self) -> None:
+        try:
+            version, (self._version,) = self._version, self._one("PRAGMA data_version")
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
+                raise
+        else:
+            self._outside = self._outside or version != self._version
+            self._stir = self._stir or self._outside
 
     def _is_due(self) -> bool:
-        return self._stir or self.next_wake <= self.clock.now()
-
-    def _data_version(self) -> int:
-        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        return not self.closing and (self._stir or self.next_wake <= self.clock.now())
 
     def _transact(self, batch: list[Op]) -> None:
         results: list[Any] = []
-        outside, self._outside = self._outside, False
         self._begin()
         if records := [args[0] for op, args, _ in batch if op == self.record]:
             self._read_heads(records)
@@ -1137,105 +1154,108 @@ class Store:
                 results.append((then, op(*args), None))
             except WorkflowError as refused:
                 results.append((then, None, refused))
-        if self.owner and self._is_due() and not self.closing:
+        if self.owner and self._is_due():
             self._schedule()
         self._flush()
         self._db.execute("COMMIT")
+        batch.clear()
+        outside, self._outside = self._outside, False
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
         if results or news or touched or outside:
             self._tell(self.deliver, results, news, None if outside else touched)
 
     def _begin(self) -> None:
-        """Takes the write lock; another process may hold it for a while, but not without notice."""
+        """Takes the write lock. Another process may hold it, but not for long without notice; SQLite's
+        own way to wait for it sleeps too long to be fair."""
+        began = time.monotonic()
         while True:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                if not _is_busy(error):
                     raise
+            if time.monotonic() > began + 5:
+                began = math.inf
                 log.warning(
-                    "%s: another process has held the write lock for seconds; waiting", self.path
+                    "%s: another process has held the write lock for 5 s; waiting", self.path
                 )
+            time.sleep(0.001)
 
-    def _fail(self, error: BaseException, callbacks: list[Any]) -> None:
+    def _fail(self, error: BaseException, callbacks: list[Then]) -> None:
         """Storage failed: nothing of the batch is stored, and nothing more will be."""
         self.failure = _storage_error(self.path, error)
         log.critical("%s; the engine stops here", self.failure, exc_info=error)
-        self._rows.clear()
-        self._heads.clear()
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("ROLLBACK")
         self._release()
         self._tell(self.broke, self.failure, callbacks)
 
-    # -- the file -----------------------------------------------------------------------------------
+    # -- the file
 
     def _open(self) -> None:
         memory = self.path == ":memory:"
         if not memory:
             self._inspect()
-        self._db = sqlite3.connect(
-            self.path, timeout=5, isolation_level=None, cached_statements=256
-        )
-        db = self._db
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA fullfsync = 1")
+        self._db = sqlite3.connect(self.path, isolation_level=None, cached_statements=256)
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA fullfsync = 1")
         self._begin()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (version,) = self._one("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
         # In one transaction, and before WAL mode: so the main file always says whose it is.
-        for step in range(version, SCHEMA_VERSION):
-            for statement in _SCHEMA[step].split(";\n"):
-                db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
-        if not memory and db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        for script in _SCHEMA[version:]:
+            for statement in script.split(";\n"):
+                self._db.execute(statement)
+        if version < SCHEMA_VERSION:
+            self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._db.execute("COMMIT")
+        if not memory and self._one("PRAGMA journal_mode = WAL") != ("wal",):
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-        self._files = [] if memory else [(p, os.stat(p)) for p in (self.path,)]
+        self._db.execute("PRAGMA busy_timeout = 0")  # from here on `_begin` waits
+        self._files = [] if memory else [(self.path, os.stat(self.path))]
 
     def _inspect(self) -> None:
         """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a plain
         file of our own would drop the locks that another engine of this process holds on it."""
         if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
             return
-        uri = "file:" + os.path.abspath(self.path).replace("%", "%25").replace("?", "%3f").replace(
-            "#", "%23"
-        )
-        db = sqlite3.connect(uri + "?mode=ro&immutable=1", uri=True)
-        try:
-            (mark,), (version,) = (
-                db.execute(f"PRAGMA {name}").fetchone()
-                for name in ("application_id", "user_version")
-            )
-        finally:
-            db.close()
+        uri = Path(self.path).as_uri() + "?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            (mark,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
         if mark != APPLICATION_ID:
             raise WorkflowInternalError("not a database of this module")
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
 
-    def _check_files(self) -> None:
-        """SQLite goes on writing into a file that was removed or replaced; nobody would read it."""
+    def _check(self) -> None:
+        """The look once a second. SQLite goes on writing into a file that was removed or replaced,
+        where nobody would read it; and the owner may be asked for what it can't do."""
         for path, was in self._files:
             try:
                 same = os.path.samestat(os.stat(path), was)
             except OSError:
                 same = False
             if not same:
-                self._fail(WorkflowInternalError(f"{path} was removed or replaced"), [])
-                return
+                raise WorkflowInternalError(f"{path} was removed or replaced")
+        self._forgotten = self.loop.is_closed()
+        if not self.owner:
+            return
+        sql = """SELECT key, name FROM workflows AS w WHERE
+                 EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
+                 OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
+        self._begin()
+        for key, name in self._db.execute(sql, (self.clock.now(),)).fetchall():
+            if key not in self.bound and name not in self._warned:
+                self._warned.add(name)
+                log.warning("%s: there is work for %r, which is not bound here", self.path, name)
+        self._db.execute("COMMIT")
 
-    def _close(self) -> None:
-        self._release()
-        if hasattr(self, "_db"):
-            with contextlib.suppress(sqlite3.Error):
-                self._db.close()
-
-    # -- the owner ----------------------------------------------------------------------------------
+    # -- the owner
 
     def _contend(self) -> None:
         """Tries to become the one that runs instances: the holder of an exclusive transaction on a
@@ -1246,13 +1266,12 @@ class Store:
                 self._lock = sqlite3.connect(path, timeout=0, isolation_level=None)
             try:
                 self._lock.execute("BEGIN EXCLUSIVE")
-                self._files = [*self._files[:1], (path, os.stat(path))]
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                if _is_busy(error):
                     return
                 raise
-        self.owner = True
-        self._stir = True
+            self._files = [*self._files[:1], (path, os.stat(path))]
+        self.owner = self._stir = True
         self._inherited = set(self.bound)
         self._transact([])
 
@@ -1263,56 +1282,23 @@ class Store:
                 self._lock.close()
             self._lock = None
 
-    def _recover(self, workflow: int) -> None:
-        """Takes over what a dead owner left running."""
-        for status in ("running", "waitingForPause"):
-            for inst in self._instances("workflow = ? AND status = ?", workflow, status):
-                if status == "running":
-                    self._enqueue(inst, careful=1)
-                else:
-                    self._put_to_pause(inst, careful=1)
-
-    def _warn_unbound(self) -> None:
-        if not self.owner:
-            return
-        for key, name in self._db.execute("SELECT key, name FROM workflows").fetchall():
-            if key not in self.bound and name not in self._warned and self._has_work(key):
-                self._warned.add(name)
-                log.warning(
-                    "%s: there is work for workflow %r, which is not bound here", self.path, name
-                )
-
-    def _has_work(self, workflow: int) -> bool:
-        return any(
-            self._db.execute(
-                f"SELECT 1 FROM instances WHERE workflow = ? AND {what} LIMIT 1", (workflow, *args)
-            ).fetchone()
-            is not None
-            for what, args in (
-                ("status IN ('queued', 'running')", ()),
-                ("wake <= ?", (self.clock.now(),)),
-            )
-        )
-
-    # -- scheduling: what is due, and who may run ------------------------------------------------------
+    # -- scheduling: what is due, and who may run
 
     def _schedule(self) -> None:
         """The owner's look at the database: everything whose `wake` has come, then the queue."""
         now = self.clock.now()
         self._stir = False
-        while self._inherited:
-            self._recover(self._inherited.pop())
-        for workflow in self.bound:
-            for inst in self._instances(
-                "workflow = ? AND wake <= ? ORDER BY wake LIMIT ?", workflow, now, BATCH
-            ):
-                self._look_at(inst, now)
+        for workflow in self._inherited:  # from an owner that died
+            for inst in self._instances("workflow = ? AND status = 'running'", workflow):
+                self._enqueue(inst, careful=1)
+            for inst in self._instances("workflow = ? AND status = 'waitingForPause'", workflow):
+                self._put_to_pause(inst, careful=1)
+        self._inherited.clear()
+        for inst in self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH):
+            self._look_at(inst, now)
         self._admit(now)
-        self.next_wake = math.inf
-        for workflow in self.bound:
-            sql = "SELECT wake FROM instances WHERE workflow = ? AND wake IS NOT NULL ORDER BY wake LIMIT 1"
-            for (wake,) in self._db.execute(sql, (workflow,)).fetchall():
-                self.next_wake = min(self.next_wake, wake)
+        wakes = [inst.wake for inst in self._of_bound("wake IS NOT NULL ORDER BY wake LIMIT 1")]
+        self.next_wake = min(wake for wake in (*wakes, math.inf) if wake is not None)
 
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
@@ -1321,19 +1307,16 @@ class Store:
             if inst.id is None or (expiry is not None and expiry <= now):
                 self._purge(inst.key)
             else:
-                self._update(inst.key, wake=expiry)
+                self._change(inst.key, wake=expiry)
         elif inst.status == "paused":
-            self._update(inst.key, wake=None)
+            self._change(inst.key, wake=None)
         else:
             rows = self._settle(inst, now)
             if rows and inst.status == "waiting":
-                inst = self._enqueue(inst)
-            inst = self._update(inst.key, wake=self._earliest(inst.key))
+                self._enqueue(inst)
+            (due,) = self._one("SELECT min(due) FROM waits WHERE instance = ?", inst.key)
+            inst = self._change(inst.key, wake=due)
         self._news.append(News(inst, rows))
-
-    def _earliest(self, key: int) -> int | None:
-        row = self._db.execute("SELECT min(due) FROM waits WHERE instance = ?", (key,)).fetchone()
-        return None if row is None else row[0]
 
     def _settle(self, inst: Instance, now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same transaction."""
@@ -1349,85 +1332,72 @@ class Store:
             self._db.execute(
                 "DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq)
             )
+            kind, data, extra = "slept", None, None
             if wait.kind == "retry":
-                rows.append(Row(0, now, "due", wait.step, None, None, None, None))
-                continue
-            data = extra = None
-            kind = "slept"
-            if event is not None:
-                kind, where = "event", (inst.key, wait.event, event[0])
+                kind = "due"
+            elif event is not None:
+                kind = "event"
                 sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
-                ((data,),) = self._db.execute(sql, where).fetchall()
+                (data,) = self._one(sql, inst.key, wait.event, event[0])
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
             elif wait.event is not None:
                 kind = "timeout"
                 late = WorkflowTimeoutError(f"Execution timed out after {wait.due - wait.at}ms")
                 data = encode_error(late)
-            row = (kind, wait.step, None, None, data, extra)
-            rows.append(Row(self._write(inst.key, [row]), now, *row))
+            row: RowTail = (kind, wait.step, None, None, data, extra)
+            seq = self._change(inst.key, [row]).seq
+            rows.append(Row(seq, now, *row))
         return rows
 
     def _admit(self, now: int) -> None:
         """Gives free slots to the queue: woken instances first, then first come first served."""
-        queued: list[Instance] = []
-        for workflow in self.bound:
-            where = "workflow = ? AND status = 'queued' ORDER BY place, key LIMIT ?"
-            queued += self._instances(where, workflow, BATCH)
-        free = len(queued)
+        free = BATCH
+        queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
         if queued and self.limits.running is not None:
-            free = self.limits.running
-            for workflow in self.bound:
-                sql = """SELECT count(*) FROM instances WHERE workflow = ?
-                         AND status IN ('running', 'waitingForPause')"""
-                free -= self._db.execute(sql, (workflow,)).fetchone()[0]
+            sql = """SELECT count(*) FROM instances WHERE workflow = ?
+                     AND status IN ('running', 'waitingForPause')"""
+            running = sum(self._one(sql, workflow)[0] for workflow in self.bound)
+            free = max(0, min(BATCH, self.limits.running - running))
         queued.sort(key=lambda inst: (inst.place, inst.key))
-        self._stir = self._stir or BATCH <= len(queued) <= free
-        for inst in queued[: max(0, min(free, BATCH))]:
-            status = "started" if inst.started is None else "running"
+        self._stir = self._stir or free == BATCH <= len(queued)
+        for inst in queued[:free]:
+            row = "started" if inst.started is None else "running"
             started = now if inst.started is None else inst.started
-            seq = self._write(
-                inst.key, [_status_row(status)], status="running", place=None, started=started
-            )
-            inst = inst._replace(status="running", seq=seq, started=started)
+            inst = self._move(inst, "running", row=row, place=None, started=started)
             self._news.append(News(inst, [], True))
 
-    def _enqueue(self, inst: Instance, **columns: Any) -> Instance:
+    def _enqueue(self, inst: Instance, **columns: Any) -> None:
         """Puts an instance that has already run at its place in the queue: ahead of all new ones."""
         self._stir = True
         place = inst.place if inst.place is not None else self.clock.now() + WOKEN
-        self._write(inst.key, [_status_row("queued")], status="queued", place=place, **columns)
-        return inst._replace(status="queued", place=place)
+        self._move(inst, "queued", place=place, **columns)
 
     def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
         """A run that was pausing: on `resume` it goes on ahead of all new ones."""
-        self._write(
-            inst.key,
-            [_status_row("paused")],
-            status="paused",
-            paused=self.clock.now(),
-            place=self.clock.now() + WOKEN,
-            wake=None,
-            **columns,
-        )
-        self._news.append(News(inst._replace(status="paused"), []))
+        now = self.clock.now()
+        columns |= {"paused": now, "place": now + WOKEN, "wake": None}
+        self._news.append(News(self._move(inst, "paused", **columns), []))
 
-    # -- building blocks ------------------------------------------------------------------------------
+    # -- building blocks
+
+    def _one(self, sql: str, *args: Any) -> Any:
+        (row,) = self._db.execute(sql, args).fetchall()
+        return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
         self._flush()
         sql = f"SELECT {_COLUMNS} FROM instances WHERE {where}"
         return [Instance._make(row) for row in self._db.execute(sql, args)]
 
-    def _journal(self, key: int) -> list[Row]:
-        self._flush()
-        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? ORDER BY seq"
-        return [Row._make(row) for row in self._db.execute(sql, (key,))]
+    def _of_bound(self, where: str, *args: Any) -> list[Instance]:
+        where = f"workflow = ? AND {where}"
+        return [inst for workflow in self.bound for inst in self._instances(where, workflow, *args)]
 
     def _find(self, workflow: str, id: str) -> Instance | None:
         """The instance with that id, unless it has expired: then it is cleared away."""
         where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND id = ?"
         for inst in self._instances(where, workflow, id):
-            expiry = inst.expiry() if inst.status in FINISHED else None
+            expiry = inst.expiry()
             if expiry is None or expiry > self.clock.now():
                 return inst
             self._purge(inst.key)
@@ -1436,36 +1406,47 @@ class Store:
     def _get(self, workflow: str, id: str) -> Instance:
         inst = self._find(workflow, id)
         if inst is None:
-            raise WorkflowError(
-                f"workflow {workflow!r} has no instance {id!r}", code="instance.not_found"
-            )
+            message = f"workflow {workflow!r} has no instance {id!r}"
+            raise WorkflowError(message, code="instance.not_found")
         return inst
 
-    def _update(self, key: int, **columns: Any) -> Instance:
-        if columns.get("wake") is not None:
-            self.next_wake = min(self.next_wake, columns["wake"])
-        sets = ", ".join(f"{name} = ?" for name in columns)
-        sql = f"UPDATE instances SET {sets} WHERE key = ? RETURNING {_COLUMNS}"
-        (row,) = self._db.execute(sql, (*columns.values(), key)).fetchall()
-        return Instance._make(row)
+    def _journal(self, key: int) -> list[Row]:
+        self._flush()
+        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? ORDER BY seq"
+        return [Row._make(row) for row in self._db.execute(sql, (key,))]
 
-    def _write(self, key: int, rows: list[RowTail], size: int = 0, **columns: Any) -> int:
-        """Appends journal rows, and changes columns of the instance with them; returns the last seq."""
+    def _change(
+        self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
+    ) -> Instance:
+        """Appends journal rows, and changes columns of the instance with them."""
         self._flush()
         now = self.clock.now()
+        if (wake := columns.get("wake")) is not None:
+            self.next_wake = min(self.next_wake, wake)
         sets = "".join(f", {name} = ?" for name in columns)
         sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?{sets}
-                  WHERE key = ? RETURNING seq"""
-        values = (len(rows), now, size, *columns.values(), key)
-        ((seq,),) = self._db.execute(sql, values).fetchall()
-        self._append(key, seq, now, rows)
-        return int(seq)
+                  WHERE key = ? RETURNING {_COLUMNS}"""
+        inst = Instance._make(self._one(sql, len(rows), now, size, *columns.values(), key))
+        self._append(key, inst.seq, now, rows)
+        return inst
 
-    def _append(self, key: int, seq: int, now: int, rows: list[RowTail]) -> None:
-        first = seq - len(rows) + 1
-        for n, row in enumerate(rows):
-            self._rows.append((key, first + n, now, *row))
-        if key in self.followed or rows[-1][0] in FINISHED:
+    def _move(
+        self,
+        inst: Instance,
+        status: str,
+        data: str | None = None,
+        row: str = "",
+        size: int = 0,
+        **columns: Any,
+    ) -> Instance:
+        """Changes the status, and says so in the journal (as `row`, if that has a name of its own)."""
+        rows = [(row or status, None, None, None, data, None)]
+        return self._change(inst.key, rows, size, status=status, **columns)
+
+    def _append(self, key: int, seq: int, now: int, rows: Sequence[RowTail]) -> None:
+        for n, row in enumerate(rows, seq - len(rows) + 1):
+            self._rows.append((key, n, now, *row))
+        if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
 
     def _flush(self) -> None:
@@ -1474,14 +1455,11 @@ class Store:
             self._db.executemany(f"INSERT INTO journal VALUES (?{', ?' * 8})", self._rows)
             self._rows.clear()
         if self._heads:
+            sql = "UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ? WHERE key = ?"
             now = self.clock.now()
+            heads = [head for head in self._heads.values() if head.dirty]
             self._db.executemany(
-                "UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ? WHERE key = ?",
-                [
-                    (head.seq, head.state_bytes, head.careful, now, head.key)
-                    for head in self._heads.values()
-                    if head.dirty
-                ],
+                sql, [(h.seq, h.state_bytes, h.careful, now, h.key) for h in heads]
             )
             self._heads.clear()
 
@@ -1494,31 +1472,30 @@ class Store:
         for table in ("journal", "waits", "events"):
             self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
 
-    # -- operations of callers, in any process ----------------------------------------------------------
+    def _check_state(self, present: int, size: int) -> None:
+        limit = self.limits.instance_bytes
+        if size and limit is not None and present + size > limit:
+            message = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
+            raise _fatal("limit.instance_state", message)
 
-    def define(self, name: str, binding: str, class_name: str, steps: int | None) -> None:
+    # -- operations of callers, in any process
+
+    def define(self, name: str, binding: str, class_name: str, steps: int) -> None:
         """Records a bound name; from here on this process wants to own the database."""
         now = self.clock.now()
         sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
                  VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
                  class = excluded.class, steps = excluded.steps, modified = excluded.modified
                  RETURNING key"""
-        ((key,),) = self._db.execute(sql, (name, binding, class_name, steps, now, now)).fetchall()
+        (key,) = self._one(sql, name, binding, class_name, steps, now, now)
         self.bound[key] = name
         self._inherited.add(key)
         self._stir = True
 
-    def create(
-        self,
-        workflow: str,
-        entries: Sequence[tuple[str, str, int | None, int | None]],
-        trigger: str,
-    ) -> list[str]:
+    def create(self, workflow: str, entries: Sequence[Entry], trigger: str) -> list[str]:
         """Stores instances, in order; returns the ids of those that are new."""
         now = self.clock.now()
-        ((key,),) = self._db.execute(
-            "SELECT key FROM workflows WHERE name = ?", (workflow,)
-        ).fetchall()
+        (key,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
         sql = """INSERT OR IGNORE INTO instances (workflow, id, status, generation, seq, state_bytes,
                  careful, place, created, modified, success_retention, error_retention, trigger)
                  VALUES (?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)"""
@@ -1540,143 +1517,107 @@ class Store:
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
         """(key, status, data of the row that ended it)."""
         inst = self._get(workflow, id)
-        data = None
-        if inst.status in FINISHED:
-            self._flush()
-            sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
-            ((data,),) = self._db.execute(sql, (inst.key, inst.seq)).fetchall()
-        return inst.key, inst.status, data
+        if inst.status not in FINISHED:
+            return inst.key, inst.status, None
+        sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
+        return inst.key, inst.status, self._one(sql, inst.key, inst.seq)[0]
 
     def history(self, workflow: str, id: str) -> list[Row]:
         return self._journal(self._get(workflow, id).key)
+
+    def ended(self, keys: list[int]) -> set[int]:
+        """Which of these instances have finished, or are gone."""
+        sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
+                 ON i.key = asked.value WHERE i.id IS NULL OR i.ended IS NOT NULL"""
+        return {key for (key,) in self._db.execute(sql, (str(keys),))}
 
     def pause(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
         self._stir = True
         if inst.status == "running":
-            self._write(
-                inst.key, [_status_row("waitingForPause")], status="waitingForPause", wake=now
-            )
+            self._move(inst, "waitingForPause", wake=now)
         elif inst.status in ("waiting", "queued"):
-            self._write(inst.key, [_status_row("paused")], status="paused", paused=now, wake=now)
+            self._move(inst, "paused", paused=now, wake=now)
 
     def resume(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
         self._stir = True
         if inst.status == "waitingForPause":
-            self._write(inst.key, [_status_row("running")], status="running", wake=now)
+            self._move(inst, "running", wake=now)
         elif inst.status == "paused":
-            # What was due before the pause, and wasn't noticed, stays due: only the rest has stood still.
+            # What fell due before the pause, and wasn't noticed, stays due: only the rest stood still.
             paused = inst.paused or now
             sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
             self._db.execute(sql, (now - paused, inst.key, paused))
             status = "waiting" if inst.place is None else "queued"
-            self._write(inst.key, [_status_row(status)], status=status, paused=None, wake=now)
+            self._move(inst, status, paused=None, wake=now)
 
     def terminate(self, workflow: str, id: str, source: str) -> None:
         inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            raise WorkflowError(
-                f"instance {id!r} is {inst.status}: only an unfinished one can be terminated",
-                code="instance.cannot_terminate",
-            )
+            message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
+            raise WorkflowError(message, code="instance.cannot_terminate")
         now = self.clock.now()
         self._stir = True
-        self._write(
-            inst.key,
-            [_status_row("terminated")],
-            status="terminated",
-            generation=inst.generation + 1,
-            ended=now,
-            wake=now,
-            place=None,
-            termination=source,
-        )
+        ended: dict[str, Any] = {"ended": now, "wake": now, "place": None, "termination": source}
+        self._move(inst, "terminated", generation=inst.generation + 1, **ended)
 
     def restart(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
-        self._flush()
         sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
-        ((params,),) = self._db.execute(sql, (inst.key,)).fetchall()
+        (params,) = self._one(sql, inst.key)
         self._erase(inst.key)
         self._stir = True
-        self._write(
-            inst.key,
-            [("queued", None, None, None, params, None)],
-            size=size_of(params) - inst.state_bytes,
-            status="queued",
-            generation=inst.generation + 1,
-            careful=0,
-            place=now,
-            wake=now,
-            started=None,
-            ended=None,
-            paused=None,
-            termination=None,
-            rollback=None,
+        fresh: dict[str, Any] = dict.fromkeys(
+            ("started", "ended", "paused", "termination", "rollback")
         )
+        fresh |= {"generation": inst.generation + 1, "careful": 0, "place": now, "wake": now}
+        self._move(inst, "queued", params, size=size_of(params) - inst.state_bytes, **fresh)
 
     def delete(self, workflow: str, id: str) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
         inst = self._get(workflow, id)
-        now = self.clock.now()
         self._stir = True
-        self._update(
-            inst.key, id=None, status="terminated", generation=inst.generation + 1, wake=now
-        )
+        gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
+        self._change(inst.key, generation=inst.generation + 1, **gone)
         self._touched.add(inst.key)
 
     def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
         """Buffers an event; the owner's next look, usually in this very transaction, delivers it."""
         inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            raise WorkflowError(
-                f"instance {id!r} is {inst.status}: it takes no more events",
-                code="instance.not_running",
-            )
+            message = f"instance {id!r} is {inst.status}: it takes no more events"
+            raise WorkflowError(message, code="instance.not_running")
         size = size_of(payload)
         self._check_state(inst.state_bytes, size)
         now = self.clock.now()
-        columns = {} if inst.status == "paused" else {"wake": now}
         self._stir = True
-        sql = f"""UPDATE instances SET seq = seq + 1, state_bytes = state_bytes + ?
-                  {", wake = ?" if columns else ""} WHERE key = ? RETURNING seq"""
-        ((seq,),) = self._db.execute(sql, (size, *columns.values(), inst.key)).fetchall()
-        self._db.execute(
-            "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (inst.key, type, seq, now, payload)
-        )
+        look = {} if inst.status == "paused" else {"wake": now}
+        self._change(inst.key, (), size, seq=inst.seq + 1, **look)
+        values = (inst.key, type, inst.seq + 1, now, payload)
+        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
 
-    def _check_state(self, present: int, size: int) -> None:
-        limit = self.limits.instance_bytes
-        if size and limit is not None and present + size > limit:
-            raise _fatal(
-                "limit.instance_state",
-                f"the instance's state would exceed {limit} bytes (limit instance_bytes)",
-            )
-
-    # -- operations of a run: each is guarded, and does nothing (None) if the run is outdated -------------
+    # -- operations of a run: each is guarded, and answers None if the run is outdated
 
     def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
         """What a life begins with: the instance, its whole journal (in one query), the steps that
         wait, and the workflow's name."""
-        running = "status IN ('running', 'waitingForPause')"
-        for inst in self._instances(f"key = ? AND generation = ? AND {running}", key, generation):
-            rows = self._journal(key)
+        where = "key = ? AND generation = ? AND status IN ('running', 'waitingForPause')"
+        for inst in self._instances(where, key, generation):
             waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
-            return inst, rows, [step for (step,) in waits], self.bound[inst.workflow]
+            return inst, self._journal(key), [step for (step,) in waits], self.bound[inst.workflow]
         return None
 
     def record(
         self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
     ) -> int | None:
         """Appends what a run did. This is the hot path: see `Head`."""
-        head = self._heads.get(key)
-        if head is None:
+        if key not in self._heads:
             self._read_heads([key])
-            head = self._heads.get(key)
+        head = self._heads.get(key)
         if head is None or head.generation != generation:
             return None
         self._check_state(head.state_bytes, size)
@@ -1693,31 +1634,25 @@ class Store:
         for row in self._db.execute(sql, (str(keys),)):
             self._heads[row[0]] = Head(*row)
 
-    def wait(
-        self, key: int, generation: int, rows: list[RowTail], wait: tuple[Any, ...]
-    ) -> int | None:
+    def wait(self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]) -> int | None:
         """Appends the start of a sleep, of an event wait or of a retry delay."""
-        seq = self.record(key, generation, rows)
+        seq = self.record(key, generation, [row])
         if seq is not None:
             kind, step, event, due, fixed = wait
             now = self.clock.now()
-            self._db.execute(
-                "INSERT INTO waits VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, seq, now, kind, step, event, due, fixed),
-            )
+            sql = f"INSERT INTO waits VALUES (?{', ?' * 7})"
+            self._db.execute(sql, (key, seq, now, kind, step, event, due, fixed))
             look = due if event is None else now  # its event may be here already
-            self._db.execute(
-                "UPDATE instances SET wake = min(coalesce(wake, ?), ?) WHERE key = ?",
-                (look, look, key),
-            )
+            sql = "UPDATE instances SET wake = min(coalesce(wake, ?), ?) WHERE key = ?"
+            self._db.execute(sql, (look, look, key))
             self.next_wake = min(self.next_wake, look)
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: list[str]) -> int | None:
         """Records that calls were cancelled or interrupted. An event that one of them had been given
         but `run` never saw goes back to its place in the buffer."""
-        self._flush()
         seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
+        self._flush()
         for step in steps if seq is not None else ():
             self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
             sql = (
@@ -1725,31 +1660,27 @@ class Store:
             )
             for payload, extra in self._db.execute(sql, (key, step)).fetchall():
                 was = json.loads(extra)
-                sql = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)"
-                self._db.execute(sql, (key, was["type"], was["seq"], was["at"], payload))
-                self._update(key, wake=self.clock.now())
-                self._stir = True
+                values = (key, was["type"], was["seq"], was["at"], payload)
+                self._db.execute("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", values)
+                self._change(key, wake=self.clock.now())
         return seq
 
     def idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
-        for _ in self._instances(
-            "key = ? AND generation = ? AND status = 'running' AND seq = ?", key, generation, seq
-        ):
-            self._write(key, [_status_row("waiting")], status="waiting")
+        where = "key = ? AND generation = ? AND seq = ? AND status = 'running'"
+        for inst in self._instances(where, key, generation, seq):
+            self._move(inst, "waiting")
             self._stir = True
             return True
         return False
 
     def paused(self, key: int, generation: int) -> bool:
         """waitingForPause → paused, once nothing is in flight."""
-        for inst in self._instances(
-            "key = ? AND generation = ? AND status = 'waitingForPause'", key, generation
-        ):
+        where = "key = ? AND generation = ? AND status = 'waitingForPause'"
+        for inst in self._instances(where, key, generation):
             self._put_to_pause(inst)
             self._stir = True
-            return True
-        return False
+        return True
 
     def poke(self, key: int, generation: int) -> bool:
         """A waiting run wants to go on by itself."""
@@ -1758,17 +1689,13 @@ class Store:
             self._enqueue(inst)
         return True
 
-    def finish(self, key: int, generation: int, status: str, data: str, size: int) -> bool:
+    def finish(self, key: int, generation: int, status: str, data: str, size: int) -> None:
         for inst in self._instances(f"key = ? AND generation = ? AND {_LIVE}", key, generation):
             self._check_state(inst.state_bytes, size)
             now = self.clock.now()
             expiry = inst._replace(status=status, ended=now).expiry()
-            row = (status, None, None, None, data, None)
-            self._write(key, [row], size, status=status, ended=now, wake=expiry, place=None)
-            self.next_wake = min(self.next_wake, math.inf if expiry is None else expiry)
+            self._move(inst, status, data, size=size, ended=now, wake=expiry, place=None)
             self._stir = True
-            return True
-        return False
 
     def release(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
@@ -1781,8 +1708,8 @@ class Store:
                 self._put_to_pause(inst)
 
 
-def _status_row(status: str) -> RowTail:
-    return (status, None, None, None, None, None)
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _storage_error(path: str, error: BaseException) -> WorkflowError:
@@ -1902,7 +1829,6 @@ SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
 
 _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workflows", default=None)
-Then = Callable[[Any, BaseException | None], None]
 
 
 class StepCall(Coroutine[Any, Any, Any]):
@@ -2381,7 +2307,7 @@ class Run:
         except asyncio.CancelledError:
             if not self.dead:
                 self._abandon_call(step)
-                raise
+            raise
         finally:
             step.waiter = None
         if self.dead:
@@ -2473,7 +2399,7 @@ class Run:
         def begin(step: Step) -> None:
             if step.state == "new":
                 row = ("sleep", step.key, None, None, str(max(0, due - now)), None)
-                self._wait(step, [row], ("sleep", step.key, None, due, int(fixed)))
+                self._wait(step, row, ("sleep", step.key, None, due, int(fixed)))
 
         return begin
 
@@ -2501,7 +2427,7 @@ class Run:
             if step.state == "new":
                 row = ("wait", step.key, None, None, _to_json({"type": type, "timeout": ms}), None)
                 due = self.engine.clock.now() + ms
-                self._wait(step, [row], ("wait", step.key, type, due, 0))
+                self._wait(step, row, ("wait", step.key, type, due, 0))
 
         return begin
 
@@ -2511,11 +2437,11 @@ class Run:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
             raise _fatal("limit.sleep", message)
 
-    def _wait(self, step: Step, rows: list[RowTail], wait: tuple[Any, ...]) -> None:
+    def _wait(self, step: Step, row: RowTail, wait: tuple[Any, ...]) -> None:
         """Hands a sleep, an event wait or a retry delay to the store, which knows when it ends."""
         step.state = "pending"
         self._waiting.add(step.key)
-        self._post(self.engine.store.wait, rows, wait, then=_ignore)
+        self._post(self.engine.store.wait, row, wait, then=_ignore)
 
     # -- attempts ---------------------------------------------------------------------------------------
 
@@ -2594,7 +2520,7 @@ class Run:
                 wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
                 self._waiting.add(step.key)
                 self._retries[step.key] = attempt.again()
-                post(store.wait, self.key, self.generation, [row], wait, then=attempt.stored)
+                post(store.wait, self.key, self.generation, row, wait, then=attempt.stored)
                 return
             attempt.state, attempt.text, attempt.fresh = "error", encode_error(error), error
         row = (attempt.state, step.key, number, started, attempt.text, extra)
@@ -2743,14 +2669,14 @@ class Run:
         self._gate = [attempt for attempt in self._gate if attempt.step is not step]
         self._retries.pop(step.key, None)
         self._waiting.discard(step.key)
-        if step.nested:
+        if step.nested and step.state == "pending":
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
             step.open = attempt is not None and attempt.begun
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
             self._post(self.engine.store.give_up, "stop", [step.key], then=_ignore)
         elif step.state == "cancelled":
             self._held -= 1
-        else:
+        elif not step.nested:
             step.state = "cancelled"
             self._cancelled.append(step.key)
         self._check_pause()
@@ -3159,7 +3085,7 @@ class Engine:
         self.threads.close()
         for carrier in self.carriers:
             carrier.task.cancel()
-        self._wake(None)
+        self._wake(list(self._watchers))
 
     def _release(self, key: int, generation: int, interrupted: list[str]) -> None:
         self.store.post(self.store.release, key, generation, interrupted, then=_ignore)
@@ -3198,7 +3124,12 @@ class Engine:
                 log.exception("a bug in workflows.py: please report it")
         for item in news:
             self._hear(item)
-        self._wake(touched)
+        if touched:
+            self._wake(touched)
+        elif touched is None and self._watchers:  # another process wrote; but what?
+            self.store.post(
+                self.store.ended, list(self._watchers), then=lambda keys, _: self._wake(keys or ())
+            )
 
     def _hear(self, news: News) -> None:
         inst = news.instance
@@ -3255,7 +3186,7 @@ class Engine:
             run.unload()
         for then in callbacks:
             then(None, error)
-        self._wake(None)
+        self._wake(list(self._watchers))
 
     def busy(self) -> bool:
         """Whether anything will happen by itself, without an event, a timer or the world outside."""
@@ -3282,15 +3213,17 @@ class Engine:
             self.loop.call_soon(self._next_turn)
 
     def watch(self, key: int, callback: Callable[[], None]) -> None:
-        """Calls back once, when something was written about the instance (or may have been)."""
+        """Calls back once, when the instance may have ended."""
         self._watchers.setdefault(key, []).append(callback)
 
-    def _wake(self, touched: set[int] | None) -> None:
-        if not self._watchers:
-            return
-        keys = list(self._watchers) if touched is None else self._watchers.keys() & touched
-        for callback in [callback for key in keys for callback in self._watchers.pop(key)]:
-            callback()
+    def _wake(self, keys: Iterable[int]) -> None:
+        for key in self._watchers.keys() & set(keys):
+            for callback in self._watchers.pop(key):
+                callback()
+
+    def unwatch(self, key: int, callback: Callable[[], None]) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._watchers[key].remove(callback)
 
 
 def _kebab(name: str) -> str:
@@ -3348,9 +3281,7 @@ class Workflow:
         made = await self.engine.call("create", self.name, entries, "binding")
         return [WorkflowInstance(self, id) for id in made]
 
-    def _entry(
-        self, options: dict[str, Any], where: str
-    ) -> tuple[str, str, int | None, int | None]:
+    def _entry(self, options: dict[str, Any], where: str) -> Entry:
         limits = self.engine.limits
         id = (
             str(uuid.uuid4()) if options.get("id") is None else self._check_id(options["id"], where)
@@ -3474,6 +3405,8 @@ class WorkflowInstance:
         patience = None if timeout is None else parse_duration(timeout)
         future: asyncio.Future[tuple[str, str]] = engine.loop.create_future()
 
+        watched = 0
+
         def look() -> None:
             if future.done():
                 return
@@ -3492,7 +3425,9 @@ class WorkflowInstance:
             elif found[1] in FINISHED:
                 future.set_result(found[1:])
             else:
-                engine.watch(found[0], look)
+                nonlocal watched
+                watched = found[0]
+                engine.watch(watched, look)
 
         def late() -> None:
             _set_exception(
@@ -3504,6 +3439,7 @@ class WorkflowInstance:
         try:
             status, data = await future
         finally:
+            engine.unwatch(watched, look)
             if timer is not None:
                 timer.cancel()
         if status == "complete":
