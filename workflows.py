@@ -665,7 +665,7 @@ class StepConfig:
     __slots__ = ("raw", "limit", "delay", "backoff", "timeout", "text")
 
     def __init__(self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR) -> None:
-        given = _options(config or {}, ("retries", "timeout"), "config")
+        given = _options({} if config is None else config, ("retries", "timeout"), "config")
         retries = given.get("retries", {})
         if not isinstance(retries, Mapping):
             raise ValueError(f"config['retries'] is {_show(retries)}: expected a dict")
@@ -2193,12 +2193,8 @@ class Run:
     ) -> None:
         self.engine, self.bound = engine, bound
         self.loop = engine.loop
-        self.key, self.generation, self.seq, self.status = (
-            inst.key,
-            inst.generation,
-            inst.seq,
-            inst.status,
-        )
+        self.key, self.generation = inst.key, inst.generation
+        self.seq, self.status = inst.seq, inst.status
         self.id = inst.id or ""
         self.careful = bool(inst.careful)
         self.steps, self._inbox = fold(rows)
@@ -2215,9 +2211,7 @@ class Run:
         self._retries: dict[str, Attempt] = {}  # the next attempts of steps in a retry delay
         self._gate: list[Attempt] = []  # attempts that may not begin yet
         self.tasks: set[asyncio.Task[Any]] = set()
-        self._cancelled: list[
-            str
-        ] = []  # calls that `run` has cancelled since it last did something
+        self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self._held = 0  # replayed calls that wait for `run` to cancel them again
         self._todo = bound.step_limit
         self._writing = 0
@@ -2333,9 +2327,7 @@ class Run:
             step.data = None  # nobody asks again; the next attempt of an outer step does
         if step.state == "error":
             error = rebuild_error(decode(data or "null"))
-            raise error.with_traceback(
-                fresh.__traceback__ if isinstance(fresh, BaseException) else None
-            )
+            raise error.with_traceback(None if fresh is None else fresh.__traceback__)
         if fresh is not None or data is None:
             return fresh
         if call.kind == "do":
@@ -2347,28 +2339,40 @@ class Run:
 
     def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
         """Checks a call that has no result yet; the answer begins it. Nothing is stored for one that
-        is refused."""
-        if call.kind == "do":
-            return self._plan_do(call, step)
-        if call.attempt is not None:
-            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-        return self._plan_sleep(call) if call.kind == "sleep" else self._plan_wait(call)
+        is refused: wrong arguments are wrong as for any Python function."""
+        plans: dict[str, tuple[Callable[..., Callable[[Step], None]], str]] = {
+            "do": (self._plan_do, "step.invalid_config"),
+            "sleep": (self._plan_sleep, "step.invalid_duration"),
+            "wait_for_event": (self._plan_wait, "step.invalid_config"),
+        }
+        plan, code = plans[call.kind]
+        try:
+            return plan(call, *call.args, **call.options)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _fatal(code, f"{call.kind} {call.name!r}: {error}") from None
 
-    def _plan_do(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
-        given, callback = _do_arguments(call)
+    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
+        if args:
+            names = (
+                ("config", "callback") if len(args) > 1 or _is_config(args[0]) else ("callback",)
+            )
+            if len(args) > 2 or options.keys() & names[: len(args)]:
+                raise TypeError("too many arguments: expected (name, [config], callback)")
+            options.update(zip(names, args, strict=False))
+        _options(options, ("config", "callback"), "do")
+        given, callback = options.get("config"), options.get("callback")
+        if not callable(callback):
+            message = f"step {call.name!r}: {_show(callback)} is no callback: expected a function"
+            raise _fatal("step.invalid_callback", message)
+        step = self.steps.get(call.key)
         if step is not None and step.config is not None:
             config = StepConfig.load(step.config)
-        elif given is None:
-            config = _DEFAULT_CONFIG
         else:
-            try:
+            config = _DEFAULT_CONFIG
+            if given is not None:
                 config = StepConfig(given, self.engine.limits.max_sleep)
-            except (TypeError, ValueError) as error:
-                raise _fatal("step.invalid_config", f"step {call.name!r}: {error}") from None
-        plain = not _is_async(callback)
         wants = _wants_context(call.name, callback)
-
-        attempt = Attempt(self, call, config, callback, plain, wants)
+        attempt = Attempt(self, call, config, callback, not _is_async(callback), wants)
 
         def begin(step: Step) -> None:
             step.state = "pending"
@@ -2385,63 +2389,48 @@ class Run:
 
         return begin
 
-    def _plan_sleep(self, call: StepCall) -> Callable[[Step], None]:
-        parse, given = call.args
-        now = self.engine.clock.now()
-        try:
-            ms = parse(given)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise _fatal("step.invalid_duration", f"sleep {call.name!r}: {error}") from None
+    def _plan_sleep(
+        self, call: StepCall, parse: Callable[[Any], int], given: Any
+    ) -> Callable[[Step], None]:
         fixed = parse is _parse_moment
-        due = ms if fixed else now + ms
-        self._check_sleep(call, due - now)
+        moment = parse(given)
+        ms = max(0, moment - self.engine.clock.now()) if fixed else moment
+        return self._begin_wait(call, ("sleep", None), ms, moment if fixed else None)
 
-        def begin(step: Step) -> None:
-            if step.state == "new":
-                row = ("sleep", step.key, None, None, str(max(0, due - now)), None)
-                self._wait(step, row, ("sleep", step.key, None, due, int(fixed)))
+    def _plan_wait(
+        self, call: StepCall, type: Any = None, timeout: Any = "24 hours", **options: Any
+    ) -> Callable[[Step], None]:
+        if isinstance(type, Mapping):
+            options = {"timeout": timeout, **type, **options}
+            type, timeout = options.pop("type", None), options.pop("timeout")
+        if "event_type" in options:  # the Python SDK's name
+            type = options.pop("event_type")
+        _options(options, (), "options")
+        _check_event_type(type, WorkflowFatalError)
+        ms = parse_duration(timeout)
+        return self._begin_wait(call, ("wait", type), ms)
 
-        return begin
-
-    def _plan_wait(self, call: StepCall) -> Callable[[Step], None]:
-        names = ("type", "timeout")
-        try:
-            if len(call.args) == 1 and isinstance(call.args[0], Mapping):
-                options = _options({**call.args[0], **call.options}, names, "options")
-            elif len(call.args) <= 2:
-                options = dict(zip(names, call.args)) | call.options
-                if "event_type" in options:  # the Python SDK's name
-                    options["type"] = options.pop("event_type")
-                options = _options(options, names, "options")
-            else:
-                raise TypeError(
-                    f"{len(call.args) + 1} positional arguments: expected (name, type, timeout)"
-                )
-            ms = parse_duration(options.get("timeout", "24 hours"))
-        except (TypeError, ValueError) as error:
-            raise _fatal("step.invalid_config", f"wait_for_event {call.name!r}: {error}") from None
-        type = _check_event_type(options.get("type"), WorkflowFatalError)
-        self._check_sleep(call, ms)
-
-        def begin(step: Step) -> None:
-            if step.state == "new":
-                row = ("wait", step.key, None, None, _to_json({"type": type, "timeout": ms}), None)
-                due = self.engine.clock.now() + ms
-                self._wait(step, row, ("wait", step.key, type, due, 0))
-
-        return begin
-
-    def _check_sleep(self, call: StepCall, ms: int) -> None:
+    def _begin_wait(
+        self, call: StepCall, what: tuple[str, str | None], ms: int, until: int | None = None
+    ) -> Callable[[Step], None]:
         longest = self.engine.limits.max_sleep
         if ms > longest:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
             raise _fatal("limit.sleep", message)
+        if call.attempt is not None:
+            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
 
-    def _wait(self, step: Step, row: RowTail, wait: tuple[Any, ...]) -> None:
-        """Hands a sleep, an event wait or a retry delay to the store, which knows when it ends."""
-        step.state = "pending"
-        self._waiting.add(step.key)
-        self._post(self.engine.store.wait, row, wait, then=_ignore)
+        def begin(step: Step) -> None:
+            if step.state == "new":
+                step.state = "pending"
+                self._waiting.add(step.key)
+                due = self.engine.clock.now() + ms if until is None else until
+                wait = (what[0], step.key, what[1], due, int(until is not None))
+                data = ms if what[1] is None else {"type": what[1], "timeout": ms}
+                row = (what[0], step.key, None, None, _to_json(data), None)
+                self._post(self.engine.store.wait, row, wait, then=_ignore)
+
+        return begin
 
     # -- attempts ---------------------------------------------------------------------------------------
 
@@ -2491,40 +2480,39 @@ class Run:
         """Hands the end of an attempt to the store: a result, a failure and the wait before the next
         attempt, or the failure of the step."""
         step, number, name = attempt.step, attempt.number, attempt.call.name
-        post, store = self.engine.store.post, self.engine.store
+        store, limits = self.engine.store, self.engine.limits
         started = None if attempt.recorded else attempt.started
         extra = None if attempt.recorded or number > 1 else attempt.config.text
         size = 0
         if error is None:
             try:
                 attempt.text, attempt.fresh = encode(value)
-            except _Unserializable as bad:
-                message = f"step {name!r} returned a value that can't be stored: {bad}"
-                error = _fatal("step.not_serializable", message)
-            else:
                 size = size_of(attempt.text)
-                limit = self.engine.limits.step_bytes
-                if limit is not None and size > limit:
-                    message = f"step {name!r} returned {size} bytes of {limit} (limit step_bytes)"
-                    error = _fatal("limit.step_output", message)
+                if limits.step_bytes is not None and size > limits.step_bytes:
+                    what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
+                    error = _fatal("limit.step_output", f"step {name!r} returned {what}")
+            except _Unserializable as bad:
+                what = f"step {name!r} returned a value that can't be stored: {bad}"
+                error = _fatal("step.not_serializable", what)
+        final = isinstance(error, (NonRetryableError, WorkflowFatalError))
         if error is None:
             attempt.state = "done"
-        else:
-            size = 0
-            final = isinstance(error, (NonRetryableError, WorkflowFatalError))
-            if not final and number <= attempt.config.limit:
-                delay = attempt.config.delay_after(number, self.engine.limits.max_sleep)
-                attempt.state = "pending"
-                text = encode_error(error, retry_delay_ms=delay)
-                row = ("failed", step.key, number, started, text, extra)
-                wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
-                self._waiting.add(step.key)
-                self._retries[step.key] = attempt.again()
-                post(store.wait, self.key, self.generation, row, wait, then=attempt.stored)
-                return
+        elif final or number > attempt.config.limit:
             attempt.state, attempt.text, attempt.fresh = "error", encode_error(error), error
+            size = 0
+        else:
+            attempt.state = "pending"
+            delay = attempt.config.delay_after(number, limits.max_sleep)
+            text = encode_error(error, retry_delay_ms=delay)
+            wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
+            self._waiting.add(step.key)
+            self._retries[step.key] = attempt.again()
+            row = ("failed", step.key, number, started, text, extra)
+            store.post(store.wait, self.key, self.generation, row, wait, then=attempt.stored)
+            return
         row = (attempt.state, step.key, number, started, attempt.text, extra)
-        post(store.record, self.key, self.generation, [row], size, True, then=attempt.stored)
+        args = (self.key, self.generation, [row], size, True)
+        store.post(store.record, *args, then=attempt.stored)
 
     def concluded(self, attempt: Attempt, seq: int) -> None:
         """The end of an attempt is stored."""
@@ -2643,9 +2631,8 @@ class Run:
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
         self._writing += 1
-        self.engine.store.post(
-            op, self.key, self.generation, *args, then=functools.partial(self._written, then)
-        )
+        written = functools.partial(self._written, then)
+        self.engine.store.post(op, self.key, self.generation, *args, then=written)
 
     def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
@@ -2663,6 +2650,7 @@ class Run:
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
+        self.moved = self.engine.turn
         attempt = self._attempts.pop(step.key, None)
         if attempt is not None:
             attempt.stop()
@@ -2696,42 +2684,25 @@ class Run:
             return
         output, error = task.result()
         self._warn_about_calls()
-        text, status = "null", "complete"
-        if error is None:
-            try:
-                text = encode(output)[0]
-            except _Unserializable as bad:
-                error = _fatal(
-                    "output.not_serializable", f"run returned a value that can't be stored: {bad}"
-                )
         if self._cancelled:
             self._record_cancelled()
-        if error is not None:
-            text, status = encode_error(error), "errored"
-        size = size_of(text) if error is None else 0
-        self.engine.store.post(
-            self.engine.store.finish,
-            self.key,
-            self.generation,
-            status,
-            text,
-            size,
-            then=self._stored,
-        )
+        try:
+            text = encode(output)[0]
+        except _Unserializable as bad:
+            error = _fatal("output.not_serializable", f"the output of run can't be stored: {bad}")
+        if error is None:
+            self._finish("complete", text, size_of(text))
+        else:
+            self._finish("errored", encode_error(error), 0)
         self.unload()
 
-    def _stored(self, _: Any, refused: BaseException | None) -> None:
-        if isinstance(refused, WorkflowFatalError):  # the output was too large
-            text = encode_error(refused)
-            self.engine.store.post(
-                self.engine.store.finish,
-                self.key,
-                self.generation,
-                "errored",
-                text,
-                0,
-                then=_ignore,
-            )
+    def _finish(self, status: str, text: str, size: int) -> None:
+        def stored(_: Any, refused: BaseException | None) -> None:
+            if isinstance(refused, WorkflowFatalError):  # the output was too large
+                self._finish("errored", encode_error(refused), 0)
+
+        store = self.engine.store
+        store.post(store.finish, self.key, self.generation, status, text, size, then=stored)
 
     def _warn_about_calls(self) -> None:
         for call in self.open_calls:
@@ -2740,10 +2711,8 @@ class Run:
         if not any(step.state == "cancelled" for step in self.steps.values()):
             for step in self.steps.values():
                 if not step.called and not step.nested:
-                    log.warning(
-                        "%s: replay never reached the recorded step %r; is its name deterministic?",
-                        *(self, step_label(step.key)),
-                    )
+                    what = "replay never reached the recorded step %r; is its name deterministic?"
+                    log.warning(f"%s: {what}", self, step_label(step.key))
 
     def unload(self) -> None:
         """Ends this life: cancels the run, then the tasks of its calls, then its callbacks. Whatever
@@ -2767,9 +2736,7 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        return [
-            key for key, attempt in self._attempts.items() if attempt.recorded and not attempt.state
-        ]
+        return [key for key, a in self._attempts.items() if a.recorded and not a.state]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
@@ -2809,9 +2776,7 @@ def _check_name(name: Any) -> None:
     if len(name) > 256:
         raise _fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
     if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        raise _fatal(
-            "step.invalid_name", f"the step name {name!r} holds control characters or surrogates"
-        )
+        raise _fatal("step.invalid_name", f"the step name {name!r} holds control characters")
 
 
 _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
@@ -2820,43 +2785,12 @@ _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
 def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
-    raise error(
-        f"{_show(type)} is not an event type: expected 1 to 100 letters, digits, '_' and '-', not beginning with '-'",
-        code="event.invalid_type",
-    )
+    message = f"{_show(type)} is not an event type: expected up to 100 letters, digits, '_' and '-'"
+    raise error(message, code="event.invalid_type")
 
 
-def _do_arguments(call: StepCall) -> tuple[Any, Callable[..., Any]]:
-    """(config, callback) of a `do` call."""
-    names = ("config", "callback")
-    if len(call.args) == 1 and not call.options and callable(call.args[0]):
-        return None, call.args[0]
-    args, options = list(call.args), dict(call.options)
-    if len(args) == 1 and "callback" not in options and not isinstance(args[0], Mapping):
-        args.insert(0, options.pop("config", None))
-    for name, value in zip(names, args):
-        if name in options:
-            raise _fatal("step.invalid_config", f"step {call.name!r}: {name} is given twice")
-        options[name] = value
-    unknown = [name for name in options if name not in names]
-    if unknown or len(args) > 2:
-        what = f"the unknown argument {unknown[0]!r}" if unknown else f"{len(args) + 1} arguments"
-        raise _fatal(
-            "step.invalid_config",
-            f"step {call.name!r} got {what}: expected (name, [config], callback)",
-        )
-    callback = options.get("callback")
-    if not callable(callback):
-        raise _fatal(
-            "step.invalid_callback",
-            f"step {call.name!r}: the callback is {_show(callback)}: expected an async or plain function",
-        )
-    config = options.get("config")
-    if config is not None and not isinstance(config, Mapping):
-        raise _fatal(
-            "step.invalid_config", f"step {call.name!r}: config is {_show(config)}: expected a dict"
-        )
-    return config, callback
+def _is_config(argument: Any) -> bool:
+    return argument is None or isinstance(argument, Mapping)
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -2872,31 +2806,21 @@ def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
         if not function.__code__.co_kwonlyargcount:
             return False
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         return False  # a built-in that doesn't say
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ways: list[tuple[str | bool, tuple[None, ...], dict[str, None]]] = [
+        (False, (), {}),
+        (True, (None,), {}),
     ]
-    named = [
-        p for p in parameters if p.name == "ctx" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if named and named[0].kind != inspect.Parameter.POSITIONAL_ONLY:
-        needed = [p for p in needed if p.name != "ctx"]
-        if not needed:
-            return "ctx"
-    elif not needed:
-        return False
-    elif len(needed) == 1 and needed[0].kind in by_position:
-        return True
-    raise _fatal(
-        "step.invalid_callback",
-        f"step {name!r}: the callback requires {', '.join(p.name for p in needed)}: "
-        "it gets the step context at most",
-    )
+    if "ctx" in signature.parameters:
+        ways.insert(0, ("ctx", (), {"ctx": None}))
+    for way, args, named in ways:
+        with contextlib.suppress(TypeError):
+            signature.bind(*args, **named)
+            return way
+    message = f"step {name!r}: the callback takes {signature}: it gets the step context at most"
+    raise _fatal("step.invalid_callback", message)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2916,9 +2840,7 @@ class Env(Mapping[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name == "_values" or name not in self._values:
-            raise AttributeError(
-                f"env has no {name!r}; it has {', '.join(sorted(self.__dict__.get('_values', ())))}"
-            )
+            raise AttributeError(f"env has no {name!r}")
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -2977,6 +2899,7 @@ class Engine:
         self.hibernate_after = parse_duration(hibernate_after)
         self.turn = 0  # of the loop, counted while somebody needs to know
         self._settling: deque[tuple[int, Run]] = deque()
+        self._ticking = False
         self.activity = 0  # counts what callbacks do
         self.carriers: list[Carrier] = []  # idle ones
         self.runs: dict[int, Run] = {}  # by the instance's key
@@ -3197,9 +3120,10 @@ class Engine:
 
     def when_settled(self, run: Run) -> None:
         """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
-        if not self._settling:
-            self.loop.call_soon(self._next_turn)
         self._settling.append((self.turn + SETTLED, run))
+        if not self._ticking:
+            self._ticking = True
+            self.loop.call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         self.turn += 1
@@ -3209,7 +3133,8 @@ class Engine:
                 self._settling.append((run.moved + SETTLED, run))
             else:
                 run.settled()
-        if self._settling:
+        self._ticking = bool(self._settling)
+        if self._ticking:
             self.loop.call_soon(self._next_turn)
 
     def watch(self, key: int, callback: Callable[[], None]) -> None:
