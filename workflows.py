@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Cloudflare Workflows in one Python file, on nothing but the standard library.
 
-A workflow is a class whose `run` calls steps. What a step returns is stored before `run` goes on, so
-that the process may die at any moment: the next one replays `run`, hands every finished step its
+A workflow is a class whose `run` calls steps. What a step returns is stored before `run` goes on,
+so that the process may die at any moment: the next one replays `run`, hands every finished step its
 stored result, and goes on from there. Steps retry, sleep for months and wait for events, on SQLite.
 
     import asyncio, workflows
@@ -105,7 +105,7 @@ log = logging.getLogger("workflows")
 
 Params = TypeVar("Params")
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vocabulary: statuses, errors, and the small records that users see.
 #
 # An instance moves through eight statuses (Cloudflare's names, also in the database):
@@ -115,15 +115,16 @@ Params = TypeVar("Params")
 #                ▼  │   ▶ waitingForPause ──▶ paused ──▶ queued | waiting
 #               waiting
 #
-# A caller moves it to paused, waitingForPause and terminated (and back to queued, by `restart`); all
-# other moves are the engine's.
+# A caller moves it to paused, waitingForPause and terminated (and back to queued, by `restart`);
+# all other moves are the engine's.
 
 FINISHED = ("complete", "errored", "terminated")
 
 
 class WorkflowError(Exception):
     """Base of the module's errors: `code` is stable and meant for programs, `name` is what
-    `InstanceStatus.error` shows. Also stands in for a step's error whose own class can't be found."""
+    `InstanceStatus.error` shows. Also stands in for a step's error whose own class can't be
+    found."""
 
     code = "workflow.error"
 
@@ -255,9 +256,9 @@ class InstanceStatus(_Record):
     error: dict[str, str] | None = None
 
 
-# ---------------------------------------------------------------------------------------------------
-# Durations and the clock. Inside the module every time is a whole number of milliseconds, every moment
-# one since the Unix epoch; nothing else reads a clock.
+# --------------------------------------------------------------------------------------------------
+# Durations and the clock. Inside the module every time is a whole number of milliseconds, every
+# moment one since the Unix epoch; nothing else reads a clock.
 
 _UNITS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year", 365))}
@@ -276,9 +277,9 @@ def _show(value: Any) -> str:
 
 
 def parse_duration(value: float | str | timedelta) -> int:
-    """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`, or
-    `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d), singular
-    or plural. Anything else is a `ValueError`.
+    """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`,
+    or `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d),
+    singular or plural. Anything else is a `ValueError`.
 
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
     if isinstance(value, timedelta):
@@ -296,15 +297,14 @@ def parse_duration(value: float | str | timedelta) -> int:
 
 
 def _parse_moment(value: float | datetime) -> int:
-    """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from there
-    on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
+    """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from
+    there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
     if isinstance(value, datetime) and value.utcoffset() is not None:
         return (value - _EPOCH) // timedelta(milliseconds=1)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return max(0, round(value * 1000 if abs(value) < 1e11 else value))
-    raise ValueError(
-        f"{_show(value)} is not a moment: expected an aware datetime, or seconds or milliseconds since 1970"
-    )
+    expected = "an aware datetime, or seconds or milliseconds since 1970"
+    raise ValueError(f"{_show(value)} is not a moment: expected {expected}")
 
 
 def _to_datetime(ms: int) -> datetime:
@@ -315,7 +315,7 @@ class Clock:
     """Where all time comes from: the wall clock for moments that are stored (a machine that was
     suspended must notice), the event loop's monotonic clock for timers."""
 
-    exact = False  # whether each operation gets a transaction of its own, so that nothing is up to chance
+    exact = False  # whether the loop stands still during each transaction: nothing is up to chance
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []  # the open ones that go by it
@@ -329,14 +329,15 @@ class Clock:
         return asyncio.get_running_loop().call_later(min(ms, 100 * _YEAR) / 1000, callback)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes, as
-# the original's structured clone has them, and never pickle: opening a database must not run code.
+# --------------------------------------------------------------------------------------------------
+# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes,
+# as the original's structured clone has them, and never pickle: opening a database must not run
+# code.
 #
-# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the odd
-# part is written as an object with the one key "$datetime", "$bytes", "$str" (base64 of UTF-8, for text
-# that holds surrogate pairs as two characters) or "$dict" (a list of pairs, for a dict that would read
-# as one of these).
+# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
+# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64 of UTF-8,
+# for text that holds surrogate pairs as two characters) or "$dict" (a list of pairs, for a dict
+# that would read as one of these).
 
 DEEPEST = 300  # levels of nesting
 _TAGS = ("$datetime", "$bytes", "$str", "$dict")
@@ -351,7 +352,8 @@ class _Unserializable(ValueError):
 
 
 def encode(value: Any) -> tuple[str, Any]:
-    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the value."""
+    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
+    value."""
     try:
         text = _to_json(value)
         if type(value) in _ATOMS:
@@ -404,7 +406,8 @@ def _is_pairs(text: str) -> bool:
 
 
 def _tagged(value: Any, path: str, above: set[int]) -> Any:
-    """The same value as plain JSON with tags, or `_Unserializable` with the path of what can't be."""
+    """The same value as plain JSON with tags, or `_Unserializable` with the path of what can't
+    be."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -534,8 +537,8 @@ def _native(cls: type[BaseException]) -> type[BaseException]:
 
 
 def encode_error(error: BaseException, **more: Any) -> str:
-    """An error as JSON: where its class is, its name and message, and its args, attributes and group
-    members as far as these are allowed values."""
+    """An error as JSON: where its class is, its name and message, and its args, attributes and
+    group members as far as these are allowed values."""
     cls = type(error)
     try:
         return encode(_describe(error) | more)[0]
@@ -572,8 +575,8 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
 
 def rebuild_error(record: dict[str, Any]) -> Exception:
-    """The error that `describe_error` described, with its own class if that is an `Exception` which is
-    already imported; else a `WorkflowError` with its name."""
+    """The error that `describe_error` described, with its own class if that is an `Exception` which
+    is already imported; else a `WorkflowError` with its name."""
     found: Any = sys.modules.get(record["module"])
     for part in record["class"].split("."):
         found = getattr(found, part, None) if part.isidentifier() else None
@@ -598,8 +601,9 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
     return error
 
 
-# ---------------------------------------------------------------------------------------------------
-# Limits: what Cloudflare's plans allow, each enforced where it applies, with an error that names it.
+# --------------------------------------------------------------------------------------------------
+# Limits: what Cloudflare's plans allow, each enforced where it applies, with an error that names
+# it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -642,7 +646,7 @@ Limits.UNLIMITED = Limits(
     None, None, None, None, _YEAR, 25_000, None, None, None, 100, 100, None, None
 )
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Retry: a step's configuration, and how long it waits before it tries again.
 
 DEFAULT_CONFIG: dict[str, Any] = {
@@ -662,40 +666,35 @@ class StepConfig:
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
-    __slots__ = ("raw", "limit", "delay", "backoff", "timeout", "text")
+    __slots__ = ("backoff", "delay", "limit", "raw", "text", "timeout")
 
     def __init__(self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR) -> None:
         given = _options({} if config is None else config, ("retries", "timeout"), "config")
         retries = given.get("retries", {})
-        if not isinstance(retries, Mapping):
-            raise ValueError(f"config['retries'] is {_show(retries)}: expected a dict")
         retries = _options(retries, ("limit", "delay", "backoff"), "config['retries']")
         self.raw = DEFAULT_CONFIG | given
         self.raw["retries"] = merged = DEFAULT_CONFIG["retries"] | retries
         for part, key in ((merged, "delay"), (self.raw, "timeout")):
             if isinstance(part[key], timedelta):
-                part[key] = _config_ms(part, key)
-        limit = merged["limit"]
-        whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
-        if not whole or isinstance(limit, bool) or limit < 0:
-            raise ValueError(
-                f"config['retries']['limit'] is {_show(limit)}: expected a whole number from 0, or math.inf"
-            )
+                part[key] = parse_duration(part[key])  # as it is stored
+        limit, backoff = merged["limit"], merged["backoff"]
         self.limit: float = limit
         self.delay = _config_ms(merged, "delay")
         self.timeout = _config_ms(self.raw, "timeout")
+        whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
+        if not whole or isinstance(limit, bool) or limit < 0:
+            raise ValueError(
+                f"config key 'limit': {_show(limit)} is no whole number from 0, or inf"
+            )
         if not 0 < self.timeout <= max_sleep:
             raise ValueError(
-                f"config['timeout'] is {_show(self.raw['timeout'])}: expected more than 0 and at most "
-                f"{max_sleep} ms"
+                f"config key 'timeout': expected more than 0 and at most {max_sleep} ms"
             )
-        if merged["backoff"] not in tuple(_BACKOFF):
-            raise ValueError(
-                f"config['retries']['backoff'] is {_show(merged['backoff'])}: expected one of "
-                f"{', '.join(_BACKOFF)}"
-            )
-        self.backoff = _BACKOFF[merged["backoff"]]
-        # What is stored; None for the defaults, which most steps have. JSON knows no infinity.
+        if not isinstance(backoff, str) or backoff not in _BACKOFF:
+            known = ", ".join(_BACKOFF)
+            raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
+        self.backoff = _BACKOFF[backoff]
+        # What is stored; empty for the defaults, which most steps have. JSON knows no infinity.
         stored = {"retries": merged | {"limit": None if limit == math.inf else limit}}
         self.text = None if not given else encode(stored | {"timeout": self.raw["timeout"]})[0]
 
@@ -737,18 +736,19 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
 
 _DEFAULT_CONFIG = StepConfig(None)
 
-# ---------------------------------------------------------------------------------------------------
-# Journal: what a recorded history means. The journal of an instance is append-only; its rows are the
-# only thing that a replay knows. These functions are pure: they read rows and touch nothing else.
+# --------------------------------------------------------------------------------------------------
+# Journal: what a recorded history means. The journal of an instance is append-only; its rows are
+# the only thing that a replay knows. These functions are pure: they read rows and touch nothing
+# else.
 #
 #     type                                      step    what happened
 #     queued started running waiting            –       the instance changed its status; the first
 #       waitingForPause paused complete                 `queued` row of a life holds the params,
 #       errored terminated                              `complete` the output, `errored` the error
-#     start                                     do      an attempt began (with the step's config, if new)
-#     done | failed | error                     do      it ended: a result | a retry follows | for good;
-#                                                       with the time of its start, if that has no row
-#     sleep → slept                             sleep   (sleep_until is a sleep too)
+#     start                                     do      an attempt began (with the step's config, if
+# new)     done | failed | error                     do      it ended: a result | a retry follows |
+# for good;                                                       with the time of its start, if
+# that has no row     sleep → slept                             sleep   (sleep_until is a sleep too)
 #     wait → event | timeout                    wait    the event is consumed in this very row
 #     cancel                                    any     `run` itself cancelled the call: never again
 #     stop                                      any     interrupted by a clean stop: as if not begun
@@ -772,8 +772,8 @@ SEPARATOR = "\n"  # between the parts of a step's key; names hold no control cha
 
 
 def step_key(kind: str, name: str, count: int, parent: str | None) -> str:
-    """A step's identity: its kind, its name, how often that kind has used the name, and the key of the
-    step in whose callback it was called."""
+    """A step's identity: its kind, its name, how often that kind has used the name, and the key of
+    the step in whose callback it was called."""
     key = f"{kind}\n{name}\n{count}"
     return key if parent is None else f"{parent}\n{key}"
 
@@ -849,7 +849,8 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
 
 
 def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
-    """The steps of a history, and those that have a result, in the order in which `run` gets them."""
+    """The steps of a history, and those that have a result, in the order in which `run` gets
+    them."""
     steps: dict[str, Step] = {}
     results = []
     for row in rows:
@@ -863,8 +864,8 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
 
 
 class Wait(NamedTuple):
-    """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or an
-    event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
+    """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
+    an event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
 
     seq: int
     at: int
@@ -884,8 +885,9 @@ class Settled(NamedTuple):
 def settle(
     waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
 ) -> list[Settled]:
-    """Which waits have ended by now, in the order in which they did, however late we look: the oldest
-    event that came at or before the deadline of the first waiter of its type is that waiter's."""
+    """Which waits have ended by now, in the order in which they did, however late we look: the
+    oldest event that came at or before the deadline of the first waiter of its type is that
+    waiter's."""
     buffered = {type: deque(queue) for type, queue in events.items()}
     ended = []
     for wait in waits:
@@ -898,24 +900,25 @@ def settle(
     return sorted(ended, key=lambda settled: (settled.moment, settled.wait.seq))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Store: all SQL, and the one thread that speaks it.
 #
 # Callers hand operations to the writer thread. It takes everything that is queued, runs it in one
-# transaction, commits once, and only then resolves the callers (group commit): what a caller has seen
-# is on disk. An operation checks first and writes last, so that one that refuses leaves no trace; any
-# error of SQLite itself undoes the whole batch and stops the engine.
+# transaction, commits once, and only then resolves the callers (group commit): what a caller has
+# seen is on disk. An operation checks first and writes last, so that one that refuses leaves no
+# trace; any error of SQLite itself undoes the whole batch and stops the engine.
 #
-# The rows are the truth; nobody's memory is. `status` and `generation` guard every write of a run, and
-# `wake` says when the owner must look at an instance: something falls due, a caller changed it, or it
-# has expired. So waiting, recovery, retention and news from other processes are one index scan, made in
-# the same transaction as the batch that caused it, and its cost depends on what is due, not on what is
-# there. Only `queued` instances are found otherwise: by their place in the queue.
+# The rows are the truth; nobody's memory is. `status` and `generation` guard every write of a run,
+# and `wake` says when the owner must look at an instance: something falls due, a caller changed it,
+# or it has expired. So waiting, recovery, retention and news from other processes are one index
+# scan, made in the same transaction as the batch that caused it, and its cost depends on what is
+# due, not on what is there. Only `queued` instances are found otherwise: by their place in the
+# queue.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
     """
-CREATE TABLE workflows (           -- the bound names: a client creates instances without the classes
+CREATE TABLE workflows (           -- the bound names, for clients without the classes
     key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
     script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
 CREATE TABLE instances (
@@ -986,7 +989,7 @@ class Instance(NamedTuple):
 
 
 _COLUMNS = ", ".join(Instance._fields)
-_LIVE = "status IN ('running', 'waiting', 'queued', 'waitingForPause')"
+LIVE = ("running", "waiting", "queued", "waitingForPause")  # a run may write
 
 
 RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
@@ -994,10 +997,10 @@ RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]
 
 class Head:
     """What the guard of a run's writes needs of its instance. Read once for all writes of a
-    transaction, which holds the write lock, and written back at its end: so a step costs no statement
-    of its own, only its part of four that are run for the whole batch."""
+    transaction, which holds the write lock, and written back at its end: so a step costs no
+    statement of its own, only its part of four that are run for the whole batch."""
 
-    __slots__ = ("key", "generation", "seq", "state_bytes", "careful", "dirty")
+    __slots__ = ("careful", "dirty", "generation", "key", "seq", "state_bytes")
 
     def __init__(self, key: int, generation: int, seq: int, state_bytes: int, careful: int) -> None:
         self.key, self.generation, self.seq = key, generation, seq
@@ -1005,7 +1008,8 @@ class Head:
 
 
 class News(NamedTuple):
-    """What the writer tells the engine about one instance; `rows` is what a live run hasn't seen."""
+    """What the writer tells the engine about one instance; `rows` is what a live run hasn't
+    seen."""
 
     instance: Instance
     rows: list[Row]
@@ -1018,8 +1022,8 @@ Entry = tuple[str, str, int | None, int | None]  # id, params, retention of succ
 
 
 class Store:
-    """The database, as seen from its own thread. After each commit `deliver(results, news, touched)`
-    is called on the loop; when storage fails, `broke(error, callbacks)`."""
+    """The database, as seen from its own thread. After each commit `deliver(results, news,
+    touched)` is called on the loop; when storage fails, `broke(error, callbacks)`."""
 
     def __init__(
         self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
@@ -1042,6 +1046,7 @@ class Store:
         self._heads: dict[int, Head] = {}
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
+        self._answered = threading.Semaphore(0)  # counts operations, for an exact clock
         self._lock: sqlite3.Connection | None = None
         self._warned: set[str] = set()
         self._forgotten = False
@@ -1063,6 +1068,8 @@ class Store:
         """Queues an operation; `then(result, error)` runs on the loop once it is committed."""
         self.pending += 1
         self.ops.put((op, args, then))
+        if self.clock.exact:
+            self._answered.acquire(timeout=10)
 
     def nothing(self) -> None:
         """An operation that is done when all before it are."""
@@ -1091,6 +1098,7 @@ class Store:
         stop = False
         while not (stop or self._forgotten):
             batch, stop = self._gather()
+            asked = len(batch)
             try:
                 if self.failure is None:
                     self._turn(batch)
@@ -1098,6 +1106,7 @@ class Store:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
                 self._fail(error, [then for _, _, then in batch])
+            self._answered.release(asked) if asked else None
 
     def _gather(self) -> tuple[list[Op], bool]:
         """Everything that is queued; waits for it until the next tick or the next wake."""
@@ -1117,12 +1126,14 @@ class Store:
             return batch, False
 
     def _turn(self, batch: list[Op]) -> None:
-        """One round of the thread: a transaction if there is reason for one, then the regular looks."""
+        """One round of the thread: a transaction if there is reason for one, then the regular
+        looks."""
         moment = time.monotonic()
         if not batch or moment > self._looked + TICK:
             self._looked = moment
             self._look_outside()
-        if batch or self._outside or (self.owner and self._is_due()):
+        due = self.owner and self._is_due() and not self.clock.exact
+        if batch or self._outside or due:
             self._transact(batch)
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
@@ -1166,8 +1177,8 @@ class Store:
             self._tell(self.deliver, results, news, None if outside else touched)
 
     def _begin(self) -> None:
-        """Takes the write lock. Another process may hold it, but not for long without notice; SQLite's
-        own way to wait for it sleeps too long to be fair."""
+        """Takes the write lock. Another process may hold it, but not for long without notice;
+        SQLite's own way to wait for it sleeps too long to be fair."""
         began = time.monotonic()
         while True:
             try:
@@ -1219,8 +1230,9 @@ class Store:
         self._files = [] if memory else [(self.path, os.stat(self.path))]
 
     def _inspect(self) -> None:
-        """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a plain
-        file of our own would drop the locks that another engine of this process holds on it."""
+        """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
+        plain file of our own would drop the locks that another engine of this process holds on
+        it."""
         if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
             return
         uri = Path(self.path).as_uri() + "?mode=ro&immutable=1"
@@ -1289,10 +1301,9 @@ class Store:
         now = self.clock.now()
         self._stir = False
         for workflow in self._inherited:  # from an owner that died
-            for inst in self._instances("workflow = ? AND status = 'running'", workflow):
-                self._enqueue(inst, careful=1)
-            for inst in self._instances("workflow = ? AND status = 'waitingForPause'", workflow):
-                self._put_to_pause(inst, careful=1)
+            where = "workflow = ? AND status IN ('running', 'waitingForPause')"
+            for inst in self._instances(where, workflow):
+                self._stop(inst, careful=1)
         self._inherited.clear()
         for inst in self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH):
             self._look_at(inst, now)
@@ -1319,7 +1330,8 @@ class Store:
         self._news.append(News(inst, rows))
 
     def _settle(self, inst: Instance, now: int) -> list[Row]:
-        """Records the end of each wait that has ended; an event is consumed in the same transaction."""
+        """Records the end of each wait that has ended; an event is consumed in the same
+        transaction."""
         sql = """SELECT seq, at, kind, step, event, due, fixed FROM waits
                  WHERE instance = ? AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
         waits = [Wait._make(row) for row in self._db.execute(sql, (inst.key, now))]
@@ -1337,13 +1349,14 @@ class Store:
                 kind = "due"
             elif event is not None:
                 kind = "event"
-                sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
-                (data,) = self._one(sql, inst.key, wait.event, event[0])
+                sql = "DELETE FROM events WHERE instance = ? AND seq = ? AND type = ? RETURNING *"
+                *_, data = self._one(sql, inst.key, event[0], wait.event)
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
             elif wait.event is not None:
                 kind = "timeout"
-                late = WorkflowTimeoutError(f"Execution timed out after {wait.due - wait.at}ms")
-                data = encode_error(late)
+                sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
+                ms = json.loads(self._one(sql, inst.key, wait.seq)[0])["timeout"]
+                data = encode_error(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
             row: RowTail = (kind, wait.step, None, None, data, extra)
             seq = self._change(inst.key, [row]).seq
             rows.append(Row(seq, now, *row))
@@ -1367,9 +1380,10 @@ class Store:
             self._news.append(News(inst, [], True))
 
     def _enqueue(self, inst: Instance, **columns: Any) -> None:
-        """Puts an instance that has already run at its place in the queue: ahead of all new ones."""
+        """Puts an instance that has already run at its place in the queue: ahead of all new
+        ones."""
         self._stir = True
-        place = inst.place if inst.place is not None else self.clock.now() + WOKEN
+        place = WOKEN + (inst.wake or self.clock.now()) if inst.place is None else inst.place
         self._move(inst, "queued", place=place, **columns)
 
     def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
@@ -1410,6 +1424,13 @@ class Store:
             raise WorkflowError(message, code="instance.not_found")
         return inst
 
+    def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
+        """The instance of a run, if the run still is its, and it has one of these statuses."""
+        for inst in self._instances("key = ? AND generation = ?", key, generation):
+            if inst.status in (statuses or LIVE):
+                return inst
+        return None
+
     def _journal(self, key: int) -> list[Row]:
         self._flush()
         sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? ORDER BY seq"
@@ -1424,8 +1445,8 @@ class Store:
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
         sets = "".join(f", {name} = ?" for name in columns)
-        sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?{sets}
-                  WHERE key = ? RETURNING {_COLUMNS}"""
+        sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?
+                  {sets} WHERE key = ? RETURNING {_COLUMNS}"""
         inst = Instance._make(self._one(sql, len(rows), now, size, *columns.values(), key))
         self._append(key, inst.seq, now, rows)
         return inst
@@ -1439,7 +1460,8 @@ class Store:
         size: int = 0,
         **columns: Any,
     ) -> Instance:
-        """Changes the status, and says so in the journal (as `row`, if that has a name of its own)."""
+        """Changes the status, and says so in the journal (as `row`, if that has a name of its
+        own)."""
         rows = [(row or status, None, None, None, data, None)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
@@ -1455,7 +1477,8 @@ class Store:
             self._db.executemany(f"INSERT INTO journal VALUES (?{', ?' * 8})", self._rows)
             self._rows.clear()
         if self._heads:
-            sql = "UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ? WHERE key = ?"
+            sql = """UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ?
+                     WHERE key = ?"""
             now = self.clock.now()
             heads = [head for head in self._heads.values() if head.dirty]
             self._db.executemany(
@@ -1484,7 +1507,8 @@ class Store:
         """Records a bound name; from here on this process wants to own the database."""
         now = self.clock.now()
         sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
-                 VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
+                 VALUES (?, ?, ?, ?, ?, ?)
+                 ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
                  class = excluded.class, steps = excluded.steps, modified = excluded.modified
                  RETURNING key"""
         (key,) = self._one(sql, name, binding, class_name, steps, now, now)
@@ -1496,8 +1520,9 @@ class Store:
         """Stores instances, in order; returns the ids of those that are new."""
         now = self.clock.now()
         (key,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
-        sql = """INSERT OR IGNORE INTO instances (workflow, id, status, generation, seq, state_bytes,
-                 careful, place, created, modified, success_retention, error_retention, trigger)
+        sql = """INSERT OR IGNORE INTO instances (workflow, id, status, generation, seq,
+                 state_bytes, careful, place, created, modified, success_retention,
+                 error_retention, trigger)
                  VALUES (?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)"""
         made = []
         for id, params, success, error in entries:
@@ -1547,7 +1572,8 @@ class Store:
         if inst.status == "waitingForPause":
             self._move(inst, "running", wake=now)
         elif inst.status == "paused":
-            # What fell due before the pause, and wasn't noticed, stays due: only the rest stood still.
+            # What fell due before the pause, and wasn't noticed, stays due: only the rest stood
+            # still.
             paused = inst.paused or now
             sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
             self._db.execute(sql, (now - paused, inst.key, paused))
@@ -1586,7 +1612,8 @@ class Store:
         self._touched.add(inst.key)
 
     def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
-        """Buffers an event; the owner's next look, usually in this very transaction, delivers it."""
+        """Buffers an event; the owner's next look, usually in this very transaction, delivers
+        it."""
         inst = self._get(workflow, id)
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it takes no more events"
@@ -1605,11 +1632,11 @@ class Store:
     def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
         """What a life begins with: the instance, its whole journal (in one query), the steps that
         wait, and the workflow's name."""
-        where = "key = ? AND generation = ? AND status IN ('running', 'waitingForPause')"
-        for inst in self._instances(where, key, generation):
-            waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
-            return inst, self._journal(key), [step for (step,) in waits], self.bound[inst.workflow]
-        return None
+        inst = self._mine(key, generation, "running", "waitingForPause")
+        if inst is None:
+            return None
+        waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
+        return inst, self._journal(key), [step for (step,) in waits], self.bound[inst.workflow]
 
     def record(
         self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
@@ -1630,7 +1657,7 @@ class Store:
 
     def _read_heads(self, keys: list[int]) -> None:
         sql = f"""SELECT key, generation, seq, state_bytes, careful FROM instances
-                  WHERE key IN (SELECT value FROM json_each(?)) AND {_LIVE}"""
+                  WHERE key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}"""
         for row in self._db.execute(sql, (str(keys),)):
             self._heads[row[0]] = Head(*row)
 
@@ -1649,8 +1676,8 @@ class Store:
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: list[str]) -> int | None:
-        """Records that calls were cancelled or interrupted. An event that one of them had been given
-        but `run` never saw goes back to its place in the buffer."""
+        """Records that calls were cancelled or interrupted. An event that one of them had been
+        given but `run` never saw goes back to its place in the buffer."""
         seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
         self._flush()
         for step in steps if seq is not None else ():
@@ -1658,7 +1685,8 @@ class Store:
             sql = (
                 "SELECT data, extra FROM journal WHERE instance = ? AND step = ? AND type = 'event'"
             )
-            for payload, extra in self._db.execute(sql, (key, step)).fetchall():
+            waited = step.split(SEPARATOR)[-3] == "wait_for_event"
+            for payload, extra in self._db.execute(sql, (key, step)).fetchall() if waited else ():
                 was = json.loads(extra)
                 values = (key, was["type"], was["seq"], was["at"], payload)
                 self._db.execute("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", values)
@@ -1667,31 +1695,32 @@ class Store:
 
     def idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
-        where = "key = ? AND generation = ? AND seq = ? AND status = 'running'"
-        for inst in self._instances(where, key, generation, seq):
-            self._move(inst, "waiting")
-            self._stir = True
-            return True
-        return False
+        inst = self._mine(key, generation, "running")
+        if inst is None or inst.seq != seq:
+            return False
+        self._move(inst, "waiting")
+        self._stir = True
+        return True
 
     def paused(self, key: int, generation: int) -> bool:
         """waitingForPause → paused, once nothing is in flight."""
-        where = "key = ? AND generation = ? AND status = 'waitingForPause'"
-        for inst in self._instances(where, key, generation):
+        if inst := self._mine(key, generation, "waitingForPause"):
             self._put_to_pause(inst)
             self._stir = True
         return True
 
     def poke(self, key: int, generation: int) -> bool:
         """A waiting run wants to go on by itself."""
-        where = "key = ? AND generation = ? AND status = 'waiting'"
-        for inst in self._instances(where, key, generation):
+        if inst := self._mine(key, generation, "waiting"):
             self._enqueue(inst)
         return True
 
     def finish(self, key: int, generation: int, status: str, data: str, size: int) -> None:
-        for inst in self._instances(f"key = ? AND generation = ? AND {_LIVE}", key, generation):
-            self._check_state(inst.state_bytes, size)
+        if inst := self._mine(key, generation):
+            try:
+                self._check_state(inst.state_bytes, size)
+            except WorkflowFatalError as too_large:
+                status, data, size = "errored", encode_error(too_large), 0
             now = self.clock.now()
             expiry = inst._replace(status=status, ended=now).expiry()
             self._move(inst, status, data, size=size, ended=now, wake=expiry, place=None)
@@ -1699,13 +1728,17 @@ class Store:
 
     def release(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
-        for inst in self._instances(f"key = ? AND generation = ? AND {_LIVE}", key, generation):
-            if interrupted:
-                self.give_up(key, generation, "stop", interrupted)
-            if inst.status == "running":
-                self._enqueue(inst)
-            elif inst.status == "waitingForPause":
-                self._put_to_pause(inst)
+        inst = self._mine(key, generation)
+        if inst is not None and interrupted:
+            self.give_up(key, generation, "stop", interrupted)
+        if inst is not None and inst.status in ("running", "waitingForPause"):
+            self._stop(inst)
+
+    def _stop(self, inst: Instance, **columns: Any) -> None:
+        if inst.status == "waitingForPause":
+            self._put_to_pause(inst, **columns)
+        else:
+            self._enqueue(inst, **columns)
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -1730,10 +1763,10 @@ def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Threads: where plain (not async) callbacks run, so that they never block the loop. A thread cannot be
-# cancelled; one whose attempt has ended is abandoned, which frees its slot but not the thread. They are
-# daemons of our own, because an executor's threads would hold up the interpreter's exit.
+# --------------------------------------------------------------------------------------------------
+# Threads: where plain (not async) callbacks run, so that they never block the loop. A thread cannot
+# be cancelled; one whose attempt has ended is abandoned, which frees its slot but not the thread.
+# They are daemons of our own, because an executor's threads would hold up the interpreter's exit.
 
 
 class Threads:
@@ -1801,6 +1834,7 @@ class Threads:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # and with it what the callback returned
 
     def close(self) -> None:
         """Lets every thread end, at once or when its callback does."""
@@ -1809,21 +1843,21 @@ class Threads:
             self._jobs.put(None)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run: one life of one instance, from its loading to its unloading.
 #
-# A life begins with the folded journal and calls `run` from the top. A step call looks its identity up:
-# a recorded result is handed over, in the order in which results were recorded; anything else begins,
-# or goes on, for real. What is recorded from then on comes back the same way: through `_inbox`, one
-# result at a time, each only after the run has settled down from the one before. So
+# A life begins with the folded journal and calls `run` from the top. A step call looks its identity
+# up: a recorded result is handed over, in the order in which results were recorded; anything else
+# begins, or goes on, for real. What is recorded from then on comes back the same way: through
+# `_inbox`, one result at a time, each only after the run has settled down from the one before. So
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
 # finds the same task done in every life.
 #
-# A life ends in one way, `unload`: because `run` ended, the instance is paused, waits long enough, was
-# restarted, terminated or deleted by anybody, or the engine stops. Nothing in memory is worth keeping:
-# another life begins with the journal.
+# A life ends in one way, `unload`: because `run` ended, the instance is paused, waits long enough,
+# was restarted, terminated or deleted by anybody, or the engine stops. Nothing in memory is worth
+# keeping: another life begins with the journal.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
@@ -1834,7 +1868,7 @@ _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workf
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
 
-    __slots__ = ("run", "kind", "name", "count", "key", "args", "options", "attempt", "_coroutine")
+    __slots__ = ("_coroutine", "args", "attempt", "count", "key", "kind", "name", "options", "run")
 
     def __init__(
         self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
@@ -1887,8 +1921,8 @@ class WorkflowStep:
         """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
         returns, and returns that, now and in every replay.
 
-        The callback is async, or plain, which runs in a thread; if it has one required parameter, or
-        one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
+        The callback is async, or plain, which runs in a thread; if it has one required parameter,
+        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
         (`limit`, `delay`, `backoff`), each attempt bounded by `config["timeout"]`; then its last
         error is raised. Names are up to 256 characters.
 
@@ -1903,8 +1937,9 @@ class WorkflowStep:
         return StepCall(self._run, "sleep", name, (parse_duration, duration), {})
 
     def sleep_until(self, name: str, when: datetime | float) -> StepCall:
-        """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since 1970.
-        One that has passed returns at once. It is a sleep: both share the counts of a name."""
+        """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since
+        1970. One that has passed returns at once. It is a sleep: both share the counts of a
+        name."""
         return StepCall(self._run, "sleep", name, (_parse_moment, when), {})
 
     def wait_for_event(self, name: str, *args: Any, **options: Any) -> StepCall:
@@ -1920,13 +1955,14 @@ class WorkflowStep:
 class Attempt:
     """One execution of a step's callback; also the scope of the step calls that it makes.
 
-    An async callback runs up to its first suspension right where it is called, which is all that most
-    need; but in the name of a task of its own, the carrier, which then carries it on. So a timeout or
-    a cancellation reaches the callback and nothing else."""
+    An async callback runs up to its first suspension right where it is called, which is all that
+    most need; but in the name of a task of its own, the carrier, which then carries it on. So a
+    timeout or a cancellation reaches the callback and nothing else."""
 
-    __slots__ = tuple(
-        "base begun callback call carrier config context coroutine counts cpu fresh number over plain"
-        " recorded run started state step text threaded timer verdict wants".split()
+    __slots__ = (
+        *("base", "begun", "call", "callback", "carrier", "config", "context", "coroutine"),
+        *("counts", "cpu", "fresh", "number", "over", "plain", "recorded", "run", "started"),
+        *("state", "step", "text", "threaded", "timer", "verdict", "wants"),
     )
 
     def __init__(
@@ -2134,9 +2170,9 @@ class Attempt:
 
 
 class Carrier(Coroutine[Any, Any, None]):
-    """What a callback's task runs: nothing until the callback has suspended for the first time, then
-    the rest of it. A state machine and not an `async def`, since it may be cancelled before its first
-    step, and must pass that on."""
+    """What a callback's task runs: nothing until the callback has suspended for the first time,
+    then the rest of it. A state machine and not an `async def`, since it may be cancelled before
+    its first step, and must pass that on."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._attempt: Attempt | None = None
@@ -2203,7 +2239,7 @@ class Run:
         )
         self.counts: dict[str, int] = {}
         self.open_calls: set[StepCall] = set()
-        self.dead = False
+        self.dead = self.orphan = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
         self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
@@ -2241,7 +2277,7 @@ class Run:
         except BaseException as error:
             return None, error
 
-    # -- step calls -------------------------------------------------------------------------------------
+    # -- step calls
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, begin it if need be, wait for its turn."""
@@ -2282,9 +2318,9 @@ class Run:
             raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
 
     def _is_alone(self) -> bool:
-        """Whether nothing of the run can happen before the task that calls a step goes on: it is that
-        of `run` itself, there is no other call, and no task is ready to make one. Then a result that
-        comes without a pause changes nothing."""
+        """Whether nothing of the run can happen before the task that calls a step goes on: it is
+        that of `run` itself, there is no other call, and no task is ready to make one. Then a
+        result that comes without a pause changes nothing."""
         return (
             len(self.open_calls) == 1
             and not self.engine.ready
@@ -2335,11 +2371,11 @@ class Run:
         origin = json.loads(step.extra or "")
         return WorkflowStepEvent(freeze(decode(data)), _to_datetime(origin["at"]), origin["type"])
 
-    # -- what a call asks for ---------------------------------------------------------------------------
+    # -- what a call asks for
 
     def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
-        """Checks a call that has no result yet; the answer begins it. Nothing is stored for one that
-        is refused: wrong arguments are wrong as for any Python function."""
+        """Checks a call that has no result yet; the answer begins it. Nothing is stored for one
+        that is refused: wrong arguments are wrong as for any Python function."""
         plans: dict[str, tuple[Callable[..., Callable[[Step], None]], str]] = {
             "do": (self._plan_do, "step.invalid_config"),
             "sleep": (self._plan_sleep, "step.invalid_duration"),
@@ -2432,10 +2468,11 @@ class Run:
 
         return begin
 
-    # -- attempts ---------------------------------------------------------------------------------------
+    # -- attempts
 
     def _try(self, attempt: Attempt) -> None:
-        """Begins an attempt as soon as callbacks may start, and a plain one when it has a thread."""
+        """Begins an attempt as soon as callbacks may start, and a plain one when it has a
+        thread."""
         if not self._may_start(attempt):
             self._gate.append(attempt)
             if self.status == "waiting":
@@ -2477,8 +2514,8 @@ class Run:
         self._post(self.engine.store.record, [row], then=then)
 
     def conclude(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        """Hands the end of an attempt to the store: a result, a failure and the wait before the next
-        attempt, or the failure of the step."""
+        """Hands the end of an attempt to the store: a result, a failure and the wait before the
+        next attempt, or the failure of the step."""
         step, number, name = attempt.step, attempt.number, attempt.call.name
         store, limits = self.engine.store, self.engine.limits
         started = None if attempt.recorded else attempt.started
@@ -2529,7 +2566,7 @@ class Run:
         self._check_pause()
         self._arm()
 
-    # -- results, one at a time ---------------------------------------------------------------------------
+    # -- results, one at a time
 
     def _finished(self, step: Step) -> None:
         if not step.nested:
@@ -2539,8 +2576,8 @@ class Run:
             _set_result(step.waiter, None)
 
     def _arm(self) -> None:
-        """Delivers the next result if that can disturb nobody; otherwise, or if the run may be idle,
-        looks again when it has settled."""
+        """Delivers the next result if that can disturb nobody; otherwise, or if the run may be
+        idle, looks again when it has settled."""
         if self._settling or self.dead or self.status not in ("running", "waitingForPause"):
             return
         if self._inbox:
@@ -2595,7 +2632,7 @@ class Run:
         if self.status == "waiting" and not self._gate:
             self.unload()
 
-    # -- news from the store --------------------------------------------------------------------------------
+    # -- news from the store
 
     def on_news(self, inst: Instance, rows: list[Row]) -> None:
         if inst.generation != self.generation or inst.status in (*FINISHED, "paused"):
@@ -2646,7 +2683,7 @@ class Run:
         then(result, error)
         self._arm()
 
-    # -- cancelled calls --------------------------------------------------------------------------------
+    # -- cancelled calls
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
@@ -2657,9 +2694,9 @@ class Run:
         self._gate = [attempt for attempt in self._gate if attempt.step is not step]
         self._retries.pop(step.key, None)
         self._waiting.discard(step.key)
+        step.open = attempt is not None and attempt.begun
         if step.nested and step.state == "pending":
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            step.open = attempt is not None and attempt.begun
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
             self._post(self.engine.store.give_up, "stop", [step.key], then=_ignore)
         elif step.state == "cancelled":
@@ -2674,7 +2711,7 @@ class Run:
         cancelled, self._cancelled = self._cancelled, []
         self._post(self.engine.store.give_up, "cancel", cancelled, then=_ignore)
 
-    # -- the end of a life ------------------------------------------------------------------------------
+    # -- the end of a life
 
     def _main_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
@@ -2686,23 +2723,17 @@ class Run:
         self._warn_about_calls()
         if self._cancelled:
             self._record_cancelled()
+        text = ""
         try:
             text = encode(output)[0]
         except _Unserializable as bad:
             error = _fatal("output.not_serializable", f"the output of run can't be stored: {bad}")
-        if error is None:
-            self._finish("complete", text, size_of(text))
-        else:
-            self._finish("errored", encode_error(error), 0)
-        self.unload()
-
-    def _finish(self, status: str, text: str, size: int) -> None:
-        def stored(_: Any, refused: BaseException | None) -> None:
-            if isinstance(refused, WorkflowFatalError):  # the output was too large
-                self._finish("errored", encode_error(refused), 0)
-
+        end = ("complete", text, size_of(text))
+        if error is not None:
+            end = ("errored", encode_error(error), 0)
         store = self.engine.store
-        store.post(store.finish, self.key, self.generation, status, text, size, then=stored)
+        store.post(store.finish, self.key, self.generation, *end, then=_ignore)
+        self.unload()
 
     def _warn_about_calls(self) -> None:
         for call in self.open_calls:
@@ -2715,8 +2746,8 @@ class Run:
                     log.warning(f"%s: {what}", self, step_label(step.key))
 
     def unload(self) -> None:
-        """Ends this life: cancels the run, then the tasks of its calls, then its callbacks. Whatever
-        they do is ignored; `ended` is done when they are, or after a second."""
+        """Ends this life: cancels the run, then the tasks of its calls, then its callbacks.
+        Whatever they do is ignored; `ended` is done when they are, or after a second."""
         if self.dead:
             return
         self.dead = True
@@ -2727,7 +2758,7 @@ class Run:
         self._left = {task for task in tasks if not task.done()}
         for task in tasks:
             task.cancel()
-        for attempt in self._attempts.values():
+        for attempt in list(self._attempts.values()):
             attempt.stop()
         for task in self._left:
             task.add_done_callback(self._task_ended)
@@ -2736,7 +2767,8 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        return [key for key, a in self._attempts.items() if a.recorded and not a.state]
+        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.state]
+        return cut_off + [key for key in self._cancelled if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
@@ -2801,10 +2833,10 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
-    """How a callback takes the step context: "ctx" by that name, True by position, False not at all."""
-    if type(function) is types.FunctionType and not function.__code__.co_argcount:
-        if not function.__code__.co_kwonlyargcount:
-            return False
+    """How a callback takes the step context: "ctx" by that name, True by position, False not at
+    all."""
+    if type(function) is types.FunctionType and function.__code__.co_varnames == ():
+        return False  # the most common, and the fastest to see
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -2823,10 +2855,10 @@ def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
     raise _fatal("step.invalid_callback", message)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Engine: which instances live now. It turns the store's news into lives, and knows what to do when
-# something fails: storage (stop in place), the loop (unload), the whole process (nothing at all, the
-# next one recovers).
+# something fails: storage (stop in place), the loop (unload), the whole process (nothing at all,
+# the next one recovers).
 
 
 class Env(Mapping[str, Any]):
@@ -2851,8 +2883,8 @@ class Env(Mapping[str, Any]):
 
 
 class WorkflowEntrypoint(Generic[Params]):
-    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life of
-    each instance; `self.env` has the engine's `env` and bindings.
+    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
+    of each instance; `self.env` has the engine's `env` and bindings.
 
     developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
 
@@ -2908,7 +2940,7 @@ class Engine:
         self._loading: set[tuple[int, int]] = set()  # (key, generation)
         self._watchers: dict[int, list[Callable[[], None]]] = {}
 
-    # -- bindings -----------------------------------------------------------------------------------------
+    # -- bindings
 
     def bind(
         self,
@@ -2918,9 +2950,9 @@ class Engine:
         *,
         steps: int | None = None,
     ) -> Workflow:
-        """Makes a workflow known, before entering the engine or later. `name` defaults to the class's
-        in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is the most
-        steps that a run may call, up to 25,000."""
+        """Makes a workflow known, before entering the engine or later. `name` defaults to the
+        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
+        the most steps that a run may call, up to 25,000."""
         if not (isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)):
             raise TypeError(
                 f"{_show(cls)} is not a workflow: expected a class that extends WorkflowEntrypoint"
@@ -2957,7 +2989,7 @@ class Engine:
         args = (workflow.name, binding, workflow.cls.__name__, workflow.step_limit)
         self.store.post(self.store.define, *args, then=_ignore)
 
-    # -- opening and closing --------------------------------------------------------------------------------
+    # -- opening and closing
 
     async def __aenter__(self) -> Engine:
         if self._state != "new":
@@ -3036,7 +3068,7 @@ class Engine:
         self.store.post(getattr(self.store, op), *args, then=resolve)
         return await future
 
-    # -- what the store tells, on the loop ----------------------------------------------------------------
+    # -- what the store tells, on the loop
 
     def _deliver(self, results: list[Any], news: list[News], touched: set[int] | None) -> None:
         self.store.pending -= len(results)
@@ -3086,19 +3118,21 @@ class Engine:
 
     def unloaded(self, run: Run) -> None:
         """A life has ended; the next one may begin."""
-        if self.runs.get(run.key) is run and self._state == "open":
+        if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
             if run.successor is not None:
                 self._load(run.successor)
 
     def orphaned(self, run: Run) -> None:
-        """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes on."""
+        """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes
+        on."""
+        run.orphan = True
         run.unload()
-        interrupted = run.interrupted()
 
         def go_on() -> None:
             if self._state == "open":
-                self._release(run.key, run.generation, interrupted)
+                del self.runs[run.key]
+                self._release(run.key, run.generation, run.interrupted())
 
         self.loop.call_later(1, go_on)
 
@@ -3112,7 +3146,8 @@ class Engine:
         self._wake(list(self._watchers))
 
     def busy(self) -> bool:
-        """Whether anything will happen by itself, without an event, a timer or the world outside."""
+        """Whether anything will happen by itself, without an event, a timer or the world
+        outside."""
         return (
             self.store.failure is None
             and (self.store.pending > 0 or bool(self._loading) or self.threads.fresh())
@@ -3156,7 +3191,7 @@ def _kebab(name: str) -> str:
     return words.replace("_", "-").strip("-").lower()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Binding: the side that callers see, in any process.
 
 
@@ -3173,12 +3208,13 @@ class Workflow:
     async def create(
         self, options: Mapping[str, Any] | None = None, /, **given: Any
     ) -> WorkflowInstance:
-        """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance is
-        durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4), `params` any
-        value that can be stored (default `{}`).
+        """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
+        is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
+        `params` any value that can be stored (default `{}`).
 
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
-        `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`, `limit.retention`."""
+        `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`,
+        `limit.retention`."""
         entry = self._entry(_merge(options, given, _CREATE, "create"), "")
         made = await self.engine.call("create", self.name, [entry], "binding")
         if not made:
@@ -3189,8 +3225,9 @@ class Workflow:
         return WorkflowInstance(self, entry[0])
 
     async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]:
-        """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or repeat,
-        are skipped and left out of the result. Errors as in `create`, and `limit.batch_size`."""
+        """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
+        repeat, are skipped and left out of the result. Errors as in `create`, and
+        `limit.batch_size`."""
         if isinstance(batch, (str, bytes, Mapping)) or not isinstance(batch, Iterable):
             raise TypeError(f"the batch is {type(batch).__name__}: expected a list of dicts")
         entries = [
@@ -3220,11 +3257,9 @@ class Workflow:
         limit = self.engine.limits.id_length
         if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
             return id
-        raise WorkflowError(
-            f"{where}{_show(id)} is not an instance id: expected 1 to {limit} letters, digits, '_' and '-', "
-            "not beginning with '-'",
-            code="instance.invalid_id",
-        )
+        expected = f"1 to {limit} letters, digits, '_' and '-', not beginning with '-'"
+        message = f"{where}{_show(id)} is not an instance id: expected {expected}"
+        raise WorkflowError(message, code="instance.invalid_id")
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
@@ -3259,8 +3294,8 @@ def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
 
 
 class WorkflowInstance:
-    """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible to
-    `status()` in every process when it returns. Every method may raise `instance.not_found`.
+    """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible
+    to `status()` in every process when it returns. Every method may raise `instance.not_found`.
 
     developers.cloudflare.com/workflows/build/workers-api/ (WorkflowInstance)"""
 
@@ -3292,8 +3327,9 @@ class WorkflowInstance:
         return rows
 
     async def pause(self) -> None:
-        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the callbacks in
-        flight have finished. Sleeps, retry delays and event timeouts stand still while paused."""
+        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
+        callbacks in flight have finished. Sleeps, retry delays and event timeouts stand still while
+        paused."""
         await self._call("pause")
 
     async def resume(self) -> None:
@@ -3323,8 +3359,9 @@ class WorkflowInstance:
         await self._call("send_event", type, payload)
 
     async def result(self, timeout: float | str | timedelta | None = None) -> Any:
-        """Waits for the end. Returns the output; raises the error that left `run`, or `WorkflowError`
-        (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError` after `timeout`."""
+        """Waits for the end. Returns the output; raises the error that left `run`, or
+        `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
+        after `timeout`."""
         engine = self.workflow.engine
         engine._check_open()
         patience = None if timeout is None else parse_duration(timeout)
@@ -3383,7 +3420,7 @@ WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ig
 WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Test tools: a clock that moves only when told, so that a year of sleeps is tested in milliseconds.
 
 
@@ -3401,9 +3438,10 @@ class _Timer:
 class ManualClock(Clock):
     """A clock for tests: `Engine(clock=ManualClock())`, then `await clock.advance("3 days")`.
 
-    What falls due on the way happens in its order, and after each moment every instance runs until it
-    waits again. Sleeps, retry delays, event and attempt timeouts, hibernation, retention and
-    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something real."""
+    What falls due on the way happens in its order, and after each moment every instance runs until
+    it waits again. Sleeps, retry delays, event and attempt timeouts, hibernation, retention and
+    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something
+    real."""
 
     exact = True
 
@@ -3457,7 +3495,7 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line: `python3 workflows.py demo`.
 
 

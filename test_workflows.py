@@ -1,0 +1,3809 @@
+# SPDX-License-Identifier: MIT
+"""The executable specification of workflows.py: classes in the order of its sections, and test
+names that state a rule. Time is moved (`ManualClock`), not waited for; processes that are killed
+are real.
+
+    python3 -m unittest                    the tests
+    python3 test_workflows.py bench        the figures
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import enum
+import functools
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+import tracemalloc
+import unittest
+import weakref
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import workflows
+from workflows import (
+    Engine,
+    Limits,
+    ManualClock,
+    NonRetryableError,
+    WorkflowEntrypoint,
+    WorkflowError,
+    WorkflowFatalError,
+    WorkflowInternalError,
+    WorkflowTimeoutError,
+    parse_duration,
+)
+
+logging.getLogger("workflows").setLevel(logging.CRITICAL)  # tests that want a warning ask for it
+
+
+FOREVER = dataclasses.replace(Limits(), success_retention=None, error_retention=None)
+
+
+def workflow(run: Callable[..., Any], name: str = "Test") -> type[WorkflowEntrypoint[Any]]:
+    """A workflow class made of `async def run(event, step)`."""
+
+    class Made(WorkflowEntrypoint[Any]):
+        async def run(self, event: Any, step: Any) -> Any:
+            return await run(event, step)
+
+    Made.__name__ = name
+    return Made
+
+
+async def value(result: Any = None) -> Any:
+    """An async callback's body: `lambda: value(5)` is a plain callback that returns an
+    awaitable."""
+    return result
+
+
+class Case(unittest.IsolatedAsyncioTestCase):
+    """A database in a folder of its own, a clock that is moved by hand, and engines on both."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.path = str(self.folder / "test.db")
+        self.clock = ManualClock()
+
+    @contextlib.asynccontextmanager
+    async def engine(self, **options: Any) -> Any:
+        options = {"clock": self.clock, "limits": FOREVER} | options
+        async with Engine(self.path, **options) as engine:
+            yield engine
+
+    async def outcome(self, run: Callable[..., Any], params: Any = None, **options: Any) -> Any:
+        """What a workflow made of `run` returns or raises, as time goes by."""
+        async with self.engine(**options) as engine:
+            instance = await engine.bind(workflow(run)).create(params=params)
+            return await self.finish(instance)
+
+    async def finish(self, instance: Any) -> Any:
+        """The result of an instance, with the clock moved as far as it takes (a year at most)."""
+        step = 0
+        while (await instance.status()).status not in workflows.FINISHED and step < 2**38:
+            await self.clock.advance(step)
+            step = step * 2 or 1000
+        return await instance.result(timeout=0)
+
+    async def assertCode(self, code: str, awaitable: Any) -> WorkflowError:
+        with self.assertRaises(WorkflowError) as caught:
+            await awaitable
+        self.assertEqual(caught.exception.code, code)
+        return caught.exception
+
+    def rows(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+        """What stands in the database, as another process reads it."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            return db.execute(sql, args).fetchall()
+
+
+ONCE = {"retries": {"limit": 0}}
+
+
+def constant(limit: float, delay: Any = 1, **more: Any) -> dict[str, Any]:
+    """A config with so many retries, always so far apart."""
+    return {"retries": {"limit": limit, "delay": delay, "backoff": "constant"}} | more
+
+
+def returns(result: Any) -> Callable[..., Any]:
+    """An async callback, for `step.do`."""
+
+    async def callback() -> Any:
+        return result
+
+    return callback
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    async def callback() -> Any:
+        raise error
+
+    return callback
+
+
+async def caught(awaitable: Any) -> BaseException:
+    """The error of a step call, for a look at it in `run`."""
+    try:
+        await awaitable
+    except Exception as error:
+        return error
+    raise AssertionError("no error was raised")
+
+
+class Attributes(Exception):
+    """A user's error: its own `__init__`, and attributes of all kinds."""
+
+    made = 0
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"{number} {text}")
+        Attributes.made += 1
+        self.number, self.text, self.bad = number, text, {1, 2}
+
+
+class Careless(WorkflowError):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Lives(Case):
+    """`lives` runs an instance and then replays it, in another engine on the same file."""
+
+    async def finish(self, instance: Any) -> Any:
+        async with asyncio.timeout(3):  # what hangs fails
+            return await super().finish(instance)
+
+    async def lives(self, run: Callable[..., Any], count: int = 3, params: Any = None) -> Any:
+        async def wrapped(event: Any, step: Any) -> Any:
+            result = await run(event, step)
+            for _ in range(count - 1):  # longer than `hibernate_after`
+                await step.sleep("until the next life", "1 hour")
+            return result
+
+        made = workflow(wrapped)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i", params=params)
+            await self.clock.settle()
+        async with self.engine() as engine:
+            return await self.finish(await engine.bind(made).get("i"))
+
+
+class Names(Case):
+    def test_all_lists_the_public_names(self):
+        expected = """Clock Engine InstanceStatus Limits ManualClock NonRetryableError Workflow
+            WorkflowEntrypoint WorkflowError WorkflowEvent WorkflowFatalError WorkflowInstance
+            WorkflowInternalError WorkflowStep WorkflowTimeoutError parse_duration"""
+        self.assertLessEqual(set(expected.split()) - {"Clock"}, set(workflows.__all__))
+        for name in workflows.__all__:
+            self.assertTrue(hasattr(workflows, name), name)
+
+    def test_the_original_spelling_works_too(self):
+        for cls, alias, name in (
+            (workflows.Workflow, "createBatch", "create_batch"),
+            (workflows.WorkflowInstance, "sendEvent", "send_event"),
+            (workflows.WorkflowStep, "sleepUntil", "sleep_until"),
+            (workflows.WorkflowStep, "waitForEvent", "wait_for_event"),
+        ):
+            self.assertIs(getattr(cls, alias), getattr(cls, name))
+
+    def test_errors_have_one_base_and_stable_codes(self):
+        for cls in (WorkflowTimeoutError, WorkflowFatalError, workflows.WorkflowInternalError):
+            self.assertTrue(issubclass(cls, WorkflowError))
+            self.assertEqual(cls("m").name, cls.__name__)
+        error = NonRetryableError("m", "Mine")
+        self.assertEqual((str(error), error.name), ("m", "Mine"))
+        self.assertEqual(NonRetryableError().name, "NonRetryableError")
+        self.assertEqual(str(NonRetryableError()), "")
+
+    async def test_a_workflow_event_reads_as_attributes_and_as_a_mapping(self):
+        async def run(event, step):
+            with self.assertRaises(dataclasses.FrozenInstanceError):
+                event.payload = 1
+            self.assertEqual(event["payload"], event.get("payload"))
+            self.assertEqual(event["instanceId"], event.instance_id)
+            self.assertEqual(event["workflowName"], event.workflowName)
+            self.assertIsNone(event.get("nothing"))
+            return [*event], event.instanceId, event.workflow_name, event.timestamp
+
+        async with self.engine() as engine:
+            now = self.clock.now()
+            instance = await engine.bind(workflow(run, "MyTest")).create(id="i")
+            keys, *rest, created = await self.finish(instance)
+        self.assertEqual(keys, ["payload", "timestamp", "instanceId", "workflowName"])
+        self.assertEqual(rest, ["i", "my-test"])
+        self.assertEqual(created, datetime.fromtimestamp(now / 1000, UTC))
+
+    async def test_a_status_reads_as_attributes_and_as_a_mapping(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: value(7)))
+            instance = await made.create()
+            await self.finish(instance)
+            status = await instance.status()
+        self.assertEqual((status.status, status["output"], status.error), ("complete", 7, None))
+        self.assertEqual(dict(status), {"status": "complete", "output": 7, "error": None})
+
+    async def test_env_reads_as_attributes_and_as_a_mapping_and_holds_the_bindings(self):
+        async def run(event, step):
+            return None
+
+        class Reads(WorkflowEntrypoint[Any]):
+            async def run(self, event: Any, step: Any) -> Any:
+                self.env.OTHER.name  # noqa: B018
+                return self.env.KEY, self.env["KEY"], sorted(self.env), self.ctx is not None
+
+        async with self.engine(env={"KEY": "v"}) as engine:
+            other = engine.bind(workflow(run, "Other"))
+            self.assertIs(engine.env.OTHER, other)
+            instance = await engine.bind(Reads).create()
+            self.assertEqual(
+                await self.finish(instance), ["v", "v", ["KEY", "OTHER", "READS"], True]
+            )
+
+    async def test_bind_names_in_kebab_and_upper_snake_case(self):
+        for cls, name, binding in (
+            ("MyWorkflow", "my-workflow", "MY_WORKFLOW"),
+            ("HTTPFetch", "http-fetch", "HTTP_FETCH"),
+            ("plain", "plain", "PLAIN"),
+        ):
+            with self.subTest(cls):
+                engine = Engine(self.path)
+                self.assertEqual(engine.bind(workflow(None, cls)).name, name)
+                self.assertIn(binding, engine.env)
+
+    async def test_bind_refuses_what_is_no_workflow_or_is_taken(self):
+        engine = Engine(self.path, env={"TAKEN": 1})
+
+        class NoRun(WorkflowEntrypoint[Any]):
+            pass
+
+        for cls in (object, NoRun, 5, workflow(None)(None, None)):
+            with self.assertRaises(TypeError):
+                engine.bind(cls)
+        engine.bind(workflow(None))
+        for again in ("Test", "Taken"):
+            with self.assertRaises(ValueError):
+                engine.bind(workflow(None, again))
+        with self.assertRaises(ValueError):
+            engine.bind(workflow(None), "other", "TEST")
+
+    async def test_each_life_gets_a_new_object_of_the_class(self):
+        made = []
+
+        class Counts(WorkflowEntrypoint[Any]):
+            def __init__(self, ctx: Any, env: Any) -> None:
+                super().__init__(ctx, env)
+                made.append(self)
+
+            async def run(self, event: Any, step: Any) -> None:
+                await step.sleep("s", "1 hour")
+
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(Counts).create())
+        self.assertEqual(len(set(made)), 2)
+
+    async def test_unknown_options_are_refused_by_name(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: step.sleep("s", "1 day")))
+            instance = await made.create()
+            for call in (
+                lambda: made.create(ids=1),
+                lambda: made.create({"ids": 1}),
+                lambda: made.create_batch([{"ids": 1}]),
+                lambda: instance.send_event(type="t", ids=1),
+                lambda: instance.send_event({"type": "t", "ids": 1}),
+            ):
+                with self.assertRaisesRegex((TypeError, ValueError), "ids"):
+                    await call()
+
+    async def test_result_times_out_by_the_engines_clock(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: step.sleep("s", "1 day")))
+            instance = await made.create()
+            waiting = asyncio.create_task(instance.result(timeout="1 hour"))
+            await self.clock.advance(timedelta(minutes=59))
+            self.assertFalse(waiting.done())
+            await self.clock.advance("1 minute")
+            with self.assertRaises(WorkflowTimeoutError):
+                await waiting
+
+    async def test_result_of_a_terminated_instance_raises(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: step.sleep("s", "1 day")))
+            instance = await made.create()
+            await instance.terminate()
+            await self.assertCode("instance.terminated", instance.result())
+
+    async def test_a_paused_instance_keeps_the_caller_of_result_waiting(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: step.sleep("s", "1 hour")))
+            instance = await made.create()
+            await self.clock.settle()
+            await instance.pause()
+            waiting = asyncio.create_task(instance.result())
+            await self.clock.advance("1 day")
+            self.assertFalse(waiting.done())
+            await instance.resume()
+            await self.clock.advance("1 hour")
+            self.assertIsNone(await waiting)
+
+    async def test_an_engine_that_is_not_open_refuses_calls(self):
+        engine = Engine(self.path)
+        made = engine.bind(workflow(lambda event, step: value()))
+        with self.assertRaises(RuntimeError):
+            await made.create()
+        async with engine:
+            instance = await made.create()
+        with self.assertRaises(RuntimeError):
+            await instance.status()
+        with self.assertRaises(RuntimeError):
+            await engine.__aenter__()
+
+    async def test_another_loop_is_refused(self):
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: value()))
+
+            def elsewhere() -> None:
+                with self.assertRaises(RuntimeError):
+                    asyncio.run(made.create())
+
+            await asyncio.to_thread(elsewhere)
+
+
+class Durations(unittest.TestCase):
+    def test_a_duration_is_milliseconds_a_timedelta_or_text(self):
+        for given, ms in (
+            (0, 0),
+            (1500, 1500),
+            (1500.4, 1500),
+            (timedelta(seconds=1.5), 1500),
+            ("1 second", 1000),
+            ("0 seconds", 0),
+            ("1.5 minutes", 90_000),
+            ("2 hours", 7_200_000),
+            ("1 days", 86_400_000),
+            ("1 week", 604_800_000),
+            ("1 month", 30 * 86_400_000),
+            ("1 year", 365 * 86_400_000),
+            ("0.0015 seconds", 2),
+            ("0.1 seconds", 100),
+        ):
+            with self.subTest(given):
+                self.assertEqual(parse_duration(given), ms)
+                self.assertIs(type(parse_duration(given)), int)
+
+    def test_anything_else_is_an_error_that_quotes_it(self):
+        for given in (
+            *("5 SECONDS", "3 fortnights", "5", "", " 5 seconds", "5 seconds ", "5 seconds\n"),
+            *("5  seconds", "5seconds", "-5 seconds", "+5 seconds", ".5 hours", "5. hours"),
+            "٥ hours",
+            *("1e3 seconds", "5 ms", "second", "1,5 hours", "inf hours", "1_000 seconds"),
+            *(-1, -0.5, True, False, float("nan"), float("inf"), None, b"1 hour", [1], 1j),
+            *(timedelta(seconds=-1), datetime.now(UTC)),
+        ):
+            with self.subTest(given), self.assertRaises(ValueError) as caught:
+                parse_duration(given)
+            self.assertIn(repr(given), str(caught.exception))
+
+    def test_an_unknown_unit_is_told_the_units(self):
+        with self.assertRaisesRegex(ValueError, "second.*minute.*hour.*day.*week.*month.*year"):
+            parse_duration("3 fortnights")
+
+
+class Values(Lives):
+    async def once(self, result: Any) -> Any:
+        """What `await step.do` gives in `run`, in each life, without a trip through the output."""
+        got = []
+
+        async def run(event: Any, step: Any) -> None:
+            got.append(await step.do("s", returns(result)))
+
+        await self.lives(run)
+        self.assertEqual([repr(each) for each in got], [repr(got[0])] * 3)
+        return got[0]
+
+    async def test_every_allowed_value_comes_back_equal_whatever_its_keys(self):
+        odd = {"$bytes": "x", "$datetime": 1, "$str": 2, "$dict": [], "": "\x00", "a.b": '"$x'}
+        for given in (
+            *(None, True, 0, -1, 10**4000, 1.0, -0.0, 5e-324, "", "é😀\u2028"),
+            *([], {}, b"", b"\xff"),
+            *("\ud800", "\ud83d\ude00", {"\ud83d\ude00": "\udc00"}, [[], {}], odd),
+            *({key: item} for key, item in odd.items()),
+            {"$dict": {"$dict": {"$bytes": b"\x00"}}},
+            {"\ud83d\ude00": 1, "😀": 2},
+            datetime(2020, 1, 2, 3, 4, 5, 6, timezone(timedelta(hours=5, minutes=30))),
+        ):
+            text, decoded = workflows.encode(given)
+            with self.subTest(given):
+                self.assertEqual(repr(decoded), repr(given))
+                self.assertEqual(repr(workflows.decode(text)), repr(given))
+
+    async def test_a_tuple_comes_back_a_list_also_the_first_time(self):
+        self.assertEqual(await self.once({"a": (1, (2,))}), {"a": [1, [2]]})
+
+    async def test_subclasses_of_allowed_types_come_back_as_their_base_type(self):
+        class Colour(enum.IntEnum):
+            RED = 1
+
+        class Text(str, enum.Enum):  # noqa: UP042
+            A = "a"
+
+        pair = collections.namedtuple("pair", "a b")
+        given = [Colour.RED, Text.A, pair(1, 2), collections.OrderedDict(a=1), bytearray(b"x")]
+        got = await self.once([*given, {Text.A: collections.Counter("a")}])
+        self.assertEqual(got, [1, "a", [1, 2], {"a": 1}, b"x", {"a": {"a": 1}}])
+        self.assertEqual([type(item) for item in got], [int, str, list, dict, bytes, dict])
+        self.assertIs(type(next(iter(got[5]))), str)
+
+    async def test_a_time_zone_is_kept_as_its_offset(self):
+        class Zone(timezone.__base__):
+            def utcoffset(self, when: Any) -> timedelta:
+                return timedelta(hours=2)
+
+        got = await self.once(datetime(2020, 1, 1, tzinfo=Zone()))
+        self.assertEqual(got.utcoffset(), timedelta(hours=2))
+        self.assertIs(type(got.tzinfo), timezone)
+
+    async def test_what_cannot_be_stored_fails_the_step_at_once_and_names_the_path(self):
+        cycle: list[Any] = []
+        cycle.append(cycle)
+        deep: Any = []
+        for _ in range(100_000):
+            deep = [deep]
+        attempts = []
+        cases = (
+            ({"items": [0, 1, 2, {"owner": {1}}]}, "$.items[3].owner: set"),
+            (object(), "$: object"),
+            ([float("nan")], "$[0]: nan"),
+            (float("-inf"), "$: -inf"),
+            ({1: 2}, "$: a key of type int"),
+            ({"a": {None: 2}}, "$.a: a key of type NoneType"),
+            (cycle, "$[0]: a cycle"),
+            (10**5000, "$: int"),
+            (datetime(2020, 1, 1), "$: datetime"),
+            (1j, "$: complex"),
+            (deep, "$"),
+        )
+
+        async def run(event, step):
+            for number, (given, path) in enumerate(cases):
+
+                async def callback(given=given):
+                    attempts.append(number)  # noqa: B023
+                    return given
+
+                error = await caught(step.do(f"the step {number}", callback))
+                self.assertIsInstance(error, WorkflowFatalError, path)
+                self.assertEqual(error.code, "step.not_serializable")
+                self.assertIn(path, str(error))
+                self.assertIn(f"the step {number}", str(error))
+
+        await self.outcome(run)
+        self.assertEqual(attempts, list(range(len(cases))))
+
+    async def test_a_value_whose_methods_fail_is_not_serializable(self):
+        class Lazy(dict):
+            def items(self):
+                raise RuntimeError("the session is closed")
+
+            __iter__ = items
+
+        async def run(event, step):
+            async def callback():
+                await asyncio.sleep(0)
+                return Lazy(a=1)
+
+            error = await caught(step.do("s", callback))
+            self.assertEqual(error.code, "step.not_serializable")
+
+        await self.outcome(run)
+
+    async def test_what_is_stored_can_be_read_in_every_life_however_deep(self):
+        async def run(event, step):
+            for depth in range(600, 1000, 10):
+                given: Any = []
+                for _ in range(depth):
+                    given = [given]
+                with contextlib.suppress(WorkflowFatalError):
+                    await step.do(f"s{depth}", returns(given))
+            await step.sleep("rest", "1 hour")
+            return "read"
+
+        async def deeper(run, levels, *args):
+            return await (deeper(run, levels - 1, *args) if levels else run(*args))
+
+        self.assertEqual(await self.outcome(functools.partial(deeper, run, 20)), "read")
+
+    async def test_params_too_deep_to_be_read_are_refused(self):
+        given: Any = []
+        for depth in range(1, 951):
+            given = [given]
+            if depth % 190 == 0:
+                with self.subTest(depth):
+                    async with self.engine() as engine:
+                        made = engine.bind(workflow(lambda event, step: value("ran")))
+                        try:
+                            instance = await made.create(params=given)
+                        except WorkflowError as error:
+                            self.assertEqual(error.code, "params.not_serializable")
+                        else:
+                            await self.clock.settle()
+                            self.assertEqual((await instance.status()).status, "complete")
+                            self.assertEqual(await instance.result(), "ran")
+
+    async def test_an_output_that_cannot_be_stored_errors_the_instance(self):
+        await self.assertCode("output.not_serializable", self.outcome(lambda e, s: value({1})))
+
+    async def test_params_that_cannot_be_stored_are_refused(self):
+        await self.assertCode(
+            "params.not_serializable", self.outcome(lambda e, s: value(), {"a": {1}})
+        )
+
+    async def test_changing_a_result_changes_nothing_stored(self):
+        held = {"list": [1]}
+        seen = []
+
+        async def run(event, step):
+            got = await step.do("s", lambda: held)
+            seen.append(copy.deepcopy(got))
+            got["list"].append(2)
+            return got
+
+        self.assertEqual(await self.lives(run), {"list": [1, 2]})
+        self.assertEqual(held, {"list": [1]})
+        self.assertEqual(seen, [{"list": [1]}] * 3)
+
+    async def test_nothing_that_is_stored_is_a_pickle(self):
+        await self.outcome(lambda e, step: step.do("s", returns([b"x", datetime.now(UTC)])))
+        for (data,) in self.rows("SELECT data FROM journal WHERE data IS NOT NULL"):
+            json.loads(data)
+
+    async def test_the_payload_is_deeply_read_only_and_still_a_dict(self):
+        params = {"a": {"b": [1, {"c": 2}]}}
+        changes = (
+            lambda p: p.update(x=1),
+            lambda p: p.__setitem__("x", 1),
+            lambda p: p["a"].pop("b"),
+            lambda p: p["a"]["b"].append(1),
+            lambda p: p["a"]["b"].sort(),
+            lambda p: p["a"]["b"].__iadd__([1]),
+            lambda p: p["a"]["b"][1].clear(),
+            lambda p: p["a"]["b"][1].__delitem__("c"),
+            lambda p: p["a"].__ior__({}),
+            lambda p: p.setdefault("x", 1),
+        )
+
+        async def run(event, step):
+            for change in changes:
+                with self.assertRaisesRegex(TypeError, "return state from a step"):
+                    change(event.payload)
+            self.assertIsInstance(event.payload, dict)
+            self.assertIsInstance(event.payload["a"]["b"], list)
+            self.assertEqual(event.payload, params)
+            self.assertEqual(json.loads(json.dumps(event.payload)), params)
+            mine = copy.deepcopy(event.payload)
+            mine["a"]["b"].append(3)
+            return await step.do("echo", returns(event.payload))
+
+        self.assertEqual(await self.lives(run, params=params), params)
+
+
+class Errors(Lives):
+    async def rebuilt(self, *errors: BaseException) -> list[Any]:
+        """What `run` gets when steps raise these: the same in its first life and in replays."""
+        lives = []
+
+        async def run(event: Any, step: Any) -> None:
+            lives.append([await caught(step.do("s", ONCE, raises(error))) for error in errors])
+
+        def look(error: Any) -> list[Any]:
+            return [type(error), str(error), repr(error.args), vars(error)]
+
+        await self.lives(run)
+        looks = [[look(error) for error in life] for life in lives]
+        self.assertEqual(looks, [looks[0]] * 3)
+        return lives[0]
+
+    async def test_builtin_errors_come_back_as_their_own_type_with_their_text(self):
+        errors = (
+            ValueError("a", 1, [2]),
+            KeyError("k"),
+            OSError(2, "gone", "file.txt"),
+            PermissionError(13, "no", "a", None, "b"),
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+            SyntaxError("bad", ("f", 1, 2, "text", 1, 3)),
+            StopAsyncIteration(3),
+            TimeoutError(),
+            json.JSONDecodeError("bad", "doc", 1),
+        )
+        for error, got in zip(errors, await self.rebuilt(*errors), strict=True):
+            with self.subTest(error):
+                self.assertIs(type(got), type(error))
+                self.assertEqual(str(got), str(error))
+
+    async def test_an_os_error_keeps_its_number_and_file(self):
+        (got,) = await self.rebuilt(OSError(2, "gone", "file.txt"))
+        self.assertIsInstance(got, FileNotFoundError)
+        self.assertEqual((got.errno, got.filename), (2, "file.txt"))
+
+    async def test_a_users_error_comes_back_without_its_init_with_its_attributes(self):
+        error = Attributes(7, "seven")
+        made = Attributes.made
+        (got,) = await self.rebuilt(error)
+        self.assertIs(type(got), Attributes)
+        self.assertEqual((got.number, got.text, str(got)), (7, "seven", "7 seven"))
+        self.assertFalse(hasattr(got, "bad"))
+        self.assertEqual(Attributes.made, made)
+
+    async def test_notes_are_attributes(self):
+        error = ValueError("a")
+        error.add_note("more")
+        self.assertEqual((await self.rebuilt(error))[0].__notes__, ["more"])
+
+    async def test_others_come_back_as_workflow_error_with_the_original_name(self):
+        class Local(Exception):
+            pass
+
+        cases = (
+            (Local("here"), "here"),
+            (SystemExit(3), "3"),
+            (asyncio.CancelledError("c"), "c"),
+            (BaseExceptionGroup("g", [SystemExit()]), "g"),
+        )
+        rebuilt = await self.rebuilt(*(error for error, _ in cases))
+        for (error, message), got in zip(cases, rebuilt, strict=True):
+            with self.subTest(error):
+                self.assertIs(type(got), WorkflowError)
+                self.assertEqual(got.name, type(error).__name__)
+                self.assertTrue(str(got).startswith(message))
+
+    async def test_a_stop_iteration_comes_back_as_runtime_error(self):
+        def callback():
+            raise StopIteration(3)
+
+        async def run(event, step):
+            return type(await caught(step.do("s", ONCE, callback))).__name__
+
+        self.assertEqual(await self.outcome(run), "RuntimeError")
+
+    async def test_the_members_of_a_group_come_back_one_by_one(self):
+        inner = ExceptionGroup("inner", [Attributes(1, "x")])
+        (got,) = await self.rebuilt(ExceptionGroup("outer", [KeyError("k"), inner]))
+        self.assertEqual(got.message, "outer")
+        self.assertEqual([type(e) for e in got.exceptions], [KeyError, ExceptionGroup])
+        self.assertEqual(got.exceptions[1].exceptions[0].number, 1)
+
+    async def test_an_arg_that_is_no_allowed_value_leaves_the_message(self):
+        (got,) = await self.rebuilt(ValueError({1}, "x"))
+        self.assertEqual(got.args, ("({1}, 'x')",))
+
+    async def test_the_cause_is_gone_and_the_traceback_is_there_on_the_first_run(self):
+        frames = []
+
+        async def run(event, step):
+            async def callback():
+                raise ValueError from KeyError()
+
+            error = await caught(step.do("s", ONCE, callback))
+            self.assertIsNone(error.__cause__)
+            frames.append([frame.name for frame in traceback.extract_tb(error.__traceback__)])
+
+        await self.lives(run)
+        self.assertIn("callback", frames[0])
+        self.assertNotIn("callback", frames[1])
+
+    async def test_no_error_is_so_odd_that_its_step_never_ends(self):
+        class BadText(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        class NoState(Exception):
+            @property
+            def __dict__(self):
+                raise RuntimeError("no state")
+
+        deep: Any = []
+        for _ in range(970):
+            deep = [deep]
+        loop = ValueError()
+        loop.itself = loop
+        for error, cls in (
+            (BadText(), WorkflowError),
+            (NoState(), WorkflowError),
+            (Careless(3), Careless),
+            (loop, ValueError),
+            (ValueError(deep), ValueError),
+            (ValueError("\ud800", 10**5000), ValueError),
+        ):
+            with self.subTest(type(error).__name__):
+                self.setUp()
+
+                async def run(event, step, error=error, cls=cls):
+                    async def callback():
+                        await asyncio.sleep(0)
+                        raise error
+
+                    return type(await caught(step.do("s", ONCE, callback))) is cls
+
+                with contextlib.suppress(WorkflowTimeoutError):
+                    self.assertTrue(await self.outcome(run))
+                    continue
+                self.fail("the step hung")
+
+    async def failing(self, error: BaseException, event: Any, step: Any) -> None:
+        await step.do("s", ONCE, raises(error))
+
+    async def test_the_status_of_an_errored_instance_has_name_and_message(self):
+        for error, name in (
+            (ValueError("m"), "ValueError"),
+            (NonRetryableError("m", "Mine"), "Mine"),
+            (NonRetryableError("m"), "NonRetryableError"),
+        ):
+            with self.subTest(name):
+                self.setUp()
+                async with self.engine() as engine:
+                    run = functools.partial(self.failing, error)
+                    instance = await engine.bind(workflow(run)).create()
+                    with self.assertRaises(type(error)):
+                        await self.finish(instance)
+                    status = await instance.status()
+                self.assertEqual(status.error, {"name": name, "message": "m"})
+                self.assertEqual((status.status, status.output), ("errored", None))
+
+
+class Attempts(Lives):
+    """3.4 to 3.8: callbacks, config, retries, timeouts."""
+
+    async def test_callbacks_of_every_kind_are_called(self):
+        class Asynchronous:
+            async def __call__(self):
+                return "object"
+
+        class Awaitable_:
+            def __await__(self):
+                yield from asyncio.sleep(0).__await__()
+                return "awaitable"
+
+        class Plain:
+            def __call__(self):
+                return "plain object"
+
+            def method(self):
+                return "method"
+
+            @classmethod
+            async def classmethod(cls):
+                return "class method"
+
+        async def partial(first, second=0):
+            return [first, second]
+
+        cases = (
+            (returns("async"), "async"),
+            (lambda: "plain", "plain"),
+            (lambda: value("coroutine"), "coroutine"),
+            (lambda: Awaitable_(), "awaitable"),
+            (Asynchronous(), "object"),
+            (functools.partial(Asynchronous()), "object"),
+            (Plain(), "plain object"),
+            (Plain().method, "method"),
+            (Plain.classmethod, "class method"),
+            (functools.partial(partial, 1), [1, 0]),
+            (functools.partial(partial, 1, second=2), [1, 2]),
+            (dict, {}),
+            ("x".upper, "X"),
+            (lambda *args, **more: [len(args), len(more)], [0, 0]),
+        )
+
+        async def run(event, step):
+            for callback, expected in cases:
+                self.assertEqual(await step.do("s", ONCE, callback), expected)
+
+        await self.outcome(run)
+
+    async def test_the_context_goes_to_one_required_parameter_or_to_ctx(self):
+        def show(ctx):
+            return [ctx.step.name, ctx["step"]["count"], ctx.attempt]
+
+        async def keyword(*, ctx, more=5):
+            return show(ctx)
+
+        async def default(ctx=None, more=5):
+            return show(ctx)
+
+        async def with_default(c, more=5):
+            return show(c) if more == 5 else None
+
+        async def second(number, ctx):
+            return show(ctx) if number == 1 else None
+
+        def positional(c, /):
+            return show(c)
+
+        async def run(event, step):
+            callbacks = (keyword, default, with_default, functools.partial(second, 1), positional)
+            for callback in (*callbacks, show, lambda ctx: show(ctx), lambda c: show(c)):
+                self.assertEqual(await step.do(repr(callback), callback), [repr(callback), 1, 1])
+            return await step.do("d", lambda x=1, y=2: [x, y])
+
+        self.assertEqual(await self.outcome(run), [1, 2])
+
+    async def test_the_config_in_the_context_has_defaults_and_is_as_written(self):
+        async def run(event, step):
+            config = {"retries": {"limit": 2, "delay": "1 second"}}
+            return await step.do("s", config, lambda ctx: ctx.config)
+
+        self.assertEqual(
+            await self.outcome(run),
+            {
+                "retries": {"limit": 2, "delay": "1 second", "backoff": "exponential"},
+                "timeout": "10 minutes",
+            },
+        )
+
+    async def test_a_plain_callback_runs_in_a_daemon_thread_without_a_loop(self):
+        def callback():
+            with self.assertRaises(RuntimeError):
+                asyncio.get_running_loop()
+            return threading.current_thread().daemon
+
+        async def run(event, step):
+            loop = asyncio.get_running_loop()
+            self.assertIsNot(threading.current_thread(), None)
+            beat = loop.create_future()
+
+            def blocking():  # ends only if the loop goes on meanwhile
+                ended = threading.Event()
+                loop.call_soon_threadsafe(ended.set)
+                loop.call_soon_threadsafe(beat.set_result, True)
+                return ended.wait(5)
+
+            return await step.do("a", callback), await step.do("b", blocking), await beat
+
+        self.assertEqual(await self.outcome(run), [True] * 3)
+
+    async def test_at_most_64_plain_callbacks_run_and_a_waiting_one_has_not_begun(self):
+        go = threading.Event()
+        running = []
+
+        async def run(event, step):
+            def callback(ctx):
+                running.append(ctx.step.count)
+                return go.wait(5)
+
+            last = step.do("last", {"timeout": "1 minute"} | ONCE, lambda: "in time")
+            await asyncio.gather(*(step.do("s", callback) for _ in range(64)), last)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("5 minutes")
+            self.assertEqual(len(running), 64)
+            go.set()
+            self.assertIsNone(await self.finish(instance))
+
+    async def test_an_abandoned_thread_holds_up_nothing_and_its_slot_is_free(self):
+        stuck = threading.Event()
+        self.addCleanup(stuck.set)
+
+        async def run(event, step):
+            config = {"timeout": "1 second"} | ONCE
+            calls = (step.do("s", config, lambda: stuck.wait(9)) for _ in range(64))
+            await asyncio.gather(*calls, return_exceptions=True)
+            return await step.do("next", lambda: "ran")
+
+        began = time.monotonic()
+        self.assertEqual(await self.outcome(run), "ran")
+        self.assertLess(time.monotonic() - began, 2)
+
+    async def test_contextvars_of_run_reach_every_attempt_and_stay_apart(self):
+        variable = contextvars.ContextVar("variable", default="unset")
+        seen = []
+
+        async def run(event, step):
+            variable.set("run")
+
+            async def callback(ctx):
+                seen.append(variable.get())
+                variable.set("callback")
+                if ctx.attempt < 3:
+                    raise ValueError
+
+            await step.do("async", constant(5), callback)
+            await step.do("plain", lambda: seen.append(variable.get()))
+            return variable.get()
+
+        self.assertEqual(await self.outcome(run), "run")
+        self.assertEqual(seen, ["run"] * 4)
+
+    async def test_a_wrong_config_is_refused_with_the_key(self):
+        cases = (
+            ({"retrys": {}}, "retrys"),
+            ({"retries": {"limits": 1}}, "limits"),
+            ({"retries": 5}, "retries"),
+            ({"retries": {"limit": -1}}, "limit"),
+            ({"retries": {"limit": True}}, "limit"),
+            ({"retries": {"limit": 1.5}}, "limit"),
+            ({"retries": {"limit": "5"}}, "limit"),
+            ({"retries": {"limit": float("nan")}}, "limit"),
+            ({"retries": {"delay": -1}}, "delay"),
+            ({"retries": {"delay": "soon"}}, "delay"),
+            ({"retries": {"delay": True}}, "delay"),
+            ({"retries": {"backoff": "random"}}, "backoff"),
+            ({"retries": {"backoff": []}}, "backoff"),
+            ({"timeout": 0}, "timeout"),
+            ({"timeout": "366 days"}, "timeout"),
+            ({"timeout": None}, "timeout"),
+            ([], "config"),
+            ("10 minutes", "config"),
+        )
+        calls = [lambda s, c=config: s.do("s", c, value) for config, _ in cases]
+        errors = await self.refusals(calls)
+        for (config, key), error in zip(cases, errors, strict=True):
+            with self.subTest(config):
+                self.assertIsInstance(error, WorkflowFatalError)
+                self.assertEqual(error.code, "step.invalid_config")
+                self.assertIn(key, str(error))
+
+    async def refusals(self, calls: list[Callable[[Any], Any]]) -> list[Any]:
+        """The errors of wrong step calls: raised where they are awaited, and not stored."""
+        got = []
+
+        async def run(event, step):
+            for call in calls:
+                made = call(step)
+                got.append(await caught(made))
+
+        await self.outcome(run)
+        self.assertEqual(self.rows("SELECT step FROM journal WHERE step IS NOT NULL"), [])
+        return got
+
+    async def test_wrong_calls_have_codes(self):
+        control = ("\n", "\x00", "a\x7f", "\x85", "a\ud800", "x" * 257, None, 5, b"s")
+        cases = (
+            *(("step.invalid_name", lambda s, n=n: s.do(n, returns(1))) for n in control),
+            ("step.invalid_name", lambda s: s.sleep("\n", 1)),
+            ("step.invalid_name", lambda s: s.wait_for_event("\n", "t")),
+            ("step.invalid_callback", lambda s: s.do("s", None)),
+            ("step.invalid_callback", lambda s: s.do("s", {"timeout": 1})),
+            ("step.invalid_callback", lambda s: s.do("s", {}, "text")),
+            ("step.invalid_callback", lambda s: s.do("s", lambda a, b: 1)),
+            ("step.invalid_callback", lambda s: s.do("s", lambda *, need: 1)),
+            ("step.invalid_callback", lambda s: s.do("s")),
+            ("step.invalid_config", lambda s: s.do("s", {}, value, bogus=1)),
+            ("step.invalid_config", lambda s: s.do("s", {}, value, config={})),
+            ("step.invalid_duration", lambda s: s.sleep("s", "soon")),
+            ("step.invalid_duration", lambda s: s.sleep("s", -1)),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", datetime(2020, 1, 1))),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", float("nan"))),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", "tomorrow")),
+            ("limit.sleep", lambda s: s.sleep("s", "366 days")),
+            ("limit.sleep", lambda s: s.sleep("s", 10**5000)),
+            ("limit.sleep", lambda s: s.sleep_until("s", datetime.max.replace(tzinfo=UTC))),
+            ("limit.sleep", lambda s: s.wait_for_event("s", "t", timeout="366 days")),
+            ("step.invalid_config", lambda s: s.wait_for_event("s", "t", timeout="soon")),
+            ("step.invalid_config", lambda s: s.wait_for_event("s", {"type": "t", "tmeout": 1})),
+            *(
+                ("event.invalid_type", lambda s, t=t: s.wait_for_event("s", t))
+                for t in ("", "-a", "a.b", "a\n", "é", "x" * 101, None, 5)
+            ),
+        )
+        errors = await self.refusals([call for _, call in cases])
+        for (code, _), error in zip(cases, errors, strict=True):
+            with self.subTest(str(error)[:80]):
+                self.assertIsInstance(error, WorkflowFatalError)
+                self.assertEqual(error.code, code)
+
+    async def test_legal_names_are_any_text_without_controls(self):
+        async def run(event, step):
+            for name in ("", "x" * 256, "é😀 \u2028-/.", "$bytes", "1\u00ad"):
+                self.assertEqual(await step.do(name, returns(name)), name)
+            return "ok"
+
+        self.assertEqual(await self.lives(run), "ok")
+
+    async def test_an_illegal_name_never_finds_a_step(self):
+        async def run(event, step):
+            await step.do("a", lambda: step.do("b", returns(1)))
+            return (await caught(step.do("a\n1\ndo\nb", returns(2)))).code
+
+        self.assertEqual(await self.outcome(run), "step.invalid_name")
+
+    async def test_config_and_callback_may_be_keywords(self):
+        async def run(event, step):
+            config = constant(0)
+            return [
+                await step.do("s", config, returns(1)),
+                await step.do("s", config=config, callback=returns(2)),
+                await step.do("s", returns(3), config=config),
+                await step.do(name="s", callback=returns(4)),
+            ]
+
+        self.assertEqual(await self.outcome(run), [1, 2, 3, 4])
+
+    async def moments(self, config: Any, error: Any = None, count: int = 20) -> list[int]:
+        """When the attempts of a step that always fails began, in ms since its first."""
+        began = []
+
+        async def run(event, step):
+            async def callback():
+                began.append(self.clock.now())
+                raise error or ValueError
+
+            return type(await caught(step.do("s", config, callback))).__name__
+
+        await self.outcome(run)
+        return [moment - began[0] for moment in began[:count]]
+
+    async def test_limit_counts_retries(self):
+        for limit, attempts in ((0, 1), (1, 2), (3.0, 4)):
+            with self.subTest(limit):
+                self.setUp()
+                self.assertEqual(len(await self.moments(constant(limit))), attempts)
+
+    async def test_the_default_is_5_retries_10_seconds_apart_doubling(self):
+        minutes = [0, 10_000, 30_000, 70_000, 150_000, 310_000]
+        for config in (None, {}, {"retries": {}}, {"timeout": "1 hour"}):
+            with self.subTest(config):
+                self.setUp()
+                self.assertEqual(await self.moments(config), minutes)
+
+    async def test_the_wait_before_a_retry_follows_the_backoff(self):
+        for backoff, delay, expected in (
+            ("constant", "1 second", [0, 1000, 2000, 3000]),
+            ("linear", timedelta(seconds=1), [0, 1000, 3000, 6000]),
+            ("exponential", 1000, [0, 1000, 3000, 7000]),
+            ("exponential", 0, [0, 0, 0, 0]),
+            ("linear", "300 days", [0, 300 * 86_400_000, 665 * 86_400_000]),
+        ):
+            with self.subTest(backoff):
+                self.setUp()
+                limit = len(expected) - 1
+                config = {"retries": {"limit": limit, "delay": delay, "backoff": backoff}}
+                self.assertEqual(await self.moments(config), expected)
+
+    async def test_limit_may_be_infinite(self):
+        async def run(event, step):
+            async def callback(ctx):
+                if ctx.attempt < 50:
+                    raise ValueError
+                return [ctx.attempt, ctx.config["retries"]["limit"] == float("inf")]
+
+            return await step.do("s", constant(float("inf"), "2 seconds"), callback)
+
+        self.assertEqual(await self.outcome(run), [50, True])
+
+    async def test_the_config_is_fixed_when_the_first_attempt_starts(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(1)
+            attempts = []
+            config = constant(1 if len(lives) == 1 else 9, "1 hour")
+            error = await caught(step.do("s", config, raises(ValueError(1))))
+            return [str(error), attempts]
+
+        await self.lives(run)
+        failures = self.rows("SELECT count(*) FROM journal WHERE type IN ('failed', 'error')")
+        self.assertEqual(failures, [(2,)])
+
+    async def test_a_non_retryable_error_ends_the_step_at_once(self):
+        for error in (NonRetryableError("m"), WorkflowFatalError("m")):
+            self.setUp()
+            self.assertEqual(await self.moments(None, error), [0])
+
+    async def test_the_last_error_is_raised_and_run_may_catch_it_and_go_on(self):
+        async def run(event, step):
+            async def callback(ctx):
+                raise ValueError(ctx.attempt)
+
+            error = await caught(step.do("s", constant(2), callback))
+            return error.args[0], await step.do("next", returns("went on"))
+
+        self.assertEqual(await self.lives(run), [3, "went on"])
+
+    async def test_an_error_that_leaves_run_errors_the_instance(self):
+        for error in (Attributes(1, "x"), ValueError("m"), SystemExit(3), asyncio.CancelledError()):
+
+            async def run(event, step, error=error):
+                raise error
+
+            with self.subTest(error), self.assertRaises((type(error), WorkflowError)) as caught:
+                self.setUp()
+                await self.outcome(run)
+            self.assertEqual(str(caught.exception), str(error))
+
+    async def test_system_exit_and_a_foreign_cancellation_fail_the_attempt_like_any_error(self):
+        async def own():
+            asyncio.current_task().cancel()
+            await asyncio.sleep(0)
+
+        async def member():
+            task = asyncio.ensure_future(asyncio.sleep(9))
+            task.cancel()
+            await task
+
+        async def run(event, step):
+            for name, fail in (
+                ("SystemExit", raises(SystemExit(1))),
+                ("CancelledError", raises(asyncio.CancelledError())),
+                ("CancelledError", own),
+                ("CancelledError", member),
+            ):
+
+                async def callback(ctx, fail=fail):
+                    return await fail() if ctx.attempt == 1 else "recovered"
+
+                self.assertEqual(await step.do("s", constant(1), callback), "recovered")
+                self.assertEqual((await caught(step.do("s", ONCE, fail))).name, name)
+            return "all"
+
+        self.assertEqual(await self.outcome(run), "all")
+
+    async def test_a_timeout_cancels_the_callback_and_is_retried(self):
+        cancelled = []
+
+        async def run(event, step):
+            async def callback(ctx):
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    cancelled.append(ctx.attempt)
+                    raise
+
+            error = await caught(step.do("s", constant(1, timeout="2 minutes"), callback))
+            return [type(error) is WorkflowTimeoutError, str(error), error.code]
+
+        self.assertEqual(
+            await self.outcome(run),
+            [True, "Execution timed out after 120000ms", "workflow.timeout"],
+        )
+        self.assertEqual(cancelled, [1, 2])
+
+    async def test_a_timeout_decides_whatever_the_callback_then_does(self):
+        async def run(event, step):
+            async def returning():
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    return "late"
+
+            async def raising():
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    raise NonRetryableError
+
+            config = {"timeout": 1000} | ONCE
+            return [
+                type(await caught(step.do("s", config, callback))).__name__
+                for callback in (returning, raising)
+            ]
+
+        self.assertEqual(await self.outcome(run), ["WorkflowTimeoutError"] * 2)
+
+    async def test_a_callback_that_ignores_its_cancellation_is_abandoned_with_a_warning(self):
+        end = asyncio.Event()
+
+        async def run(event, step):
+            async def callback():
+                while not end.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await end.wait()
+
+            error = await caught(step.do("stubborn", {"timeout": 1000} | ONCE, callback))
+            return type(error).__name__
+
+        with self.assertLogs("workflows", "WARNING") as logs:
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(run)).create()
+                await self.clock.advance(1000)
+                self.assertEqual(await instance.result(), "WorkflowTimeoutError")
+        self.assertIn("stubborn", logs.output[0])
+        end.set()
+
+    async def test_asyncio_works_inside_a_callback(self):
+        async def run(event, step):
+            async def timeout():
+                try:
+                    async with asyncio.timeout(0):
+                        await asyncio.sleep(9)
+                except TimeoutError:
+                    return "timeout"
+
+            async def wait_for():
+                try:
+                    await asyncio.wait_for(asyncio.sleep(9), 0.001)
+                except TimeoutError:
+                    return "wait_for"
+
+            async def group():
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(raises(KeyError())())
+                        await asyncio.sleep(9)
+                except* KeyError:
+                    pass
+
+            async def current():
+                before = asyncio.current_task()
+                await asyncio.sleep(0)
+                return before is asyncio.current_task() and before.cancelling() == 0
+
+            loop = asyncio.get_running_loop()
+            for _ in range(3):
+                for callback, expected in (
+                    (timeout, "timeout"),
+                    (wait_for, "wait_for"),
+                    (group, None),
+                    (current, True),
+                ):
+                    ended = loop.create_future()
+
+                    async def real(callback=callback, ended=ended):
+                        try:
+                            return await callback()
+                        finally:
+                            ended.set_result(None)
+
+                    call = asyncio.create_task(step.do("s", ONCE, real))
+                    await asyncio.wait_for(ended, 1)
+                    self.assertEqual(await call, expected)
+            return asyncio.current_task().cancelling()
+
+        self.assertEqual(await self.outcome(run), 0)
+
+
+class Replay(Lives):
+    """3.1 to 3.3: identity, order, concurrency, cancellation."""
+
+    async def test_a_finished_step_returns_its_result_without_its_callback(self):
+        ran = []
+
+        async def run(event, step):
+            async def callback():
+                ran.append(1)
+                return len(ran)
+
+            async def fails():
+                ran.append(1)
+                raise KeyError(len(ran))
+
+            got = [await step.do("s", callback), str(await caught(step.do("f", ONCE, fails)))]
+            return got
+
+        self.assertEqual(await self.lives(run), [1, "2"])
+        self.assertEqual(len(ran), 2)
+
+    async def test_kinds_count_their_names_apart_from_1(self):
+        async def run(event, step):
+            await step.sleep("n", 0)
+            count = lambda ctx: ctx.step.count  # noqa: E731
+            got = [await step.do("n", count), await step.do("m", count), await step.do("n", count)]
+            await step.sleep_until("n", 0)
+            return got
+
+        self.assertEqual(await self.outcome(run), [1, 1, 2])
+        keys = {key for (key,) in self.rows("SELECT step FROM journal WHERE step LIKE 'sleep%'")}
+        self.assertEqual(len(keys), 2)
+
+    async def test_the_count_is_taken_at_the_call_and_the_start_at_the_await(self):
+        started = []
+
+        async def run(event, step):
+            async def callback(ctx):
+                started.append(ctx.step.count)
+                return ctx.step.count
+
+            first, second = step.do("s", callback), step.do("s", callback)
+            await asyncio.sleep(0)
+            self.assertEqual(started, [])
+            return [await second, await first]
+
+        self.assertEqual(await self.outcome(run), [2, 1])
+
+    async def test_a_step_call_is_a_coroutine_for_asyncio(self):
+        async def run(event, step):
+            self.assertIsInstance(step.sleep("x", 0), collections.abc.Coroutine)
+            call = step.do("s", returns(0))
+            got = [await call]
+            with self.assertRaises(RuntimeError):
+                await call
+            got.append(await asyncio.create_task(step.do("s", returns(1))))
+            got += await asyncio.gather(step.do("s", returns(2)), step.do("s", returns(3)))
+            got.append(await asyncio.wait_for(step.do("s", returns(4)), 5))
+            got.append(await asyncio.shield(step.do("s", returns(5))))
+            async with asyncio.TaskGroup() as tasks:
+                task = tasks.create_task(step.do("s", returns(6)))
+            for each in asyncio.as_completed([step.do("s", returns(7))]):
+                got.append(await each)
+            return [*got, task.result()]
+
+        self.assertEqual(await self.lives(run), [0, 1, 2, 3, 4, 5, 7, 6])
+
+    async def test_wait_takes_the_same_branch_in_every_life(self):
+        branches = []
+        gates = [asyncio.Event() for _ in range(3)]
+
+        async def run(event, step):
+            async def slow(number):
+                await gates[number].wait()
+                gates[0].set()
+                return number
+
+            left = {asyncio.create_task(step.do("s", functools.partial(slow, n))) for n in range(3)}
+            order = []
+            while left:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                order.append([task.result() for task in done])
+                gates[1].set()
+            branches.append(order)
+
+        gates[2].set()
+        await self.lives(run)
+        self.assertEqual(branches, [[[2], [0], [1]]] * 3)
+
+    async def test_results_are_given_one_at_a_time_in_their_order_also_with_delays_in_between(self):
+        orders = []
+
+        async def run(event, step):
+            order = []
+
+            async def strand(name, turns):
+                for number in range(3):
+                    await step.do(f"{name}{number}", returns(None))
+                    order.append(f"{name}{number}")
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+
+            await asyncio.gather(strand("a", 0), strand("b", 3), strand("c", 7))
+            orders.append(order)
+
+        await self.lives(run)
+        self.assertEqual(orders[0], orders[1])
+        self.assertEqual(orders[0], orders[2])
+
+    async def test_equal_names_in_several_tasks_keep_their_results_in_every_life(self):
+        seen = []
+
+        async def run(event, step):
+            async def fetch(name, turns=0):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                return await step.do("fetch", returns(name))
+
+            tasks = [asyncio.create_task(fetch(f"x{turns}", turns)) for turns in range(4)]
+            got = [await fetch("a"), await fetch("b"), await fetch("c")]
+            seen.append([*got, *await asyncio.gather(*tasks)])
+
+        await self.lives(run)
+        self.assertEqual(seen, [["a", "b", "c", "x0", "x1", "x2", "x3"]] * len(seen))
+        self.assertGreater(len(seen), 2)
+
+    async def test_a_result_reaches_run_through_layers_of_tasks_before_the_next(self):
+        seen = []
+        gate = asyncio.Event()
+
+        async def run(event, step):
+            await asyncio.gather(*(step.do("warm up", returns(n)) for n in range(20)))
+
+            async def layers(depth):
+                if depth:
+                    return await asyncio.create_task(layers(depth - 1))
+                return await step.do("deep", returns(None))
+
+            deep = asyncio.create_task(layers(4))
+            flat = asyncio.create_task(step.do("flat", gate.wait))
+            done, _ = await asyncio.wait({deep, flat}, return_when=asyncio.FIRST_COMPLETED)
+            seen.append([deep in done, flat in done])
+            gate.set()
+            await asyncio.gather(deep, flat)
+
+        await self.lives(run)
+        self.assertEqual(seen, [[True, False]] * 3)
+
+    async def test_a_result_whose_call_never_comes_is_skipped_with_a_warning(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(1)
+            if len(lives) == 1:
+                await step.do("only at first", returns(1))
+            await step.do("s", returns(2))
+            if len(lives) == 1:
+                await step.sleep("rest", "1 hour")
+            return await step.do("t", returns(3))
+
+        with self.assertLogs("workflows", "WARNING") as logs:
+            self.assertEqual(await self.lives(run), 3)
+        self.assertIn("only at first-1", " ".join(logs.output))
+
+    async def test_when_one_of_a_gather_fails_and_run_goes_on_the_others_complete(self):
+        ended = asyncio.Event()
+
+        async def run(event, step):
+            async def slow():
+                await asyncio.sleep(0.01)
+                ended.set()
+                return "slow"
+
+            slow_call = asyncio.create_task(step.do("slow", slow))
+            failing = step.do("fails", ONCE, raises(KeyError("k")))
+            error = await caught(asyncio.gather(slow_call, failing))
+            await asyncio.wait_for(ended.wait(), 1)
+            return [str(error), await slow_call]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            self.assertEqual(await asyncio.wait_for(instance.result(), 3), ["'k'", "slow"])
+
+    async def test_a_failed_member_of_a_task_group_cancels_the_others_in_every_life(self):
+        ran = []
+
+        async def run(event, step):
+            async def slow():
+                ran.append("slow")
+                await asyncio.Event().wait()
+
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(step.do("slow", slow))
+                    tasks.create_task(step.do("fails", ONCE, raises(KeyError("k"))))
+            except* KeyError as group:
+                got = [str(error) for error in group.exceptions]
+            await step.do("after", returns(1))
+            return got
+
+        self.assertEqual(await self.lives(run), ["'k'"])
+        self.assertEqual(ran, ["slow"])
+
+    async def test_what_run_cancels_is_recorded_and_stays_pending_until_cancelled_again(self):
+        ran, seen = [], []
+
+        async def run(event, step):
+            async def stuck():
+                ran.append("stuck")
+                await asyncio.Event().wait()
+
+            task = asyncio.create_task(step.do("stuck", stuck))
+            await step.do("first", returns(1))
+            self.assertFalse(task.done())
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            seen.append(task.cancelled())
+            await step.do("second", returns(2))
+
+        await self.lives(run)
+        self.assertEqual((ran, seen), (["stuck"], [True] * len(seen)))
+        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(1,)])
+
+    async def test_an_asyncio_timeout_in_run_starts_over_with_each_life(self):
+        ran = []
+
+        async def run(event, step):
+            async def stuck():
+                ran.append("stuck")
+                await asyncio.Event().wait()
+
+            try:
+                async with asyncio.timeout(0.02):
+                    await step.do("stuck", stuck)
+            except TimeoutError:
+                await step.do("after", returns(1))
+            await step.wait_for_event("wait", "go")
+            return "timed out"
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            instance = await engine.bind(made).create(id="i")
+            while (await instance.status()).status != "waiting":
+                await asyncio.sleep(0.01)
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await instance.send_event(type="go")
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "running")  # it is held
+            await self.clock.advance("1 minute")
+            self.assertEqual(await asyncio.wait_for(instance.result(), 2), "timed out")
+        self.assertEqual(ran, ["stuck"])
+
+    async def test_a_cancelled_sleep_or_wait_never_ends_by_itself(self):
+        async def run(event, step):
+            calls = [step.sleep("s", "1 minute"), step.wait_for_event("w", "t", timeout=60_000)]
+            tasks = [asyncio.create_task(call) for call in calls]
+            await step.do("a", returns(1))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await step.do("b", returns(1))
+            return [task.cancelled() for task in tasks]
+
+        self.assertEqual(await self.lives(run), [True, True])
+
+    async def test_a_cancelled_wait_leaves_its_event_to_the_next(self):
+        async def run(event, step):
+            task = asyncio.create_task(step.wait_for_event("a", "t"))
+            await step.do("s", returns(1))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await step.sleep("rest", "1 hour")
+            return (await step.wait_for_event("b", "t")).payload
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.send_event(type="t", payload="kept")
+            self.assertEqual(await self.finish(instance), "kept")
+
+    async def test_a_task_that_is_cancelled_before_it_starts_never_begins_its_step(self):
+        async def run(event, step):
+            task = asyncio.create_task(step.do("never", returns(1)))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return await step.do("next", returns(2))
+
+        self.assertEqual(await self.lives(run), 2)
+        self.assertEqual(self.rows("SELECT 1 FROM journal WHERE step LIKE '%never%'"), [])
+
+    async def test_a_step_in_flight_when_run_ends_is_cancelled(self):
+        cancelled = []
+
+        async def run(event, step):
+            async def stuck():
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.append(1)
+
+            self.task = asyncio.create_task(step.do("stuck", stuck))
+            await step.do("s", returns(1))
+            return "done"
+
+        self.assertEqual(await self.outcome(run), "done")
+        self.assertEqual(cancelled, [1])
+        ends = "type IN ('done', 'failed', 'error', 'cancel') AND step LIKE '%stuck%'"
+        self.assertEqual(self.rows(f"SELECT 1 FROM journal WHERE {ends}"), [])
+        self.assertEqual(len(self.rows("SELECT 1 FROM journal WHERE step LIKE '%stuck%'")), 1)
+
+    async def test_an_instance_whose_task_is_cancelled_from_outside_is_not_failed(self):
+        tasks = []
+
+        async def run(event, step):
+            tasks.append(asyncio.current_task())
+            await step.do("s", returns(1))
+            if len(tasks) == 1:
+                await asyncio.Event().wait()
+            return "second life"
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+            tasks[0].cancel()
+            await asyncio.sleep(0)
+        async with self.engine() as engine:
+            self.assertEqual(await self.finish(await engine.bind(made).get("i")), "second life")
+
+    async def test_a_run_that_raises_cancelled_error_itself_is_errored(self):
+        async def run(event, step):
+            raise asyncio.CancelledError("mine")
+
+        error = await self.assertCode("workflow.error", self.outcome(run))
+        self.assertEqual(error.name, "CancelledError")
+
+    async def test_limit_steps_counts_in_every_life_alike(self):
+        async def run(event, step):
+            for number in range(2):
+                await step.do("s", returns(number))
+                await step.sleep("rest", "1 hour")
+            error = await caught(step.do("s", returns(3)))
+            return [type(error).__name__, error.code, "2" in str(error)]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run), steps=2).create()
+            self.assertEqual(
+                await self.finish(instance), ["WorkflowFatalError", "limit.steps", True]
+            )
+
+
+class Nested(Lives):
+    """3.2 and 3.13: steps inside callbacks."""
+
+    async def test_a_step_in_a_callback_is_one_of_its_own_with_counts_per_attempt(self):
+        ran = []
+
+        async def run(event, step):
+            await step.do("inner", returns("outside"))
+
+            async def outer(ctx):
+                async def inner(ctx):
+                    ran.append(ctx.step.count)
+                    return ["inner", ctx.step.count]
+
+                got = [await step.do("inner", inner), await step.do("inner", inner)]
+                if ctx.attempt < 3:
+                    raise ValueError
+                return got
+
+            return await step.do("outer", constant(5, delay), outer)
+
+        for delay in (1, "1 hour"):  # in one life, and in several
+            with self.subTest(delay):
+                self.setUp()
+                ran.clear()
+                self.assertEqual(await self.outcome(run), [["inner", 1], ["inner", 2]])
+                self.assertEqual(ran, [1, 2])
+
+    async def test_an_error_of_a_nested_step_is_the_same_in_every_attempt(self):
+        seen = []
+
+        async def run(event, step):
+            async def outer(ctx):
+                seen.append(str(await caught(step.do("inner", ONCE, raises(KeyError("k"))))))
+                if ctx.attempt < 3:
+                    raise ValueError
+
+            await step.do("outer", constant(5), outer)
+
+        await self.outcome(run)
+        self.assertEqual(seen, ["'k'"] * 3)
+
+    async def test_a_race_inside_a_step_is_a_step(self):
+        async def run(event, step):
+            async def race():
+                calls = [step.do("slow", asyncio.Event().wait), step.do("fast", returns("fast"))]
+                tasks = [asyncio.create_task(call) for call in calls]
+                done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in left:
+                    task.cancel()
+                return [task.result() for task in done]
+
+            got = await step.do("race", race)
+            return got
+
+        self.assertEqual(await self.lives(run), ["fast"])
+
+    async def test_a_plain_callback_may_return_a_step_call(self):
+        async def run(event, step):
+            return await step.do("outer", lambda: step.do("inner", lambda: "plain"))
+
+        self.assertEqual(await self.lives(run), "plain")
+
+    async def test_a_sleep_or_a_wait_inside_a_callback_is_warned_about(self):
+        async def run(event, step):
+            await step.do("outer", lambda: step.sleep("nap", 0))
+            await step.do("outer", lambda: step.wait_for_event("news", "t", timeout=5000))
+
+        logged = self.assertLogs("workflows", "WARNING")
+        with logged as logs, contextlib.suppress(WorkflowTimeoutError):
+            await self.outcome(run)
+        self.assertIn("nap", logs.output[0])
+        self.assertIn("news", logs.output[1])
+
+    async def test_a_step_call_that_was_never_awaited_is_warned_about(self):
+        async def run(event, step):
+            step.do("forgotten", returns(1))
+
+        with self.assertLogs("workflows", "WARNING") as logs:
+            await self.outcome(run)
+        self.assertIn("forgotten", logs.output[0])
+
+    async def test_a_run_that_is_as_it_should_be_logs_nothing(self):
+        async def run(event, step):
+            async def race():
+                task = asyncio.create_task(step.do("inner", asyncio.Event().wait))
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+            await step.do("race", race)
+            task = asyncio.create_task(step.do("cancelled", asyncio.Event().wait))
+            await step.do("s", lambda: step.do("inner", returns(1)))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await step.do("t", returns(1))
+
+        with self.assertNoLogs(level="WARNING"):
+            await self.lives(run)
+
+
+class Sleeps(Lives):
+    """3.10 and 3.11: sleeps and events."""
+
+    async def test_sleeps_take_their_time_and_return_none(self):
+        async def run(event, step):
+            began = self.clock.now()
+            when = datetime.fromtimestamp(began / 1000 + 10, UTC)
+            got = []
+            for call in (
+                step.sleep("s", "5 seconds"),
+                step.sleep_until("u", when),
+                step.sleep_until("u", began / 1000 + 20),
+                step.sleep_until("u", began + 30_000),
+                step.sleep_until("past", 0),
+                step.sleep_until("past", when),
+                step.sleep("s", timedelta(milliseconds=500)),
+                step.sleep("s", 0),
+            ):
+                self.assertIsNone(await call)
+                got.append(self.clock.now() - began)
+            return got
+
+        async with self.engine(hibernate_after="1 hour") as engine:
+            got = await self.finish(await engine.bind(workflow(run)).create())
+        self.assertEqual(got, [5000, 10_000, 20_000, *[30_000] * 3, 30_500, 30_500])
+
+    async def test_a_year_may_be_slept_and_no_more(self):
+        async def run(event, step):
+            await step.sleep("s", "1 year")
+            return (await caught(step.sleep("s", 365 * 86_400_000 + 1))).code
+
+        self.assertEqual(await self.outcome(run), "limit.sleep")
+
+    async def test_a_sleep_that_fell_due_while_nobody_ran_is_over_at_once(self):
+        made = workflow(lambda event, step: step.sleep("s", "1 day"))
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        await self.clock.advance("1 day")
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "complete")
+
+    async def test_an_event_reads_as_itself_and_falls_back_to_its_payload(self):
+        payload = {"approved": True, "type": "mine", "deep": {"list": [1]}, "get": 5}
+
+        async def run(event, step):
+            got = await step.wait_for_event("w", {"type": "t-1", "timeout": "1 hour"})
+            self.assertEqual(got.payload, payload)
+            self.assertEqual((got.approved, got["approved"], got.get("approved")), (True,) * 3)
+            self.assertEqual((got.type, got["type"], got.payload["type"]), ("t-1", "t-1", "mine"))
+            self.assertEqual(sorted(got), ["payload", "timestamp", "type"])
+            self.assertIsNone(got.get("nothing"))
+            with self.assertRaises(AttributeError):
+                got.nothing  # noqa: B018
+            with self.assertRaises(KeyError):
+                got["nothing"]
+            with self.assertRaises(dataclasses.FrozenInstanceError):
+                got.type = 1
+            with self.assertRaisesRegex(TypeError, "read-only"):
+                got.deep["list"].append(2)
+            return [got.timestamp, copy.deepcopy(got).approved]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await instance.sendEvent({"type": "t-1", "payload": payload})
+            sent = datetime.fromtimestamp(self.clock.now() / 1000, UTC)
+            self.assertEqual(await self.finish(instance), [sent, True])
+
+    async def test_any_payload_is_delivered(self):
+        payloads = [None, 5, "text", [1, 2], {}, b"x", False]
+
+        async def run(event, step):
+            got = [await step.wait_for_event("w", "t") for _ in payloads]
+            with self.assertRaises(AttributeError):
+                got[3].nothing  # noqa: B018
+            return [each.payload for each in got]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for payload in payloads:
+                await instance.send_event(type="t", payload=payload)
+            self.assertEqual(await self.finish(instance), payloads)
+
+    async def test_events_are_buffered_in_order_and_each_goes_to_one_waiter(self):
+        async def run(event, step):
+            await step.sleep("late", "1 hour")
+            got = [(await step.wait_for_event("w", "a")).payload for _ in range(2)]
+            both = (step.wait_for_event("x", "a"), step.wait_for_event("y", "a"))
+            got += [each.payload for each in await asyncio.gather(*both)]
+            return [*got, (await step.wait_for_event("w", "b", timeout=0)).payload]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for type, payload in (("a", 1), ("b", "b"), ("a", 2)):
+                await instance.send_event(type=type, payload=payload)
+            await self.clock.advance("2 hours")
+            for payload in (3, 4):
+                await instance.send_event(type="a", payload=payload)
+            self.assertEqual(await self.finish(instance), [1, 2, 3, 4, "b"])
+
+    async def test_a_wait_times_out_after_24_hours_or_what_is_given(self):
+        async def run(event, step):
+            began, got = self.clock.now(), []
+            for options in ({}, {"timeout": 0}, {"timeout": "1 week"}):
+                error = await caught(step.wait_for_event("w", "t", **options))
+                got.append([type(error).__name__, self.clock.now() - began])
+            return got
+
+        async with self.engine(hibernate_after="30 days") as engine:
+            got = await self.finish(await engine.bind(workflow(run)).create())
+        day = 86_400_000
+        self.assertEqual(got, [["WorkflowTimeoutError", day * n] for n in (1, 1, 8)])
+
+    async def test_an_event_at_the_deadline_wins_and_a_later_one_goes_to_the_next_waiter(self):
+        async def run(event, step):
+            error = await caught(step.wait_for_event("a", "late", timeout="1 hour"))
+            return [type(error).__name__, (await step.wait_for_event("b", "late")).payload]
+
+        async def at_deadline(event, step):
+            return (await step.wait_for_event("a", "t", timeout="1 hour")).payload
+
+        for begin, kind, late, expected in (
+            (at_deadline, "t", 0, "x"),
+            (run, "late", 1, ["WorkflowTimeoutError", "x"]),
+        ):
+            with self.subTest(kind):
+                self.setUp()
+                made = workflow(begin)
+                async with self.engine() as engine:
+                    await engine.bind(made).create(id="i")
+                    await self.clock.settle()
+                async with self.engine() as client:  # nobody runs the instance
+                    client.env._values.clear()
+                    other = workflows.Workflow(client, "test", made, 9)
+                    await self.clock.advance(3_600_000 + late)
+                    await (await other.get("i")).send_event(type=kind, payload="x")
+                    await self.clock.advance("1 hour")
+                async with self.engine() as engine:
+                    instance = await engine.bind(made).get("i")
+                    self.assertEqual(await self.finish(instance), expected)
+
+
+class Unloading(Lives):
+    """3.14: what is dropped when an instance hibernates or the engine closes."""
+
+    async def test_finally_blocks_run_and_their_steps_do_nothing(self):
+        log = []
+
+        async def run(event, step):
+            @contextlib.asynccontextmanager
+            async def resource():
+                log.append("open")
+                try:
+                    yield
+                finally:
+                    log.append("closed")
+
+            async with resource():
+                try:
+                    await step.sleep("s", "1 hour")
+                finally:
+                    await step.do("cleanup", lambda: log.append("cleaned up"))
+            return "done"
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("10 seconds")
+            self.assertEqual(log, ["open", "closed"])
+            self.assertEqual(await self.finish(instance), "done")
+        self.assertEqual(log, ["open", "closed", "open", "cleaned up", "closed"])
+
+    async def test_the_outcome_of_an_unloaded_run_is_ignored_whatever_it_is(self):
+        async def swallow(step):
+            with contextlib.suppress(BaseException):
+                await step.sleep("s", "1 hour")
+            return "swallowed"
+
+        async def another(step):
+            try:
+                await step.sleep("s", "1 hour")
+            except BaseException:
+                raise KeyError("another") from None
+
+        async def gathered(step):
+            return len(await asyncio.gather(step.sleep("s", "1 hour"), return_exceptions=True))
+
+        async def group(step):
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(step.sleep("s", "1 hour"))
+                tasks.create_task(step.sleep("t", "1 hour"))
+
+        async def loops(step):
+            while True:
+                try:
+                    return await step.sleep("s", "1 hour")
+                except asyncio.CancelledError:
+                    continue
+
+        async def shielded(step):
+            return await asyncio.shield(step.sleep("s", "1 hour"))
+
+        for wait in (swallow, another, gathered, group, loops, shielded):
+            with self.subTest(wait.__name__):
+                self.setUp()
+                lives = []
+
+                async def run(event, step, wait=wait, lives=lives):
+                    lives.append(1)
+                    await wait(step)
+                    return await step.do("end", returns("ended"))
+
+                with self.assertNoLogs(level="WARNING"):
+                    began = time.monotonic()
+                    self.assertEqual(await self.lives(run, 3), "ended")
+                    self.assertLess(time.monotonic() - began, 0.9)
+                self.assertGreater(len(lives), 2)
+
+    async def test_the_next_life_starts_when_the_old_run_has_ended(self):
+        log = []
+        ended = asyncio.Event()
+
+        async def run(event, step):
+            log.append("begin")
+            try:
+                await step.sleep("s", "1 hour")
+            finally:
+                await ended.wait()
+                log.append("end")
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            hibernating = asyncio.create_task(self.clock.advance("2 hours"))
+            await asyncio.sleep(0.05)
+            self.assertEqual(log, ["begin"])
+            ended.set()
+            await hibernating
+            await self.finish(instance)
+        self.assertEqual(log, ["begin", "end", "begin", "end"])
+
+    async def test_a_run_that_does_not_end_is_abandoned_after_a_second_with_a_warning(self):
+        never = asyncio.Event()
+        lives = []
+
+        async def run(event, step):
+            lives.append(1)
+            try:
+                await step.sleep("s", "1 hour")
+            finally:
+                while len(lives) == 1 and not never.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await never.wait()
+            return "done"
+
+        with self.assertLogs("workflows", "WARNING"):
+            self.assertEqual(await self.outcome(run), "done")
+        never.set()
+
+    async def test_a_callback_in_flight_is_cancelled_when_the_engine_closes_and_runs_again(self):
+        log = []
+
+        async def run(event, step):
+            async def callback(ctx):
+                log.append(ctx.attempt)
+                if len(log) == 1:
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        log.append("cancelled")
+
+            return await step.do("s", ONCE, callback)
+
+        await self.lives(run)
+        self.assertEqual(log, [1, "cancelled", 1])  # a clean stop counts no attempt
+
+    async def test_a_plain_callback_does_not_hold_up_closing(self):
+        stuck = threading.Event()
+        self.addCleanup(stuck.set)
+        began = time.monotonic()
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda e, step: step.do("s", lambda: stuck.wait(9))))
+            await made.create()
+            await self.clock.settle()
+        self.assertLess(time.monotonic() - began, 0.9)
+
+    async def test_what_run_awaits_outside_of_steps_is_done_again(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(await value(1))
+            task = asyncio.create_task(step.sleep("s", "1 hour"))
+            other = asyncio.create_task(asyncio.Event().wait())
+            await asyncio.wait({task, other}, timeout=9, return_when=asyncio.FIRST_COMPLETED)
+            other.cancel()
+            return task.done()
+
+        self.assertTrue(await self.outcome(run))
+        self.assertEqual(len(lives), 2)
+
+
+# What every child process begins with: `main(engine)` is given by the script.
+PRELUDE = """
+import asyncio, dataclasses, logging, os, signal, sys, time
+import workflows
+from workflows import *
+logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
+PATH = sys.argv[1]
+def say(*words): print(*words, flush=True)
+def note(text):
+    file = os.open(PATH + ".log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.write(file, (text + "\\n").encode())
+    os.close(file)
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+async def value(x=None): return x
+async def until(instance, *wanted):
+    while (await instance.status()).status not in wanted: await asyncio.sleep(0.005)
+class Test(WorkflowEntrypoint):
+    async def run(self, event, step): return await run(event, step)
+async def get(w, id="i", params=None):
+    await w.create_batch([{"id": id, "params": params}])
+    return await w.get(id)
+def go(**options):
+    async def inner():
+        async with Engine(PATH, **options) as engine:
+            await main(engine.bind(Test))
+    try: asyncio.run(inner())
+    except KeyboardInterrupt: say("interrupted")
+"""
+
+
+async def until(check: Callable[[], Any], seconds: float = 5) -> float:
+    """Waits until it is true; returns how long that took."""
+    began = time.monotonic()
+    while not (found := check()) or (asyncio.iscoroutine(found) and not await found):
+        if time.monotonic() > began + seconds:
+            raise AssertionError("it never came true")
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+async def reach(instance: Any, *wanted: str, seconds: float = 5) -> float:
+    """Waits until the instance has one of these statuses; returns how long that took."""
+
+    async def there() -> bool:
+        return (await instance.status()).status in wanted
+
+    return await until(there, seconds)
+
+
+def hold(engine: Engine) -> None:
+    """Keeps the writer busy for a moment: what is asked for meanwhile shares one commit."""
+    engine.store.post(time.sleep, 0.05, then=lambda *_: None)
+
+
+async def on_writer(engine: Engine, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function that runs in the engine's one thread for SQL."""
+    future = asyncio.get_running_loop().create_future()
+    engine.store.post(function, *args, then=lambda result, _: future.set_result(result))
+    return await future
+
+
+class Child:
+    """A real process that runs a script on the test's database and talks on stdout."""
+
+    def __init__(self, path: str, script: str, *args: str) -> None:
+        command = [sys.executable, "-c", PRELUDE + textwrap.dedent(script), path, *args]
+        environment = os.environ | {"PYTHONPATH": str(Path(workflows.__file__).parent)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def hear(self) -> str:
+        """The next line that it says, or "" when it has ended."""
+        return self.process.stdout.readline().strip()
+
+    async def wait_for(self, word: str) -> str:
+        """Reads until a line begins with that word; returns what follows."""
+        while line := await asyncio.to_thread(self.hear):
+            if line.startswith(word):
+                return line[len(word) :].strip()
+        raise AssertionError(f"the process ended before it said {word!r}")
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stdin.close()
+
+    def end(self) -> tuple[str, int]:
+        """Everything it still says, and its exit code."""
+        with self.process as process:
+            return process.stdout.read().strip(), process.wait(10)
+
+
+class Real(Case):
+    """Engines on the real clock, beside child processes on the same file."""
+
+    def child(self, script: str, *args: str) -> Child:
+        child = Child(self.path, script, *args)
+        self.addCleanup(child.kill)
+        return child
+
+    @contextlib.asynccontextmanager
+    async def engine(self, **options: Any) -> Any:
+        async with Engine(self.path, **options) as engine:
+            yield engine
+
+    def log(self) -> list[str]:
+        path = Path(self.path + ".log")
+        return path.read_text().split() if path.exists() else []
+
+    def runs_until_it_ends(self, script: str, most: int = 20) -> int:
+        """Starts the script until it ends by itself; returns how often it died before."""
+        for deaths in range(most):
+            if self.child(script).end()[1] == 0:
+                return deaths
+        raise AssertionError("it never ended by itself")
+
+
+async def one_step(event: Any, step: Any) -> Any:
+    return await step.do("step", lambda: value(event.payload))
+
+
+async def one_event(event: Any, step: Any) -> Any:
+    return (await step.wait_for_event("w", "t", timeout="1 hour")).payload
+
+
+async def one_sleep(event: Any, step: Any) -> Any:
+    await step.sleep("nap", "1 hour")
+
+
+class Gate:
+    """A workflow's step that says when it has begun and ends when told to."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.begun: list[str] = []
+        self.cancelled = 0
+
+    async def run(self, event: Any, step: Any) -> Any:
+        config = {"retries": {"delay": 1}}
+        return await step.do("gate", config, lambda: self.pass_through(event.instance_id))
+
+    async def pass_through(self, id: str) -> str:
+        self.begun.append(id)
+        try:
+            await self.open.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return id
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+class Creating(Case):
+    async def test_a_created_instance_runs_and_is_complete_with_its_output(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create(params=[1, None])
+            await self.clock.advance(0)
+            status = await instance.status()
+            self.assertEqual(
+                (status.status, status.output, status.error), ("complete", [1, None], None)
+            )
+
+    async def test_params_default_to_an_empty_dict_and_none_stays_none(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            self.assertEqual(await self.finish(await bound.create()), {})
+            self.assertIsNone(await self.finish(await bound.create(params=None)))
+
+    async def test_an_id_is_a_uuid4_unless_given(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            self.assertRegex((await bound.create()).id, r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f-]{21}$")
+            self.assertEqual((await bound.create({"id": "a" * 100})).id, "a" * 100)
+
+    async def test_illegal_ids_are_refused(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            for bad in ("", "-a", "a b", "a\n", "ä", "a" * 101, 5):
+                await self.assertCode("instance.invalid_id", bound.create(id=bad))
+            self.assertEqual(self.rows("SELECT * FROM instances"), [])
+
+    async def test_an_id_exists_once_in_its_workflow_and_the_old_one_is_untouched(self) -> None:
+        async with self.engine() as engine:
+            one, two = engine.bind(workflow(one_step)), engine.bind(workflow(one_step, "Other"))
+            old = await one.create(id="a", params="old")
+            await self.assertCode("instance.already_exists", one.create(id="a", params="new"))
+            self.assertEqual(await self.finish(await two.create(id="a", params="other")), "other")
+            self.assertEqual(await self.finish(old), "old")
+
+    async def test_unknown_options_and_params_that_cannot_be_stored_are_refused(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            with self.assertRaisesRegex(ValueError, "idd"):
+                await bound.create(idd="a")
+            await self.assertCode("params.not_serializable", bound.create(params={1, 2}))
+
+    async def test_a_batch_is_stored_in_order_without_ids_that_exist_or_repeat(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            await bound.create(id="b", params="old")
+            batch = [{"id": id, "params": n} for n, id in enumerate("cabad")]
+            made = await bound.createBatch(batch)
+            self.assertEqual([instance.id for instance in made], ["c", "a", "d"])
+            self.assertEqual(await self.finish(await bound.get("a")), 1)
+            self.assertEqual(await self.finish(await bound.get("b")), "old")
+            self.assertEqual(
+                self.rows("SELECT id FROM instances ORDER BY key"), [("b",), ("c",), ("a",), ("d",)]
+            )
+
+    async def test_a_batch_with_one_bad_entry_stores_nothing(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            await self.assertCode("instance.invalid_id", bound.create_batch([{}, {"id": "-"}]))
+            await self.assertCode("limit.batch_size", bound.create_batch([]))
+            await self.assertCode("limit.batch_size", bound.create_batch([{}] * 101))
+            self.assertEqual(self.rows("SELECT * FROM instances"), [])
+            self.assertEqual(len(await bound.create_batch([{}] * 100)), 100)
+
+    async def test_get_finds_what_exists_and_nothing_else(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            await bound.create(id="a")
+            self.assertEqual((await bound.get("a")).id, "a")
+            await self.assertCode("instance.not_found", bound.get("b"))
+
+    async def test_result_waits_raises_the_error_and_gives_up_after_its_timeout(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            early = asyncio.create_task(instance.result(timeout="1 minute"))
+            await self.clock.advance("61 seconds")
+            with self.assertRaises(WorkflowTimeoutError):
+                await early
+            with self.assertRaises(WorkflowTimeoutError):
+                await self.finish(instance)
+            self.assertEqual((await instance.status()).error["name"], "WorkflowTimeoutError")
+
+
+class Pausing(Case):
+    @contextlib.asynccontextmanager
+    async def started(self, run: Callable[..., Any], **options: Any) -> Any:
+        """An instance that has come as far as it can."""
+        async with self.engine(**options) as engine:
+            instance = await engine.bind(workflow(run)).create(id="i")
+            await self.clock.advance(0)
+            yield instance
+
+    async def assertStatus(self, instance: Any, status: str) -> None:
+        self.assertEqual((await instance.status()).status, status)
+
+    async def test_the_statuses_of_a_run(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            await gate.run(event, step)
+            await step.sleep("nap", 1000)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(0)
+            await self.assertStatus(instance, "running")
+            gate.open.set()
+            await self.clock.advance(0)
+            await self.assertStatus(instance, "waiting")
+            await self.clock.advance(1000)
+            await self.assertStatus(instance, "complete")
+
+    async def test_pausing_a_running_instance_waits_for_its_callbacks_and_stores_their_results(
+        self,
+    ) -> None:
+        gate, after = Gate(), []
+
+        async def run(event: Any, step: Any) -> None:
+            await gate.run(event, step)
+            await step.do("after", lambda: value(after.append(1)))
+
+        async with self.started(run) as instance:
+            await instance.pause()
+            await self.assertStatus(instance, "waitingForPause")
+            gate.open.set()
+            await self.clock.advance("1 hour")
+            await self.assertStatus(instance, "paused")
+            self.assertEqual(
+                (len(self.rows("SELECT 1 FROM journal WHERE type = 'done'")), after), (1, [])
+            )
+            await instance.resume()
+            await self.finish(instance)
+            self.assertEqual((len(gate.begun), after), (1, [1]))
+
+    async def test_a_waiting_instance_pauses_at_once_and_its_sleep_stands_still(self) -> None:
+        async with self.started(one_sleep) as instance:
+            await self.clock.advance("20 minutes")
+            await instance.pause()
+            await self.assertStatus(instance, "paused")
+            await self.clock.advance("9 days")
+            await instance.resume()
+            await self.assertStatus(instance, "waiting")
+            await self.clock.advance("39 minutes")
+            await self.assertStatus(instance, "waiting")
+            await self.clock.advance("1 minute")
+            await self.assertStatus(instance, "complete")
+
+    async def test_sleep_until_keeps_its_date_through_a_pause(self) -> None:
+        due = self.clock.now() + 3_600_000
+
+        async def run(event: Any, step: Any) -> None:
+            await step.sleep_until("date", due)
+
+        async with self.started(run) as instance:
+            await instance.pause()
+            await self.clock.advance("2 hours")
+            await self.assertStatus(instance, "paused")
+            await instance.resume()
+            await self.clock.advance(0)
+            await self.assertStatus(instance, "complete")
+
+    async def test_a_retry_delay_stands_still_while_paused(self) -> None:
+        attempts = []
+
+        async def fail() -> None:
+            attempts.append(1)
+            raise ValueError
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("fail", {"retries": {"delay": "1 hour", "backoff": "constant"}}, fail)
+
+        async with self.started(run) as instance:
+            await self.clock.advance("30 minutes")
+            await instance.pause()
+            await self.clock.advance("9 days")
+            self.assertEqual(len(attempts), 1)
+            await instance.resume()
+            await self.clock.advance("29 minutes")
+            self.assertEqual(len(attempts), 1)
+            await self.clock.advance("1 minute")
+            self.assertEqual(len(attempts), 2)
+
+    async def test_an_event_timeout_stands_still_and_events_are_buffered_while_paused(self) -> None:
+        async with self.started(one_event) as instance:
+            await instance.pause()
+            await self.clock.advance("9 days")
+            await instance.send_event(type="t", payload="late")
+            await self.clock.advance("9 days")
+            await self.assertStatus(instance, "paused")
+            await instance.resume()
+            self.assertEqual(await self.finish(instance), "late")
+
+    async def test_what_falls_due_while_it_waits_for_the_pause_completes(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            return await asyncio.gather(gate.run(event, step), step.sleep("nap", 1000))
+
+        async with self.started(run) as instance:
+            await instance.pause()
+            await self.clock.advance(1000)
+            await self.assertStatus(instance, "waitingForPause")
+            self.assertEqual(len(self.rows("SELECT 1 FROM journal WHERE type = 'slept'")), 1)
+
+    async def test_resume_cancels_a_pause_that_has_not_taken_effect(self) -> None:
+        gate = Gate()
+        async with self.started(gate.run) as instance:
+            await instance.pause()
+            await instance.resume()
+            await self.assertStatus(instance, "running")
+            gate.open.set()
+            self.assertEqual(await self.finish(instance), "i")
+            self.assertEqual(len(gate.begun), 1)
+
+    async def test_pause_and_resume_have_no_effect_where_they_make_no_sense(self) -> None:
+        async with self.started(one_event) as instance:
+            await instance.resume()
+            await self.assertStatus(instance, "waiting")
+            await instance.pause()
+            rows = self.rows("SELECT * FROM journal")
+            await instance.pause()
+            self.assertEqual(self.rows("SELECT * FROM journal"), rows)
+            await instance.terminate()
+            await instance.pause()
+            await instance.resume()
+            await self.assertStatus(instance, "terminated")
+
+    async def test_a_paused_instance_stays_paused_in_the_next_process(self) -> None:
+        async with self.started(one_sleep) as instance:
+            await instance.pause()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_sleep)).get("i")
+            await self.clock.advance("2 hours")
+            await self.assertStatus(instance, "paused")
+            await instance.resume()
+            await self.clock.advance("1 hour")
+            await self.assertStatus(instance, "complete")
+
+    async def test_a_paused_instance_leaves_memory(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            await gate.run(event, step)
+            await gate.run(event, step)
+
+        async with self.started(run) as instance:
+            await instance.pause()
+            gate.open.set()
+            await self.clock.advance("1 hour")
+            await self.assertStatus(instance, "paused")
+            self.assertEqual(instance.workflow.engine.runs, {})
+
+    async def test_what_was_due_before_a_pause_wakes_the_instance_after_it(self) -> None:
+        async with self.started(one_sleep):
+            pass
+        await self.clock.advance("2 hours")
+        async with Engine(self.path, clock=self.clock) as owner:
+            owner.bind(workflow(one_step, "Other"))  # so that nobody runs the instance
+            await self.clock.advance("0 seconds")
+            async with self.engine() as client:
+                instance = await client.bind(workflow(one_sleep)).get("i")
+                await instance.pause()
+                await instance.resume()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_sleep)).get("i")
+            await self.clock.advance("2 hours")
+            await self.assertStatus(instance, "complete")
+
+
+class PausingForReal(Real):
+    async def test_an_event_and_a_pause_in_one_commit_lose_neither(self) -> None:
+        async with self.engine() as engine:
+            for calls in (("pause",), ("pause", "resume")):
+                instance = await engine.bind(workflow(one_event, f"W{len(calls)}")).create()
+                await reach(instance, "waiting")
+                hold(engine)
+                both = [getattr(instance, call)() for call in calls]
+                await asyncio.gather(instance.send_event(type="t", payload=1), *both)
+                await instance.resume()
+                self.assertEqual(await instance.result("2 seconds"), 1)
+
+
+class Ending(Case):
+    async def test_terminate_cancels_the_callbacks_at_once_and_for_good(self) -> None:
+        gate = Gate()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(gate.run)).create()
+            await self.clock.advance(0)
+            await instance.terminate()
+            self.assertEqual((await instance.status()).status, "terminated")
+            await self.clock.advance(0)
+            self.assertEqual(gate.cancelled, 1)
+            await self.assertCode("instance.terminated", instance.result())
+            await self.assertCode("instance.cannot_terminate", instance.terminate())
+
+    async def test_every_unfinished_state_can_be_terminated(self) -> None:
+        for path in ((), ("pause",)):
+            for run in (one_sleep, Gate().run):
+                self.setUp()
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run)).create()
+                    await self.clock.advance(0)
+                    for call in (*path, "terminate"):
+                        await getattr(instance, call)()
+                    await self.clock.advance("2 hours")
+                    self.assertEqual((await instance.status()).status, "terminated")
+
+    async def test_restart_erases_everything_but_id_params_and_timestamp(self) -> None:
+        seen = []
+
+        async def run(event: Any, step: Any) -> Any:
+            seen.append((event.payload, event.timestamp, event.instance_id))
+            await step.do("step", lambda: value(seen.append("step")))
+            return await one_event(event, step)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="i", params="p")
+            await instance.send_event(type="t", payload=1)
+            await instance.send_event(type="t", payload="dropped by the restart")
+            self.assertEqual(await self.finish(instance), 1)
+            await self.clock.advance(5000)
+            ((before,),) = self.rows("SELECT max(seq) FROM journal")
+            await instance.restart()
+            await self.clock.advance(0)
+            status = await instance.status()
+            self.assertEqual((status.status, status.output), ("waiting", None))
+            self.assertEqual(seen[:2], seen[2:])
+            self.assertGreater(self.rows("SELECT min(seq) FROM journal")[0][0], before)
+
+    async def test_restart_works_from_every_state_and_cancels_what_is_in_flight(self) -> None:
+        for calls in ((), ("pause",), ("terminate",)):
+            self.setUp()
+            gate = Gate()
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(gate.run)).create(id="i")
+                await self.clock.advance(0)
+                for call in (*calls, "restart"):
+                    await getattr(instance, call)()
+                await self.clock.advance(0)
+                self.assertEqual((len(gate.begun), gate.cancelled), (2, 1))
+                gate.open.set()
+                self.assertEqual(await self.finish(instance), "i")
+
+    async def test_a_callback_from_before_a_restart_changes_nothing(self) -> None:
+        gates = [Gate(), Gate()]
+        lives = iter(gates)
+
+        async def stubborn(gate: Gate) -> str:
+            with contextlib.suppress(asyncio.CancelledError):
+                await gate.pass_through("")
+            await asyncio.sleep(0.02)
+            return f"life {gates.index(gate)}"
+
+        async def run(event: Any, step: Any) -> Any:
+            gate = next(lives)
+            return await step.do("s", lambda: stubborn(gate))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(0)
+            await instance.restart()
+            gates[1].open.set()
+            await until(lambda: gates[1].begun)
+            await asyncio.sleep(0.05)
+            self.assertEqual(await self.finish(instance), "life 1")
+
+    async def test_an_instance_can_restart_terminate_and_pause_itself_from_a_step(self) -> None:
+        for call, status in (
+            ("terminate", "terminated"),
+            ("pause", "paused"),
+            ("restart", "complete"),
+        ):
+            self.setUp()
+            lives = []
+
+            async def run(
+                event: Any, step: Any, call: str = call, lives: list[int] = lives
+            ) -> None:
+                async def steer() -> None:
+                    instance = await engine.env.TEST.get(event.instance_id)
+                    if len(lives) == 1:
+                        await getattr(instance, call)()
+
+                lives.append(1)
+                await step.do("steer", steer)
+                await step.do("next", value)
+
+            async with self.engine() as engine:
+                bound = engine.bind(workflow(run))
+                instance = await bound.create()
+                await self.clock.advance(0)
+                self.assertEqual((await instance.status()).status, status)
+                self.assertEqual(len(lives), 2 if call == "restart" else 1)
+
+
+class EndingForReal(Real):
+    async def test_an_event_right_after_a_restart_does_not_stop_the_new_life(self) -> None:
+        """… while the old life's callback still takes its time to end."""
+        lives = []
+
+        async def slow_to_end() -> int:
+            lives.append(1)
+            if len(lives) == 1:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(9)
+                await asyncio.sleep(0.3)
+            return len(lives)
+
+        async def run(event: Any, step: Any) -> Any:
+            return await step.do("s", slow_to_end)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: lives)
+            await instance.restart()
+            await asyncio.sleep(0.1)
+            await instance.send_event(type="t")
+            self.assertEqual(await instance.result("3 seconds"), 2)
+
+    async def test_restarts_from_many_tasks_end_in_one_life(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create(params=5)
+            chance = random.Random(5)
+
+            async def restart() -> None:
+                for _ in range(10):
+                    await asyncio.sleep(chance.random() / 300)
+                    await instance.restart()
+
+            await asyncio.wait_for(asyncio.gather(*(restart() for _ in range(4))), 8)
+            self.assertEqual(await instance.result("3 seconds"), 5)
+
+
+class Events(Case):
+    async def test_events_are_buffered_in_order_and_each_is_delivered_once(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.sleep("nap", 1000)
+            return [(await step.wait_for_event("w", "t")).payload for _ in range(4)]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for n in range(4):
+                await instance.sendEvent({"type": "t", "payload": n})
+            self.assertEqual(await self.finish(instance), [0, 1, 2, 3])
+            self.assertEqual(self.rows("SELECT * FROM events"), [])
+
+    async def test_waiters_of_one_type_are_served_first_come_first_served(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            waits = [step.wait_for_event(name, "t") for name in "abc"]
+            return [event.payload for event in await asyncio.gather(*waits)]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for n in range(3):
+                await self.clock.advance(10)
+                await instance.send_event(type="t", payload=n)
+            self.assertEqual(await self.finish(instance), [0, 1, 2])
+
+    async def test_an_event_of_another_type_wakes_nobody_and_stays(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            await instance.send_event(type="other", payload=1)
+            await self.clock.advance("1 minute")
+            self.assertEqual((await instance.status()).status, "waiting")
+            self.assertEqual(self.rows("SELECT type FROM events"), [("other",)])
+
+    async def test_events_are_refused_when_the_instance_is_finished(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create()
+            await self.finish(instance)
+            await self.assertCode("instance.not_running", instance.send_event(type="t"))
+            await self.assertCode("event.invalid_type", instance.send_event(type="a b"))
+            await self.assertCode(
+                "event.not_serializable", instance.send_event(type="t", payload={1})
+            )
+
+    async def test_deadlines_are_kept_while_nobody_runs(self) -> None:
+        """An event sent in time wins over one sent too late, whenever the engine looks."""
+        for sent, expected in ((59, "in time"), (60, "in time"), (61, None)):
+            self.setUp()
+            async with self.engine() as engine:
+                await engine.bind(workflow(one_event)).create(id="i")
+                await self.clock.advance(0)
+            async with self.engine() as blocker:
+                blocker.bind(workflow(one_step, "Other"))  # owns the file, and has not bound it
+                await self.clock.advance(timedelta(minutes=sent))
+                async with self.engine() as client:
+                    instance = await client.bind(workflow(one_event)).get("i")
+                    await instance.send_event(type="t", payload="in time")
+            await self.clock.advance("1 day")
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(one_event)).get("i")
+                await self.clock.advance(0)
+                self.assertEqual((await instance.status()).output, expected)
+
+    async def test_a_wait_that_runs_with_a_pending_sleep_is_served_at_once(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            nap = asyncio.ensure_future(step.sleep("nap", "1 hour"))
+            return (await step.wait_for_event("w", "t")).payload, await nap
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(10)
+            await instance.send_event(type="t", payload=1)
+            await self.clock.advance(0)
+            self.assertEqual(self.rows("SELECT * FROM events"), [])
+            self.assertEqual(await self.finish(instance), [1, None])
+
+
+class Queue(Case):
+    def limits(self, running: int) -> Any:
+        return dataclasses.replace(FOREVER, running=running)
+
+    async def test_at_most_so_many_run_and_the_others_are_queued_in_order(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(2)) as engine:
+            bound = engine.bind(workflow(gate.run))
+            await bound.create_batch([{"id": id} for id in "edcba"])
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["e", "d"])
+            self.assertEqual((await (await bound.get("c")).status()).status, "queued")
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["e", "d", "c", "b", "a"])
+
+    async def test_the_limit_counts_the_instances_of_all_workflows_together(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            for name in ("Two", "One"):
+                await engine.bind(workflow(gate.run, name)).create(id=name)
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["Two"])
+
+    async def test_waiting_instances_do_not_count(self) -> None:
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(one_sleep))
+            instances = await bound.create_batch([{}] * 5)
+            await self.clock.advance(0)
+            self.assertEqual([(await i.status()).status for i in instances], ["waiting"] * 5)
+
+    async def test_a_woken_instance_goes_ahead_of_those_that_never_started(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            if event.payload:
+                await step.sleep("nap", event.payload)
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create_batch(
+                [{"id": "late", "params": 2000}, {"id": "early", "params": 1000}]
+            )
+            await self.clock.advance(0)
+            await bound.create_batch([{"id": id, "params": 0} for id in ("new", "newer")])
+            await self.clock.advance(5000)
+            self.assertEqual((await (await bound.get("late")).status()).status, "queued")
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["new", "early", "late", "newer"])
+
+    async def test_one_that_is_paused_while_queued_gets_its_old_place_back(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(gate.run))
+            await bound.create_batch([{"id": id} for id in "abcd"])
+            await self.clock.advance(1000)
+            paused = await bound.get("b")
+            await paused.pause()
+            self.assertEqual((await paused.status()).status, "paused")
+            await self.clock.advance(1000)
+            await paused.resume()
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["a", "b", "c", "d"])
+
+    async def test_a_slot_is_free_again_after_terminate_and_pause(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            a, b, _ = await engine.bind(workflow(gate.run)).create_batch([{"id": i} for i in "abc"])
+            await self.clock.advance(0)
+            await a.terminate()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["a", "b"])
+            await b.pause()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["a", "b"])  # its callback is still in flight
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual(gate.begun, ["a", "b", "c"])
+            self.assertEqual((await b.status()).status, "paused")
+
+    async def test_more_instances_than_one_transaction_wakes_all_start(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_sleep))
+            for _ in range(3):
+                await bound.create_batch([{}] * 100)
+            await self.clock.advance("2 hours")
+            self.assertEqual(self.rows("SELECT DISTINCT status FROM instances"), [("complete",)])
+
+
+# --------------------------------------------------------------------------------------------------
+
+CAMPAIGN = """
+import itertools
+def lines(): return open(PATH + ".log").read().split() if os.path.exists(PATH + ".log") else []
+ROUNDS = 75
+async def run(event, step):
+    got = []
+    async def acknowledged(id, name, config, work):
+        often = {"retries": {"limit": 200, "delay": 5, "backoff": "constant"}}
+        result = await step.do(name, often | config, work)
+        note(f"ack:{id}:{name}:{result}")
+    for n in range(ROUNDS):
+        def work(name, suspend, id=event.instance_id):
+            async def callback(ctx):
+                note(f"begin:{id}:{name}")
+                if suspend: await asyncio.sleep(0.004)
+                if ctx.attempt == 1 and name[0] == "r": raise ValueError
+                return os.urandom(8).hex()
+            return acknowledged(id, name, {}, callback)
+        def plain(id=event.instance_id, name=f"t{n}"):
+            note(f"begin:{id}:{name}")
+            return os.urandom(8).hex()
+        await work(f"a{n}", False)
+        await asyncio.gather(work(f"b{n}", True), work(f"c{n}", False), work(f"r{n}", n % 2))
+        await acknowledged(event.instance_id, f"t{n}", {}, plain)
+        await step.sleep(f"s{n}", 8)
+        got.append((await step.wait_for_event(f"w{n}", "t", timeout="1 hour")).payload)
+    return got
+async def main(w):
+    instances = [await get(w, id) for id in "xyz"]
+    numbers = itertools.count(sum(line.startswith("send:") for line in lines()))
+    say("up")
+    async def feed(i):
+        while (await i.status()).status != "complete":
+            n = next(numbers)
+            note(f"send:{i.id}:{n}")
+            await i.send_event(type="t", payload=n)
+            note(f"sent:{i.id}:{n}")
+            await asyncio.sleep(0.01)
+    async def feed_all(i):
+        try: await feed(i)
+        except WorkflowError as error:
+            if error.code != "instance.not_running": raise
+    await asyncio.gather(*map(feed_all, instances))
+go()
+"""
+
+
+class Sigkill(Real):
+    async def test_nothing_acknowledged_is_lost_or_repeated_in_twenty_sigkills(self) -> None:
+        chance = random.Random(1)
+        for _ in range(20):
+            child = self.child(CAMPAIGN)
+            await child.wait_for("up")
+            await asyncio.sleep(chance.uniform(0, 0.12))
+            child.kill()
+        self.assertEqual(self.rows("SELECT count(*) FROM instances WHERE ended IS NULL"), [(3,)])
+        self.assertEqual(await asyncio.to_thread(self.child(CAMPAIGN).end), ("up", 0))
+        acknowledged: dict[str, str] = {}
+        sent: dict[str, list[int]] = {"x": [], "y": [], "z": []}
+        for line in self.log():
+            what, id, name, *rest = line.split(":")
+            if what == "begin":
+                self.assertNotIn(f"{id}:{name}", acknowledged, "it ran again")
+            elif what == "ack":
+                self.assertEqual(acknowledged.setdefault(f"{id}:{name}", *rest), *rest)
+            elif what == "sent":
+                sent[id].append(int(name))
+        self.assertEqual(len(acknowledged), 3 * 75 * 5)
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            for id, stored in sent.items():
+                got = await (await bound.get(id)).result()
+                self.assertEqual(got, sorted(set(got)), "order, and exactly once")
+                self.assertEqual(
+                    set(stored) - set(got) - set(range(got[-1] + 1, 9999)), set(), "lost"
+                )
+
+    async def test_what_a_call_changed_survives_the_death_right_after_it(self) -> None:
+        self.child(
+            """
+            async def run(event, step): return (await step.wait_for_event("w", "t")).payload
+            async def main(w):
+                event, pause, end, again = [await get(w, id) for id in "abcd"]
+                for i in (event, pause, end, again): await until(i, "waiting")
+                await event.send_event(type="t", payload=5)
+                await asyncio.gather(pause.pause(), end.terminate(), again.restart(),
+                w.create(id="e")) die()
+            go()
+            """
+        ).end()
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            self.assertEqual(await (await bound.get("a")).result("2 seconds"), 5)
+            self.assertEqual((await (await bound.get("b")).status()).status, "paused")
+            self.assertEqual((await (await bound.get("c")).status()).status, "terminated")
+            for id in "de":
+                await reach(await bound.get(id), "waiting")
+        self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(5,)])
+
+    def test_a_finished_step_never_runs_again_after_sigkill_and_an_interrupted_one_does(
+        self,
+    ) -> None:
+        self.runs_until_it_ends(
+            """
+            async def run(event, step):
+                async def first(): note("first")
+                async def second(ctx):
+                    note("second")
+                    await asyncio.sleep(0.05)
+                    if ctx.attempt == 1: die()
+                await step.do("first", first)
+                await step.do("second", {"retries": {"delay": 1}}, second)
+            async def main(w): await (await get(w)).result()
+            go()
+            """
+        )
+        self.assertEqual(self.log(), ["first", "second", "second"])
+
+    def kill_itself(self, callback: str) -> None:
+        self.runs_until_it_ends(
+            f"""
+            async def run(event, step):
+                {callback}
+                try: await step.do("die", {{"retries": {{"limit": 2, "delay": 1}}}}, callback)
+                except WorkflowInternalError as error: return str(error)
+            async def main(w): note((await (await get(w)).result()).replace(" ", "-"))
+            go()
+            """
+        )
+        *attempts, message = self.log()
+        self.assertEqual(message, "attempt-failed:-the-engine-stopped")
+        self.assertIn(len(attempts), (3, 4), "2 retries are 3 attempts, and one more is allowed")
+
+    def test_a_step_that_kills_its_process_at_once_ends_after_its_retries(self) -> None:
+        self.kill_itself("async def callback(): note('x'); die()")
+
+    def test_a_step_that_kills_its_process_later_ends_after_its_retries(self) -> None:
+        self.kill_itself("async def callback(): note('x'); await asyncio.sleep(0.02); die()")
+
+    def test_a_thread_that_kills_its_process_ends_after_its_retries(self) -> None:
+        self.kill_itself("def callback(): note('x'); time.sleep(0.02); die()")
+
+    def test_a_dead_process_makes_the_next_one_careful_until_a_step_has_finished(self) -> None:
+        """Careful: the start of an attempt is on disk before its callback begins."""
+        self.runs_until_it_ends(
+            """
+            import sqlite3
+            async def run(event, step):
+                async def look(ctx):
+                    with sqlite3.connect(PATH) as db:
+                        sql = "SELECT count(*) FROM journal WHERE type = 'start' AND step LIKE ?"
+                        ((count,),) = db.execute(sql, (f"%{ctx.step.name}%",)).fetchall()
+                    note(f"{ctx.step.name}={count}")
+                    if ctx.step.name == "two" and not count: die()
+                for name in ("one", "two", "three"): await step.do(name, look)
+            async def main(w): await (await get(w)).result()
+            go()
+            """
+        )
+        self.assertEqual(self.log(), ["one=0", "two=0", "two=1", "three=0"])
+
+    async def test_an_event_is_consumed_in_the_commit_that_ends_its_wait(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            await reach(instance, "waiting")
+            await instance.send_event(type="t", payload=5)
+            counts = self.rows(
+                "SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM waits),"
+                " (SELECT count(*) FROM journal WHERE type = 'event')"
+            )
+            self.assertIn(counts, [[(0, 0, 1)], [(1, 1, 0)]])
+            self.assertEqual(await instance.result("2 seconds"), 5)
+
+    async def test_the_machine_may_die_too(self) -> None:
+        """WAL, and every commit is synced."""
+        async with self.engine() as engine:
+            pragmas = ("journal_mode", "synchronous", "fullfsync")
+
+            def ask() -> list[Any]:
+                db = engine.store._db
+                return [db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+
+            self.assertEqual(await on_writer(engine, ask), ["wal", 2, 1])
+
+
+async def rounds(event: Any, step: Any) -> Any:
+    """All that an instance can wait for, again and again; no attempt may fail."""
+    got = []
+    for n in range(5):
+
+        async def flaky(ctx: Any) -> None:
+            if ctx.attempt == 1:
+                raise ValueError
+
+        async def slow(name: str = f"{event.instance_id}{n}") -> None:
+            await asyncio.sleep(0.002)
+            RAN.append(name)
+
+        def plain() -> None:
+            time.sleep(0.001)
+
+        once = {"retries": {"limit": 0}}
+        steps = step.do("slow", once, slow), step.do("plain", once, plain), step.sleep("nap", 3)
+        await asyncio.gather(*steps)
+        await step.do("flaky", {"retries": {"limit": 1, "delay": 3}}, flaky)
+        with contextlib.suppress(WorkflowTimeoutError):
+            got.append((await step.wait_for_event("w", "t", timeout=20)).payload)
+    return got
+
+
+RAN: list[str] = []
+
+
+class Campaigns(Real):
+    """Seeded, and on the real clock: what random timing finds."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        RAN.clear()
+
+    async def steer(self, instances: list[Any], chance: random.Random, calls: str, ms: int) -> None:
+        end = time.monotonic() + ms / 1000
+        while time.monotonic() < end:
+            with contextlib.suppress(WorkflowError):  # it may have ended
+                instance = chance.choice(instances)
+                call = chance.choice(calls.split())
+                if call == "send":
+                    self.sent = getattr(self, "sent", 0) + 1
+                    await instance.send_event(type="t", payload=self.sent)
+                else:
+                    await getattr(instance, call)()
+            await asyncio.sleep(chance.choice([0, 0.001, 0.006]))
+
+    async def test_clean_stops_at_any_moment_fail_no_attempt_and_lose_no_event(self) -> None:
+        chance, unfinished = random.Random(1), True
+        while unfinished:
+            async with self.engine(hibernate_after=chance.choice([0, 5, 1000])) as engine:
+                bound = engine.bind(workflow(rounds))
+                await bound.create_batch([{"id": id} for id in "xyz"])
+                instances = [await bound.get(id) for id in "xyz"]
+                await self.steer(instances, chance, "send", chance.randrange(20, 80))
+            unfinished = self.rows("SELECT 1 FROM instances WHERE ended IS NULL")
+        self.assertEqual(self.rows("SELECT DISTINCT status FROM instances"), [("complete",)])
+        for (output,) in self.rows("SELECT data FROM journal WHERE type = 'complete'"):
+            got = workflows.decode(output)
+            self.assertEqual(got, sorted(set(got)))
+
+    async def test_pauses_at_any_moment_from_any_process_lose_and_repeat_nothing(self) -> None:
+        for seed in range(4):
+            chance = random.Random(seed)
+            limits = dataclasses.replace(FOREVER, running=chance.choice([1, 2, 100]))
+            async with self.engine(limits=limits, hibernate_after=seed) as engine:
+                bound = engine.bind(workflow(rounds))
+                await reach(await bound.create(id=f"{seed}-"), "waiting", "running")
+                async with self.engine() as client:
+                    bound = client.bind(workflow(rounds))
+                    ids = [f"{seed}{id}" for id in "abc"]
+                    batch = await bound.create_batch([{"id": i} for i in ids])
+                    calls = "pause resume resume send"
+                    await asyncio.gather(*(self.steer(batch, chance, calls, 250) for _ in "123"))
+                    for instance in batch:
+                        await instance.resume()
+                        await instance.result("4 seconds")
+        self.assertEqual(len(RAN), len(set(RAN)))
+
+    async def test_restarts_and_terminations_at_any_moment_end_in_one_full_run(self) -> None:
+        async with self.engine() as engine, self.engine() as client:
+            bound = engine.bind(workflow(rounds))
+            batch = await bound.create_batch([{"id": id} for id in "xyz"])
+            await reach(batch[0], "waiting", "running")
+            theirs = client.bind(workflow(rounds))
+            theirs = [await theirs.get(instance.id) for instance in batch]
+            chance, calls = random.Random(1), "restart restart terminate pause resume send"
+            both = (self.steer(side, chance, calls, 400) for side in (batch, theirs))
+            await asyncio.gather(*both)
+            for instance in batch:
+                await instance.restart()
+            for instance in batch:
+                await instance.result("4 seconds")
+        steps = "SELECT count(*) FROM journal WHERE type = 'done' GROUP BY instance"
+        self.assertEqual(self.rows(steps), [(15,)] * 3)
+
+
+class CleanStop(Case):
+    async def test_a_clean_stop_counts_no_attempt(self) -> None:
+        gate, attempts = Gate(), []
+
+        async def run(event: Any, step: Any) -> None:
+            async def callback(ctx: Any) -> None:
+                attempts.append(ctx.attempt)
+                await gate.pass_through("")
+
+            await step.do("s", {"retries": {"limit": 0}}, callback)
+
+        for _ in range(3):
+            async with self.engine() as engine:
+                bound = engine.bind(workflow(run))
+                await bound.create_batch([{"id": "i"}])
+                await self.clock.advance(0)
+        gate.open.set()
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(workflow(run)).get("i"))
+        self.assertEqual(attempts, [1, 1, 1, 1])
+
+    async def test_after_a_clean_stop_nothing_is_running(self) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(Gate().run)).create()
+            await self.clock.advance(0)
+        self.assertEqual(self.rows("SELECT status, careful FROM instances"), [("queued", 0)])
+
+    async def test_a_clean_stop_keeps_the_retry_delay_of_an_attempt_that_just_failed(self) -> None:
+        gate, attempts = Gate(), []
+
+        async def fail() -> None:
+            attempts.append(1)
+            await gate.open.wait()
+            raise ValueError
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", {"retries": {"delay": "1 hour"}}, fail)
+
+        async with self.engine() as engine:
+            await engine.bind(workflow(run)).create()
+            await self.clock.advance(0)
+            gate.open.set()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        async with self.engine() as engine:
+            engine.bind(workflow(run))
+            await self.clock.advance("59 minutes")
+            self.assertEqual(len(attempts), 1)
+            await self.clock.advance("1 minute")
+            self.assertEqual(len(attempts), 2)
+
+    async def test_nothing_is_left_behind(self) -> None:
+        threads = threading.active_count()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create()
+            await self.finish(instance)
+            gate = await engine.bind(workflow(Gate().run, "Gate")).create()
+            await engine.bind(workflow(one_sleep, "Nap")).create()
+            await reach(gate, "running")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
+        await until(lambda: threading.active_count() == threads)
+        await asyncio.sleep(0)
+        self.assertEqual(len(asyncio.all_tasks()), 1)
+
+    async def test_leaving_waits_for_the_cleanup_of_a_callback(self) -> None:
+        gate, cleaned = Gate(), []
+
+        async def callback() -> None:
+            try:
+                await gate.pass_through("")
+            finally:
+                await asyncio.sleep(0.02)
+                cleaned.append(1)
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", callback)
+
+        async with self.engine() as engine:
+            await engine.bind(workflow(run)).create()
+            await self.clock.advance(0)
+        self.assertEqual(cleaned, [1])
+
+    async def test_leaving_that_is_cancelled_leaves_nothing_behind_either(self) -> None:
+        began = asyncio.Event()
+
+        async def stubborn() -> None:
+            began.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(9)
+            await asyncio.sleep(0.2)
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", stubborn)
+
+        async def live() -> None:
+            async with Engine(self.path) as engine:
+                await engine.bind(workflow(run)).create()
+                await began.wait()
+
+        life = asyncio.create_task(live())
+        await began.wait()
+        await asyncio.sleep(0.05)
+        life.cancel()
+        await asyncio.wait([life])
+        await asyncio.sleep(0.3)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
+
+    def test_a_loop_that_is_closed_without_leaving_lets_go_of_the_file(self) -> None:
+        async def forget() -> None:
+            engine = await Engine(self.path).__aenter__()
+            engine.bind(workflow(one_step))
+            await asyncio.sleep(0.1)
+
+        async def next_one() -> Any:
+            async with Engine(self.path) as engine:
+                instance = await engine.bind(workflow(one_step)).create(params=5)
+                return await instance.result("2 seconds")
+
+        asyncio.run(forget())
+        self.assertEqual(asyncio.run(next_one()), 5)
+
+
+class Interrupted(Real):
+    async def test_ctrl_c_stops_cleanly_and_the_next_process_goes_on(self) -> None:
+        script = """
+            async def run(event, step):
+                async def slow(ctx):
+                    note(f"attempt-{ctx.attempt}")
+                    say("running")
+                    await asyncio.sleep(0 if len(sys.argv) > 2 else 9)
+                await step.do("slow", slow)
+            async def main(w):
+                await (await get(w)).result()
+            go()
+            """
+        child = self.child(script)
+        await child.wait_for("running")
+        child.process.send_signal(signal.SIGINT)
+        self.assertEqual(await asyncio.to_thread(child.end), ("interrupted", 0))
+        self.assertEqual(
+            sorted(os.listdir(self.folder)), ["test.db", "test.db-owner", "test.db.log"]
+        )
+        self.assertEqual(self.child(script, "again").end(), ("running", 0))
+        self.assertEqual(self.log(), ["attempt-1", "attempt-1"])
+
+    def test_keyboard_interrupt_in_a_callback_leaves_the_program(self) -> None:
+        async def early() -> None:
+            raise KeyboardInterrupt
+
+        async def late() -> None:
+            await asyncio.sleep(0.01)
+            raise KeyboardInterrupt
+
+        def plain() -> None:
+            raise KeyboardInterrupt
+
+        for callback in (early, late, plain):
+            self.setUp()
+
+            async def run(event: Any, step: Any, callback: Any = callback) -> None:
+                await step.do("s", callback)
+
+            async def main(run: Any = run) -> None:
+                async with Engine(self.path) as engine:
+                    await (await engine.bind(workflow(run)).create()).result("5 seconds")
+
+            with self.assertRaises(KeyboardInterrupt):
+                asyncio.run(main())
+            self.assertEqual(self.rows("SELECT ended FROM instances"), [(None,)])
+
+
+class Storage(Real):
+    async def refused(self, pattern: str, path: str | None = None) -> None:
+        """The engine doesn't open the file, says why, and writes to nothing."""
+        before = self.contents()
+        with self.assertRaisesRegex(WorkflowInternalError, pattern):
+            async with Engine(path or self.path):
+                pass
+        self.assertEqual(self.contents(), before)
+
+    def contents(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+    async def test_a_file_that_is_no_database_is_refused(self) -> None:
+        Path(self.path).write_text("Dear diary, " * 1000)
+        await self.refused("not a database")
+
+    async def test_a_directory_is_refused(self) -> None:
+        await self.refused(self.folder.name, str(self.folder))
+        await self.refused("missing", str(self.folder / "missing" / "test.db"))
+
+    async def test_somebody_elses_database_is_refused_and_stays_byte_for_byte(self) -> None:
+        for mode in ("delete", "wal"):
+            with contextlib.closing(sqlite3.connect(self.path)) as db:
+                db.execute(f"PRAGMA journal_mode = {mode}")
+                db.execute(f"CREATE TABLE mine_{mode} (x)")
+                db.commit()
+                await self.refused("not a database of this module")
+            await self.refused("not a database of this module")
+
+    async def test_a_newer_schema_is_refused(self) -> None:
+        async with self.engine():
+            pass
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        await self.refused("newer version")
+
+    def test_a_read_only_file_is_refused(self) -> None:
+        asyncio.run(self._make())
+        os.chmod(self.path, 0o444)
+        os.chmod(self.folder, 0o555)
+        self.addCleanup(os.chmod, self.folder, 0o755)
+        child = self.child(
+            """
+            async def main(w): say("opened")
+            if os.getuid() == 0: os.setuid(65534)
+            try: go()
+            except WorkflowInternalError as error: say(error)
+            """
+        )
+        self.assertRegex(child.end()[0], "readonly")
+
+    async def _make(self, **options: Any) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_event)).create(id="i")
+
+    async def test_a_full_disk_stops_the_engine_and_loses_nothing_acknowledged(self) -> None:
+        child = self.child(
+            """
+            import resource
+            async def run(event, step):
+                async def slow():
+                    try: await asyncio.sleep(9)
+                    except asyncio.CancelledError: say("cancelled"); raise
+                await step.do("slow", {"retries": {"limit": 0}}, slow)
+            async def main(w):
+                instance = await get(w)
+                await until(instance, "running")
+                waiting = asyncio.create_task(instance.result())
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+                try:
+                    for n in range(1000):
+                        await w.create(id=f"{n}", params="x" * 5000)
+                        say("stored", n)
+                except WorkflowInternalError as error: say(error)
+                for call in (instance.status(), instance.pause(), w.create(), waiting):
+                    try: await call; say("!")
+                    except WorkflowInternalError: say("refused")
+            go()
+            """
+        )
+        lines, code = child.end()
+        stored = lines.count("stored")
+        self.assertEqual((code, lines.count("refused"), lines.count("!")), (0, 4, 0))
+        self.assertGreater(stored, 10)
+        self.assertIn("cancelled", lines)
+        async with self.engine() as engine:
+            engine.bind(workflow(one_step))
+            await on_writer(engine, time.sleep, 0)
+            self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(stored + 1,)])
+            self.assertEqual(
+                self.rows("SELECT * FROM journal WHERE type IN ('error', 'errored')"), []
+            )
+
+    async def test_a_file_that_is_removed_or_replaced_stops_the_engine(self) -> None:
+        async def lose(name: str, replace: bool) -> None:
+            path, gate = str(self.folder / name), Gate()
+            async with Engine(path) as engine:
+                instance = await engine.bind(workflow(gate.run)).create(id="i")
+                await until(lambda: gate.begun)
+                os.rename(path, path + ".old")
+                if replace:
+                    shutil.copy(path + ".old", path)
+                with self.assertRaisesRegex(WorkflowInternalError, "removed or replaced"):
+                    await instance.result("5 seconds")
+                self.assertEqual(gate.cancelled, 1)
+                with self.assertRaises(WorkflowInternalError):
+                    await instance.status()
+            os.replace(path + ".old", path)
+            gate.open.set()
+            async with Engine(path) as engine:
+                instance = await engine.bind(workflow(gate.run)).get("i")
+                self.assertEqual(await instance.result("2 seconds"), "i")
+
+        with self.assertLogs("workflows", logging.CRITICAL):
+            await asyncio.gather(lose("a.db", False), lose("b.db", True))
+
+    async def test_an_empty_file_and_odd_names_are_fine(self) -> None:
+        for name in ("empty.db", "50%41?mode=ro#x y.db", "file:ü.db"):
+            path = self.folder / name
+            path.touch()
+            for _ in range(2):
+                async with Engine(path) as engine:
+                    engine.bind(workflow(one_step))
+            self.assertGreater(path.stat().st_size, 0)
+
+    def test_many_processes_may_make_the_file_at_the_same_moment(self) -> None:
+        script = """
+            async def run(event, step): return 5
+            async def main(w): say(await (await get(w)).result("9 seconds"))
+            sys.stdin.readline()
+            go()
+            """
+        children = [self.child(script) for _ in range(6)]
+        for child in children:
+            child.tell("go")
+        self.assertEqual([child.end() for child in children], [("5", 0)] * 6)
+
+    async def test_somebody_who_holds_the_write_lock_delays_calls_but_not_the_loop(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            instance = await bound.create()
+            await reach(instance, "waiting")
+            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                sending = asyncio.create_task(instance.send_event(type="t", payload=1))
+                longest, last = 0.0, time.monotonic()
+                for _ in range(30):
+                    await asyncio.sleep(0.01)
+                    longest, last = max(longest, time.monotonic() - last), time.monotonic()
+                self.assertFalse(sending.done())
+            await sending
+            self.assertLess(longest, 0.1)
+            self.assertEqual(await instance.result("2 seconds"), 1)
+
+
+OWNER = """
+    async def run(event, step):
+        async def work():
+            note("begin")
+            try: await asyncio.sleep(event.payload)
+            except asyncio.CancelledError: note("cancelled"); raise
+            note("end")
+        await step.do("work", work)
+        return (await step.wait_for_event("w", "t")).payload
+    async def main(w):
+        await get(w, "o", 0)
+        await until(await get(w, "o"), "waiting")
+        say("up")
+        await asyncio.sleep(60)
+    go()
+    """
+
+
+class Processes(Real):
+    @contextlib.asynccontextmanager
+    async def client(self, run: Callable[..., Any] = one_event, script: str = OWNER) -> Any:
+        """A workflow as this process sees it, while another one runs the instances."""
+        self.owner = self.child(script)
+        await self.owner.wait_for("up")
+        async with self.engine() as engine:
+            yield engine.bind(workflow(run))
+
+    async def test_exactly_one_process_runs_instances_and_the_others_are_clients(self) -> None:
+        async with self.client() as bound:
+            instance = await bound.create(id="i", params=0)
+            await reach(instance, "waiting")
+            self.assertEqual((bound.engine.runs, self.log().count("begin")), ({}, 2))
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await instance.result("2 seconds"), 5)
+            self.assertEqual(bound.engine.runs, {})
+
+    async def test_changes_of_other_processes_are_seen_within_100_ms(self) -> None:
+        async with self.client() as bound:
+            times = []
+            for n in range(5):
+                began = time.monotonic()
+                instance = await bound.create(id=f"i{n}", params=0)
+                await reach(instance, "waiting")  # there
+                await instance.send_event(type="t", payload=n)
+                await instance.result("2 seconds")  # there and back
+                times.append(time.monotonic() - began)
+            self.assertLess(min(times), 0.25)
+            self.assertLess(max(times), 0.6)
+
+    async def test_steering_from_a_client_reaches_the_callback_in_the_owner(self) -> None:
+        async with self.client() as bound:
+            instance = await bound.create(id="i", params=9)
+            await until(lambda: self.log() == ["begin", "end", "begin"])
+            await instance.restart()
+            self.assertLess(await until(lambda: self.log()[3:] == ["cancelled", "begin"]), 0.2)
+            await instance.terminate()
+            self.assertEqual((await instance.status()).status, "terminated")
+            self.assertLess(await until(lambda: self.log()[5:] == ["cancelled"]), 0.2)
+            pausing = await bound.create(id="p", params=0.3)
+            await until(lambda: self.log()[-1] == "begin")
+            await pausing.pause()
+            self.assertEqual((await pausing.status()).status, "waitingForPause")
+            await reach(pausing, "paused")
+            self.assertEqual(self.log()[-1], "end")
+
+    async def test_a_busy_owner_sees_its_clients_too(self) -> None:
+        script = """
+            async def run(event, step):
+                if event.payload == 1: return "done"
+                while True: await step.do("s", lambda: value())
+            async def main(w):
+                await get(w, "busy")
+                await asyncio.sleep(0.1)
+                say("up")
+                await asyncio.sleep(60)
+            go(limits=dataclasses.replace(Limits(), steps=10**6))
+            """
+        async with self.client(script=script) as bound:
+            began = time.monotonic()
+            other = await bound.create(params=1)
+            self.assertEqual(await other.result("2 seconds"), "done")
+            busy = await bound.get("busy")
+            await busy.pause()
+            await reach(busy, "paused")
+            self.assertLess(time.monotonic() - began, 1)
+
+    async def test_another_process_takes_over_within_a_second_after_sigkill(self) -> None:
+        async with self.client() as bound:
+            self.owner.kill()
+            began = time.monotonic()
+            instance = await bound.get("o")
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await instance.result("2 seconds"), 5)
+            self.assertLess(time.monotonic() - began, 1)
+
+    async def test_another_process_takes_over_within_a_second_after_a_clean_stop(self) -> None:
+        async with self.client() as bound:
+            running = await bound.create(id="i", params=0.05)
+            self.owner.process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(self.owner.process.wait)
+            instance = await bound.get("o")
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await instance.result("1 second"), 5)
+            await running.terminate()
+
+    async def test_a_forked_child_holds_nothing_of_its_dead_parent(self) -> None:
+        script = OWNER.replace(
+            'say("up")', "if os.fork(): say('up')\n        else: time.sleep(3); os._exit(0)"
+        )
+        async with self.client(script=script) as bound:
+            os.kill(self.owner.process.pid, signal.SIGKILL)
+            instance = await bound.get("o")
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await instance.result("1 second"), 5)
+
+    async def test_a_forked_child_that_ends_takes_nothing_from_its_parent(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            await reach(instance, "waiting")
+            child = multiprocessing.get_context("fork").Process(target=gc.collect)
+            child.start()
+            await asyncio.to_thread(child.join)
+            self.assertTrue(self.is_owned())
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await instance.result("1 second"), 5)
+
+    def is_owned(self) -> bool:
+        """Whether another process (!) would find the file owned."""
+        attempt = (
+            "import sqlite3, sys\n"
+            "db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+            "db.execute('BEGIN EXCLUSIVE')"
+        )
+        command = [sys.executable, "-c", attempt, self.path + "-owner"]
+        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0
+
+    async def test_a_second_engine_in_the_process_is_a_client_and_takes_over(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            first = await stack.enter_async_context(Engine(self.path))
+            first.bind(workflow(one_event))
+            await until(self.is_owned)
+            async with self.engine() as second:
+                instance = await second.bind(workflow(one_event)).create(id="i")
+                await reach(instance, "waiting")
+                self.assertEqual((len(first.runs), len(second.runs)), (1, 0))
+            self.assertTrue(self.is_owned())  # closing its file has not dropped the first's locks
+            async with self.engine() as second:
+                instance = await second.bind(workflow(one_event)).get("i")
+                await stack.aclose()
+                await instance.send_event(type="t", payload=5)
+                self.assertEqual(await instance.result("1 second"), 5)
+
+    async def test_a_result_that_comes_after_a_clients_restart_is_discarded(self) -> None:
+        gate = Gate()
+        async with self.engine() as owner, self.engine() as client:
+            await owner.bind(workflow(gate.run)).create(id="i")
+            await until(lambda: gate.begun)
+            instance = await client.bind(workflow(gate.run)).get("i")
+            await instance.restart()
+            gate.open.set()  # before the owner has noticed
+            self.assertEqual(await instance.result("2 seconds"), "i")
+            self.assertEqual(len(gate.begun), 2)
+
+    async def test_a_symbolic_link_is_the_same_database(self) -> None:
+        async with self.engine() as first:
+            first.bind(workflow(one_event))
+            await until(self.is_owned)
+            link = self.folder / "link.db"
+            link.symlink_to(self.path)
+            async with Engine(link) as second:
+                instance = await second.bind(workflow(one_event)).create()
+                await reach(instance, "waiting")
+                self.assertEqual((len(first.runs), len(second.runs)), (1, 0))
+
+    async def test_work_of_a_name_that_is_not_bound_is_left_with_one_warning(self) -> None:
+        await self.leave_work()
+        logger = logging.getLogger("workflows")
+        logger.setLevel(logging.WARNING)
+        self.addCleanup(logger.setLevel, logging.CRITICAL)
+        with self.assertLogs(logger) as logs:
+            async with self.engine() as engine:
+                engine.bind(workflow(one_step, "Other"))
+                await asyncio.sleep(2.1)
+        self.assertEqual(["'test'" in line for line in logs.output], [True])
+        self.assertEqual(self.rows("SELECT status FROM instances"), [("queued",)])
+
+    async def leave_work(self) -> None:
+        async with self.engine() as blocker:
+            blocker.bind(workflow(one_step, "Blocker"))
+            await until(self.is_owned)
+            async with self.engine() as client:
+                await client.bind(workflow(one_step)).create()
+
+
+class Opening(Case):
+    async def test_entering_recovers_what_is_unfinished_as_it_is_bound(self) -> None:
+        gate = Gate()
+        async with self.engine() as engine:
+            await engine.bind(workflow(gate.run)).create(id="i")
+            await self.clock.advance(0)
+        gate.open.set()
+        async with self.engine() as engine:
+            await self.clock.advance(0)
+            self.assertEqual(len(gate.begun), 1)
+            bound = engine.bind(workflow(gate.run))
+            self.assertEqual(await self.finish(await bound.get("i")), "i")
+
+    async def test_binding_before_entering_works(self) -> None:
+        engine = Engine(self.path, clock=self.clock)
+        bound = engine.bind(workflow(one_step))
+        async with engine:
+            self.assertEqual(await self.finish(await bound.create(params=5)), 5)
+
+    async def test_memory_works_as_a_database(self) -> None:
+        async with Engine(":memory:", clock=self.clock) as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            await instance.send_event(type="t", payload=5)
+            self.assertEqual(await self.finish(instance), 5)
+        self.assertFalse(os.path.exists(":memory:") or os.path.exists(":memory:-owner"))
+
+    async def test_an_engine_that_is_not_open_says_so(self) -> None:
+        engine = Engine(self.path)
+        bound = engine.bind(workflow(one_step))
+        with self.assertRaisesRegex(RuntimeError, "not open"):
+            await bound.create()
+        async with engine:
+            instance = await bound.create()
+        for call in (bound.create, instance.status, instance.result, engine.__aenter__):
+            with self.assertRaises(RuntimeError):
+                await call()
+
+    async def test_another_loop_is_refused(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create()
+
+            def elsewhere(make: Any) -> None:
+                asyncio.run(make())
+
+            for make in (instance.status, instance.result, engine.env.TEST.create):
+                with self.assertRaisesRegex(RuntimeError, "loop"):
+                    await asyncio.to_thread(elsewhere, make)
+
+    async def test_a_call_that_waits_when_the_engine_is_left_is_told(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            waiting = asyncio.create_task(instance.result())
+            await self.clock.advance(0)
+        with self.assertRaises(RuntimeError):
+            await asyncio.wait_for(waiting, 2)
+
+
+class Hibernation(Case):
+    async def test_a_waiting_run_leaves_memory_and_is_rebuilt_when_it_is_due(self) -> None:
+        lives = []
+
+        class Baggage:
+            pass
+
+        async def run(event: Any, step: Any) -> Any:
+            baggage = Baggage()
+            lives.append(weakref.ref(baggage))
+            await step.sleep("nap", "1 hour")
+            return len(lives)
+
+        async with self.engine(hibernate_after="10 seconds") as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("9 seconds")
+            self.assertIsNotNone(lives[0]())
+            await self.clock.advance("2 seconds")
+            gc.collect()
+            self.assertEqual((engine.runs, lives[0]()), ({}, None))
+            self.assertEqual(await self.finish(instance), 2)
+
+    async def test_hibernation_needs_a_run_that_only_waits(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            return await asyncio.gather(gate.run(event, step), step.sleep("nap", "1 minute"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="i")
+            await self.clock.advance("9 minutes")
+            self.assertEqual(((await instance.status()).status, len(engine.runs)), ("running", 1))
+            gate.open.set()
+            self.assertEqual(await self.finish(instance), ["i", None])
+            self.assertEqual(len(gate.begun), 1)
+
+    async def waiting(self, count: int) -> None:
+        """A database with so many waiting instances."""
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_sleep)).create(id="i")
+            await self.clock.advance(0)
+        numbers = "SELECT 2 UNION ALL SELECT n + 1 FROM n WHERE n < ?"
+        copy = f"WITH RECURSIVE n(n) AS ({numbers}) INSERT INTO"
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            for table, key in (
+                ("instances", "key"),
+                ("journal", "instance"),
+                ("waits", "instance"),
+            ):
+                columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+                values = ["n" if c == key else "'i' || n" if c == "id" else c for c in columns]
+                sql = f"{copy} {table} SELECT {', '.join(values)} FROM {table}, n WHERE {key} = 1"
+                db.execute(sql, (count,))
+            db.commit()
+
+    async def test_start_and_memory_do_not_grow_with_the_waiting_instances(self) -> None:
+        await asyncio.to_thread(asyncio.run, self.waiting(20_000))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        began = time.monotonic()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_sleep)).get("i777")
+            self.assertEqual((await instance.status()).status, "waiting")
+            await self.clock.advance(0)
+            self.assertLess(time.monotonic() - began, 0.3)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 1_000_000)
+            self.assertEqual(engine.runs, {})
+
+    async def test_every_regular_look_uses_an_index(self) -> None:
+        statements: list[str] = []
+        async with self.engine() as engine:
+            await on_writer(engine, lambda: engine.store._db.set_trace_callback(statements.append))
+            instance = await engine.bind(workflow(one_event)).create()
+            await self.clock.advance(0)
+            await instance.send_event(type="t")
+            await self.finish(instance)
+            await self.clock.advance("2 hours")
+            await on_writer(engine, lambda: engine.store._db.set_trace_callback(None))
+        looks = {text for text in statements if re.match(r"(SELECT|UPDATE|DELETE)\b", text)}
+        self.assertGreater(sum("wake <=" in text for text in looks), 0)
+        for text in looks:
+            for *_, plan in self.rows(f"EXPLAIN QUERY PLAN {text}"):
+                self.assertNotRegex(plan, "SCAN (instances|journal|waits|events)", text)
+
+
+class Jumping(workflows.Clock):
+    """The real time, plus what somebody has set it ahead."""
+
+    ahead = 0
+
+    def now(self) -> int:
+        return super().now() + self.ahead
+
+
+class Time(Real):
+    async def test_a_clock_that_jumps_is_noticed_within_100_ms(self) -> None:
+        for hibernate in ("1 hour", 0):
+            clock = Jumping()
+            async with Engine(":memory:", clock=clock, hibernate_after=hibernate) as engine:
+                instance = await engine.bind(workflow(one_sleep)).create()
+                await reach(instance, "waiting")
+                clock.ahead += 3_600_000
+                self.assertLess(await reach(instance, "complete"), 0.2)
+
+    async def test_a_sleep_in_memory_and_a_hibernated_one_wake_in_time(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for _ in range(5):
+                await step.sleep("nap", 10)
+
+        for hibernate in ("1 hour", 0):
+            async with Engine(":memory:", hibernate_after=hibernate) as engine:
+                instance = await engine.bind(workflow(run)).create()
+                began = time.monotonic()
+                await instance.result()
+                self.assertLess(time.monotonic() - began, 0.2)
+
+    async def test_an_idle_engine_leaves_the_loop_alone(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).create()
+            await reach(instance, "waiting")
+            await asyncio.sleep(0.1)
+            calls: list[Any] = []
+            engine.store._tell = lambda *call: calls.append(call)
+            await asyncio.sleep(0.3)
+            del engine.store._tell
+            self.assertEqual(calls, [])
+
+    async def test_sleeps_that_ended_while_nobody_ran_end_in_their_order(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            naps = {asyncio.ensure_future(step.sleep(f"{ms}", ms)): ms for ms in (300, 100, 200)}
+            order = []
+            while naps:
+                done, _ = await asyncio.wait(naps, return_when=asyncio.FIRST_COMPLETED)
+                order += [naps.pop(nap) for nap in done]
+            return order
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="i")
+            await reach(instance, "waiting")
+        await asyncio.sleep(0.35)
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).get("i")
+            self.assertEqual(await instance.result("2 seconds"), [100, 200, 300])
+
+
+if __name__ == "__main__":
+    unittest.main()
+
+
+if __name__ == "__main__":
+    unittest.main()
