@@ -2881,8 +2881,9 @@ class Sigkill(Real):
                 event, pause, end, again = [await get(w, id) for id in "abcd"]
                 for i in (event, pause, end, again): await until(i, "waiting")
                 await event.send_event(type="t", payload=5)
-                await asyncio.gather(pause.pause(), end.terminate(), again.restart(),
-                w.create(id="e")) die()
+                new = w.create(id="e")
+                await asyncio.gather(pause.pause(), end.terminate(), again.restart(), new)
+                die()
             go()
             """
         ).end()

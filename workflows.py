@@ -1177,21 +1177,21 @@ class Store:
             self._tell(self.deliver, results, news, None if outside else touched)
 
     def _begin(self) -> None:
-        """Takes the write lock. Another process may hold it, but not for long without notice;
-        SQLite's own way to wait for it sleeps too long to be fair."""
+        self._insist("BEGIN IMMEDIATE")
+
+    def _insist(self, sql: str) -> list[Any]:
+        """Waits for a lock that another process holds, but not for long without notice; SQLite's
+        own way to wait sleeps too long to be fair, and gives up."""
         began = time.monotonic()
         while True:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                return
+                return self._db.execute(sql).fetchall()
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
             if time.monotonic() > began + 5:
                 began = math.inf
-                log.warning(
-                    "%s: another process has held the write lock for 5 s; waiting", self.path
-                )
+                log.warning("%s: another process has held a lock for 5 s; waiting", self.path)
             time.sleep(0.001)
 
     def _fail(self, error: BaseException, callbacks: list[Then]) -> None:
@@ -1209,9 +1209,9 @@ class Store:
         memory = self.path == ":memory:"
         if not memory:
             self._inspect()
-        self._db = sqlite3.connect(self.path, isolation_level=None, cached_statements=256)
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA fullfsync = 1")
+        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        self._insist("PRAGMA synchronous = FULL")
+        self._insist("PRAGMA fullfsync = 1")
         self._begin()
         (version,) = self._one("PRAGMA user_version")
         if version > SCHEMA_VERSION:
@@ -1223,10 +1223,9 @@ class Store:
         if version < SCHEMA_VERSION:
             self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._db.execute("COMMIT")
-        if not memory and self._one("PRAGMA journal_mode = WAL") != ("wal",):
+        self._insist("COMMIT")
+        if not memory and self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-        self._db.execute("PRAGMA busy_timeout = 0")  # from here on `_begin` waits
         self._files = [] if memory else [(self.path, os.stat(self.path))]
 
     def _inspect(self) -> None:
