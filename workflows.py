@@ -1004,7 +1004,7 @@ class Head:
 
     def __init__(self, key: int, generation: int, seq: int, state_bytes: int, careful: int) -> None:
         self.key, self.generation, self.seq = key, generation, seq
-        self.state_bytes, self.careful, self.dirty = state_bytes, careful, False
+        self.state_bytes, self.careful = state_bytes, careful
 
 
 class News(NamedTuple):
@@ -1472,18 +1472,25 @@ class Store:
 
     def _flush(self) -> None:
         """Writes what was put aside: before anything else reads it, and before the commit."""
-        if self._rows:
-            self._db.executemany(f"INSERT INTO journal VALUES (?{', ?' * 8})", self._rows)
-            self._rows.clear()
+        rows, self._rows = self._rows, []
+        self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
         if self._heads:
-            sql = """UPDATE instances SET seq = ?, state_bytes = ?, careful = ?, modified = ?
-                     WHERE key = ?"""
             now = self.clock.now()
-            heads = [head for head in self._heads.values() if head.dirty]
-            self._db.executemany(
-                sql, [(h.seq, h.state_bytes, h.careful, now, h.key) for h in heads]
-            )
+            heads = [(h.key, h.seq, h.state_bytes, h.careful, now) for h in self._heads.values()]
             self._heads.clear()
+            sql = """UPDATE instances SET seq = v.column2, state_bytes = v.column3,
+                     careful = v.column4, modified = v.column5 FROM (VALUES """
+            self._bulk(sql, "(?, ?, ?, ?, ?)", ") AS v WHERE key = v.column1", heads)
+
+    def _bulk(self, before: str, row: str, after: str, rows: list[tuple[Any, ...]]) -> None:
+        """Few statements for many rows: at each, this thread lets the loop's thread run, and must
+        then wait for its turn."""
+        done = 0
+        while done < len(rows):
+            size = next(size for size in (64, 8, 1) if size <= len(rows) - done)
+            values = [value for row in rows[done : done + size] for value in row]
+            self._db.execute(before + ", ".join([row] * size) + after, values)
+            done += size
 
     def _purge(self, key: int) -> None:
         self._erase(key)
@@ -1650,14 +1657,14 @@ class Store:
         head.state_bytes += size
         head.seq += len(rows)
         head.careful = head.careful and not ended
-        head.dirty = True
         self._append(key, head.seq, self.clock.now(), rows)
         return head.seq
 
     def _read_heads(self, keys: list[int]) -> None:
-        sql = f"""SELECT key, generation, seq, state_bytes, careful FROM instances
+        sql = f"""SELECT json_group_array(json_array(key, generation, seq, state_bytes, careful))
+                  FROM instances
                   WHERE key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}"""
-        for row in self._db.execute(sql, (str(keys),)):
+        for row in json.loads(self._one(sql, str(keys))[0]):
             self._heads[row[0]] = Head(*row)
 
     def wait(self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]) -> int | None:
@@ -2375,19 +2382,21 @@ class Run:
     def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
         """Checks a call that has no result yet; the answer begins it. Nothing is stored for one
         that is refused: wrong arguments are wrong as for any Python function."""
-        plans: dict[str, tuple[Callable[..., Callable[[Step], None]], str]] = {
-            "do": (self._plan_do, "step.invalid_config"),
-            "sleep": (self._plan_sleep, "step.invalid_duration"),
-            "wait_for_event": (self._plan_wait, "step.invalid_config"),
-        }
-        plan, code = plans[call.kind]
+        plan: Callable[..., Callable[[Step], None]] = self._plan_do
+        code = "step.invalid_config"
+        if call.kind == "sleep":
+            plan, code = self._plan_sleep, "step.invalid_duration"
+        elif call.kind != "do":
+            plan = self._plan_wait
         try:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             raise _fatal(code, f"{call.kind} {call.name!r}: {error}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
-        if args:
+        if len(args) == 1 and not options and callable(args[0]):
+            options = {"callback": args[0]}  # by far the most
+        elif args:
             names = (
                 ("config", "callback") if len(args) > 1 or _is_config(args[0]) else ("callback",)
             )
@@ -2397,7 +2406,8 @@ class Run:
         _options(options, ("config", "callback"), "do")
         given, callback = options.get("config"), options.get("callback")
         if not callable(callback):
-            message = f"step {call.name!r}: {_show(callback)} is no callback: expected a function"
+            what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
+            message = f"step {call.name!r}: {what}: expected an async or plain function"
             raise _fatal("step.invalid_callback", message)
         step = self.steps.get(call.key)
         if step is not None and step.config is not None:
@@ -2531,6 +2541,8 @@ class Run:
                 what = f"step {name!r} returned a value that can't be stored: {bad}"
                 error = _fatal("step.not_serializable", what)
         final = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if error is not None:
+            log.info("%s: attempt %d of step %r failed", self, number, name, exc_info=error)
         if error is None:
             attempt.state = "done"
         elif final or number > attempt.config.limit:
@@ -2729,6 +2741,7 @@ class Run:
             error = _fatal("output.not_serializable", f"the output of run can't be stored: {bad}")
         end = ("complete", text, size_of(text))
         if error is not None:
+            log.warning("%s: an error has left run", self, exc_info=error)
             end = ("errored", encode_error(error), 0)
         store = self.engine.store
         store.post(store.finish, self.key, self.generation, *end, then=_ignore)
@@ -2871,7 +2884,8 @@ class Env(Mapping[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name == "_values" or name not in self._values:
-            raise AttributeError(f"env has no {name!r}")
+            has = ", ".join(self.__dict__.get("_values", ()))
+            raise AttributeError(f"env has no {name!r}; it has {has or 'nothing'}")
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
