@@ -9,6 +9,7 @@ are real.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import collections
 import contextlib
@@ -27,6 +28,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,14 +38,17 @@ import time
 import traceback
 import tracemalloc
 import unittest
+import uuid
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import workflows
 from workflows import (
+    Clock,
     Engine,
     Limits,
     ManualClock,
@@ -3802,9 +3807,425 @@ class Time(Real):
             self.assertEqual(await instance.result("2 seconds"), [100, 200, 300])
 
 
-if __name__ == "__main__":
-    unittest.main()
+# --------------------------------------------------------------------------------------------------
+# The README: its programs run, and what it names exists.
+
+
+class Readme(unittest.TestCase):
+    module = Path(workflows.__file__).resolve()
+    text: str
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        path = cls.module.parent / "README.md"
+        cls.text = Path(path).read_text(encoding="utf-8")
+
+    def python(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Runs Python in a folder of its own, with workflows.py to import."""
+        with tempfile.TemporaryDirectory() as folder:
+            return subprocess.run(
+                [sys.executable, "-X", "dev", *args],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(self.module.parent)},
+                capture_output=True,
+                encoding="utf-8",
+                timeout=60,
+            )
+
+    def program(self, source: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "program.py")
+            path.write_text(source, encoding="utf-8")
+            return self.python(str(path))
+
+    def test_every_program_in_the_readme_runs(self) -> None:
+        blocks = re.findall(r"^```python\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 3)
+        with ThreadPoolExecutor() as pool:
+            for block, done in zip(blocks, pool.map(self.program, blocks), strict=True):
+                with self.subTest(block):
+                    # A program of tests reports on stderr, as unittest does.
+                    report = r"\.+\n-+\nRan \d+ tests? in [\d.]+s\n\nOK\n" * ("unittest" in block)
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    self.assertRegex(done.stderr, rf"\A{report}\Z")
+
+    def test_every_block_says_what_it_is(self) -> None:
+        opened = re.findall(r"^```(.*)$", self.text, re.MULTILINE)
+        self.assertEqual(set(opened[::2]), {"python", "console", "text"})
+        self.assertEqual(set(opened[1::2]), {""})
+
+    def test_the_demo_shows_that_no_finished_step_ran_twice(self) -> None:
+        self.assertIn("python3 workflows.py demo", self.text)
+        done = self.python(str(self.module), "demo")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("was killed", done.stdout)
+        self.assertIn("attempt failed: the engine stopped", done.stdout)
+        finished = re.findall(r"^finished (\d+) time: (.*)$", done.stdout, re.MULTILINE)
+        self.assertEqual(finished, [("1", "fetch user-1"), ("1", "process action-1")])
+
+    def test_every_code_and_attribute_that_it_names_exists(self) -> None:
+        source = ast.walk(ast.parse(self.module.read_text(encoding="utf-8")))
+        codes = {node.value for node in source if isinstance(node, ast.Constant)}
+        things = {
+            "step": workflows.WorkflowStep,
+            "event": workflows.WorkflowEvent,
+            "instance": workflows.WorkflowInstance,
+            "workflow": workflows.Workflow,
+            "engine": workflows.Engine,
+            "clock": workflows.ManualClock,
+            "Limits": Limits,
+        }
+        words = "|".join([*things, "limit", "params", "output"])
+        prose = re.sub(r"^```.*?^```$", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        quoted = "\n".join(re.findall(r"`[^`\n]+`", prose))
+        named = re.findall(rf"(?<![\w./-])({words})\.([a-zA-Z_]+)", quoted)
+        self.assertGreater(len(named), 40)
+        for thing, name in sorted(set(named)):
+            with self.subTest(f"{thing}.{name}"):
+                cls = things.get(thing)
+                known = {*dir(cls), *getattr(cls, "__dataclass_fields__", ())} if cls else set()
+                self.assertTrue(name in known or f"{thing}.{name}" in codes)
+
+    def test_every_limit_is_in_it(self) -> None:
+        for field in dataclasses.fields(Limits):
+            with self.subTest(field.name):
+                self.assertIn(f"`{field.name}`", self.text)
+
+    def test_every_public_name_has_a_docstring(self) -> None:
+        for name in workflows.__all__:
+            with self.subTest(name):
+                doc = getattr(workflows, name).__doc__ or ""
+                self.assertTrue(doc)
+                self.assertFalse(doc.startswith(f"{name}("), "made by dataclass")
+
+    def test_its_links_to_its_own_sections_lead_somewhere(self) -> None:
+        heads = re.findall(r"^#+ (.*)$", self.text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+        for link in re.findall(r"\]\(#([^)]*)\)", self.text):
+            with self.subTest(link):
+                self.assertIn(link, anchors)
+
+
+# --------------------------------------------------------------------------------------------------
+# The figures: `python3 test_workflows.py bench [--quick]`. Each is measured several times, and what
+# SQLite itself can do (single-row commits, as durable as the engine's) right before and right after
+# each time, on the same disk: a machine is not equally fast all the time. What counts is the ratio.
+# Needs beside the imports of the tests: functools json statistics subprocess time uuid,
+# `NamedTuple` from typing, `Clock` from workflows.
+
+
+class Figure(NamedTuple):
+    """One line of the table. `measure` returns one number; `floor` says what it must reach: so many
+    times the raw rate (`of_raw`), at least a number, or at most one (`below`)."""
+
+    name: str
+    measure: Callable[[Path], float]
+    floor: float
+    unit: str = "/s"
+    of_raw: bool = False
+    below: bool = False
+    rounds: int = 5
+
+    def report(self, folder: Path, rounds: int) -> bool:
+        """Measures it, prints its line, and says whether it reached what it must."""
+        values, raws, ratios = [], [], []
+        began = time.perf_counter()
+        while len(values) < rounds and time.perf_counter() < began + 6:
+            before = raw_commits(folder)
+            values.append(self.measure(folder))
+            raws.append((before + raw_commits(folder)) / 2)
+            ratios.append(values[-1] / raws[-1])
+        value, raw, ratio = map(statistics.median, (values, raws, ratios))
+        if self.of_raw:
+            reached, must = ratio >= self.floor, f">= {self.floor:.2f} x raw"
+        elif self.below:
+            reached, must = value <= self.floor, f"<= {self.floor:g}{self.unit}"
+        else:
+            reached, must = value >= self.floor, f">= {self.floor:,}{self.unit}"
+        rate = self.unit == "/s"
+        columns = (
+            *(self.name, f"{value:,.{0 if rate else 2}f}{self.unit}", must, f"{raw:,.0f}/s"),
+            *(f"{ratio:.2f}" if rate else "-", "" if reached else "MISSED"),
+        )
+        print("{:38}{:>12}{:>16}{:>12}{:>7}  {}".format(*columns), flush=True)
+        return reached
+
+
+def raw_commits(folder: Path, seconds: float = 0.25) -> float:
+    """How many commits of one row per second SQLite does here: WAL, synchronous=FULL."""
+    path = folder / "raw.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA fullfsync = 1")
+        db.execute("CREATE TABLE IF NOT EXISTS rows (key INTEGER PRIMARY KEY, data TEXT)")
+        done, began = 0, time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            for _ in range(50):
+                db.execute("INSERT INTO rows (data) VALUES ('twenty characters...')")
+            done += 50
+        return done / (time.perf_counter() - began)
+
+
+def fresh(folder: Path) -> str:
+    """The path of a database that does not exist yet."""
+    return str(folder / f"{uuid.uuid4().hex}.db")
+
+
+class Shifted(Clock):
+    """The real clock, some time ahead."""
+
+    ahead = 0
+
+    def now(self) -> int:
+        return super().now() + self.ahead
+
+
+class Steps(WorkflowEntrypoint[Any]):
+    """So many steps as its params say, one after the other."""
+
+    async def run(self, event: Any, step: Any) -> None:
+        async def callback() -> Any:
+            return {"processed": True}
+
+        for _ in range(event.payload):
+            await step.do("step", callback)
+
+
+class Sleeper(WorkflowEntrypoint[Any]):
+    """Sleeps as long as its params say."""
+
+    woken = 0
+
+    async def run(self, event: Any, step: Any) -> None:
+        await step.sleep("sleep", event.payload)
+        Sleeper.woken += 1
+
+
+def batch_of(params: Any, size: int = 100) -> list[dict[str, Any]]:
+    return [{"params": params}] * size
+
+
+def measured(main: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: asyncio.run(main(*args))
+
+
+@measured
+async def steps_of_one_instance(folder: Path) -> float:
+    async with Engine(fresh(folder)) as engine:
+        workflow = engine.bind(Steps)
+        await (await workflow.create(params=10)).result()
+        began = time.perf_counter()
+        await (await workflow.create(params=1000)).result()
+        return 1000 / (time.perf_counter() - began)
+
+
+@measured
+async def steps_of_500_instances(folder: Path) -> float:
+    async with Engine(fresh(folder)) as engine:
+        workflow = engine.bind(Steps)
+        await (await workflow.create(params=10)).result()
+        began = time.perf_counter()
+        batches = [await workflow.create_batch(batch_of(20)) for _ in range(5)]
+        await asyncio.gather(*(one.result() for batch in batches for one in batch))
+        return 10_000 / (time.perf_counter() - began)
+
+
+@measured
+async def creations(folder: Path, callers: int = 1) -> float:
+    async with Engine(fresh(folder)) as engine:
+        workflow = engine.bind(Sleeper)
+        await (await workflow.create(params=0)).result()
+
+        async def caller() -> None:
+            for _ in range(50 // callers):
+                await workflow.create_batch(batch_of("1 hour"))
+
+        began = time.perf_counter()
+        await asyncio.gather(*(caller() for _ in range(callers)))
+        return 5000 / (time.perf_counter() - began)
+
+
+@measured
+async def replay(folder: Path) -> float:
+    """From the event that wakes the instance to the start of its next callback: with the reading of
+    the journal."""
+    done: list[float] = []
+
+    class Replayed(WorkflowEntrypoint[Any]):
+        async def run(self, event: Any, step: Any) -> None:
+            async def callback() -> Any:
+                return {"processed": True}
+
+            async def first_new_one() -> None:
+                done.append(time.perf_counter())
+
+            for _ in range(1000):
+                await step.do("step", callback)
+            await step.wait_for_event("wait", type="go")
+            await step.do("new", first_new_one)
+
+    async with Engine(fresh(folder), hibernate_after=0) as engine:
+        instance = await engine.bind(Replayed).create()
+        while (await instance.status()).status != "waiting" or engine.runs:
+            await asyncio.sleep(0.01)
+        began = time.perf_counter()
+        await instance.send_event(type="go")
+        await instance.result()
+        return 1000 * (done[0] - began)
+
+
+@measured
+async def wakings(folder: Path) -> float:
+    """From the moment at which all are due, to the one at which the last goes on."""
+    clock = Shifted()
+    async with Engine(fresh(folder), clock=clock, hibernate_after=0) as engine:
+        workflow = engine.bind(Sleeper)
+        instances = [await workflow.create_batch(batch_of("1 hour")) for _ in range(30)]
+        for batch in instances:
+            while (await batch[-1].status()).status != "waiting":
+                await asyncio.sleep(0.01)
+        while engine.runs:
+            await asyncio.sleep(0.01)
+        Sleeper.woken = 0
+        began, clock.ahead = time.perf_counter(), 3_600_000
+        while Sleeper.woken < 3000:
+            await asyncio.sleep(0.005)
+        return 3000 / (time.perf_counter() - began)
+
+
+@measured
+async def latencies(folder: Path) -> tuple[float, float]:
+    """Medians of `create` and `status`, while 500 instances take step after step of 10 ms."""
+    stop = False
+
+    class Busy(WorkflowEntrypoint[Any]):
+        async def run(self, event: Any, step: Any) -> None:
+            async def callback() -> Any:
+                await asyncio.sleep(0.01)
+                return {"processed": True}
+
+            while not stop:
+                await step.do("step", callback)
+
+    async def took(call: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        await call()
+        return 1000 * (time.perf_counter() - began)
+
+    async with Engine(fresh(folder)) as engine:
+        busy, idle = engine.bind(Busy, steps=25_000), engine.bind(Sleeper)
+        for _ in range(5):
+            await busy.create_batch(batch_of({}))
+        instance = await idle.create(params="1 hour")
+        create, status = [], []
+        began = time.perf_counter()
+        while time.perf_counter() < began + 1.5 or len(status) < 10:
+            create.append(await took(lambda: idle.create(params="1 hour")))
+            status.append(await took(instance.status))
+        stop = True
+        return statistics.median(create), statistics.median(status)
+
+
+async def fall_asleep(path: str, count: int) -> None:
+    """Leaves so many sleeping instances in a database, by way of the engine."""
+    async with Engine(path, hibernate_after=0) as engine:
+        workflow = engine.bind(Sleeper)
+        for _ in range(count // 100):
+            await workflow.create_batch(batch_of("30 days"))
+        await (await workflow.create(params=0)).result()  # first come first served: it is the last
+        while engine.runs:
+            await asyncio.sleep(0.01)
+
+
+async def look_at_idle_engine(path: str, seconds: float) -> None:
+    """In a process of its own: how fast an engine starts on a file (until a new instance has run to
+    its end), its peak memory, and what it uses of a core when there is nothing to do."""
+    began = time.perf_counter()
+    async with Engine(path) as engine:
+        await (await engine.bind(Sleeper).create(params=0)).result()
+        start = time.perf_counter() - began
+        await asyncio.sleep(2)  # every regular look has happened
+        cpu = time.process_time()
+        await asyncio.sleep(seconds)
+        cpu = (time.process_time() - cpu) / seconds
+    print(json.dumps([start, peak_memory(), 100 * cpu]))
+
+
+def peak_memory() -> float:
+    """MB that this process has used at most. Linux counts a parent's too, unless asked here."""
+    try:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def sleeping(folder: Path, count: int, seconds: float) -> list[float]:
+    """Start in s, MB above an empty engine, % of a core: with so many instances asleep."""
+    path = fresh(folder)
+    asyncio.run(fall_asleep(path, count))
+    found = []
+    for database in (fresh(folder), path):
+        command = [sys.executable, __file__, "bench", "--idle", database, str(seconds)]
+        found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+    (_, empty, _), (start, memory, cpu) = found
+    return [start, memory - empty, cpu]
+
+
+def figures(quick: bool) -> list[Figure]:
+    asleep, seconds = (10_000, 2.0) if quick else (100_000, 5.0)
+    once = functools.cache(lambda folder: sleeping(folder, asleep, seconds))
+    kept = functools.cache(lambda folder: [latencies(folder) for _ in range(1 if quick else 3)])
+
+    def middle(n: int) -> Callable[[Path], float]:
+        return lambda folder: statistics.median(pair[n] for pair in kept(folder))
+
+    return [
+        Figure("steps, one instance, one by one", steps_of_one_instance, 0.40, of_raw=True),
+        Figure("steps, 500 instances x 20", steps_of_500_instances, 2.0, of_raw=True),
+        Figure("create_batch of 100, while they start", creations, 10_000),
+        Figure("  the same, by 10 callers at once", lambda f: creations(f, 10), 10_000),
+        Figure("replay of 1,000 steps", replay, 10, " ms", below=True),
+        Figure("waking of due instances", wakings, 3000, rounds=3),
+        Figure("create, while 500 are busy", middle(0), 50, " ms", below=True, rounds=1),
+        Figure("status, while 500 are busy", middle(1), 50, " ms", below=True, rounds=1),
+        Figure(f"{asleep:,} asleep: engine start", lambda f: once(f)[0], 0.5, " s", False, True, 1),
+        Figure("  memory above an empty engine", lambda f: once(f)[1], 60, " MB", False, True, 1),
+        Figure("  CPU of one core while idle", lambda f: once(f)[2], 0.5, " %", False, True, 1),
+    ]
+
+
+def bench(arguments: list[str]) -> None:
+    """Prints the table."""
+    if arguments[:1] == ["--idle"]:
+        asyncio.run(look_at_idle_engine(arguments[1], float(arguments[2])))
+        return
+    if arguments not in ([], ["--quick"]):
+        raise SystemExit("usage: python3 test_workflows.py bench [--quick]")
+    quick, began = bool(arguments), time.perf_counter()
+    head = ("figure", "measured", "must reach", "raw SQLite", "ratio")
+    print("{:38}{:>12}{:>16}{:>12}{:>7}".format(*head))
+    with tempfile.TemporaryDirectory(prefix="workflows-bench-") as name:
+        folder = Path(name)
+        reached = [
+            figure.report(folder, 1 if quick else figure.rounds) for figure in figures(quick)
+        ]
+        print(
+            f"""
+raw SQLite: commits of one row per second (WAL, synchronous=FULL) in {name}, before and
+after each figure, which are repeated: medians. ratio: measured / raw, of the same moment.
+Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}, \
+{os.cpu_count()} cores; {time.perf_counter() - began:.0f} s; {reached.count(False)} of {len(reached)} \
+missed"""
+        )
 
 
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["bench"]:
+        bench(sys.argv[2:])
+    else:
+        unittest.main()
