@@ -65,6 +65,7 @@ import threading
 import time
 import types
 import unicodedata
+import urllib.parse
 import uuid
 import weakref
 from collections import Counter, deque
@@ -80,23 +81,14 @@ from collections.abc import (
     Sized,
 )
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 # Documented for makers of tasks: docs.python.org/3/library/asyncio-extending.html
 _enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
 
 __all__ = [
-    *(
-        "Clock",
-        "Engine",
-        "InstanceStatus",
-        "Limits",
-        "ManualClock",
-        "NonRetryableError",
-        "Workflow",
-    ),
-    *("WorkflowEntrypoint", "WorkflowError", "WorkflowEvent", "WorkflowFatalError"),
+    *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
+    *("Workflow", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent", "WorkflowFatalError"),
     *("WorkflowInstance", "WorkflowInternalError", "WorkflowStep", "WorkflowStepContext"),
     *("WorkflowStepEvent", "WorkflowTimeoutError", "parse_duration"),
 ]
@@ -254,6 +246,20 @@ class InstanceStatus(_Record):
     status: str
     output: Any = None
     error: dict[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Usage(_Record):
+    """Of the current calendar month (UTC): `requests` (one for each instance created and each
+    wake-up) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`, what that comes
+    to on Cloudflare's paid plan beyond what it includes, with this storage held for the month.
+
+    developers.cloudflare.com/workflows/reference/pricing/"""
+
+    requests: int
+    cpu_ms: float
+    storage_bytes: int
+    cost_usd: float
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,6 +632,16 @@ class Limits:
     id_length: int = 100
     success_retention: int | None = 30 * _UNITS["day"]
     error_retention: int | None = 30 * _UNITS["day"]
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not whole and (
+                value is not None or name in ("max_sleep", "steps", "batch", "id_length")
+            ):
+                raise ValueError(f"Limits.{name} is {_show(value)}: expected a whole number from 0")
+        if self.steps > 25_000 or self.max_sleep > _YEAR:
+            raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
 
     FREE: ClassVar[Limits]
     PAID: ClassVar[Limits]
@@ -1046,6 +1062,9 @@ class Store:
         self._heads: dict[int, Head] = {}
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
+        self.cpu_ns = 0  # of all callbacks so far; the loop's count
+        self._requests = self._storage = self._cpu_counted = 0  # what usage must still be told
+        self._room = 0  # so many may be created before the queue must be counted again
         self._answered = threading.Semaphore(0)  # counts operations, for an exact clock
         self._lock: sqlite3.Connection | None = None
         self._warned: set[str] = set()
@@ -1168,6 +1187,7 @@ class Store:
         if self.owner and self._is_due():
             self._schedule()
         self._flush()
+        self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()
         outside, self._outside = self._outside, False
@@ -1175,6 +1195,28 @@ class Store:
         touched, self._touched = self._touched, set()
         if results or news or touched or outside:
             self._tell(self.deliver, results, news, None if outside else touched)
+
+    def _count_usage(self) -> None:
+        cpu = self.cpu_ns
+        if self._requests or self._storage or cpu != self._cpu_counted:
+            sql = """INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+                     requests = requests + excluded.requests, cpu_ms = cpu_ms + excluded.cpu_ms,
+                     storage_bytes = storage_bytes + excluded.storage_bytes"""
+            cpu_ms = (cpu - self._cpu_counted) / 1e6
+            self._db.execute(sql, (self._month(), self._requests, cpu_ms, self._storage))
+            self._requests, self._storage, self._cpu_counted = 0, 0, cpu
+
+    def _month(self) -> str:
+        return time.strftime("%Y-%m", time.gmtime(self.clock.now() // 1000))
+
+    def usage(self) -> tuple[int, float, int]:
+        """Requests and CPU time of this month, and the bytes that are stored now."""
+        self._count_usage()
+        sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = ?1), 0),
+                 coalesce(sum(cpu_ms) FILTER (WHERE month = ?1), 0.0),
+                 coalesce(sum(storage_bytes), 0) FROM usage"""
+        requests, cpu_ms, storage_bytes = self._one(sql, self._month())
+        return requests, cpu_ms, storage_bytes
 
     def _begin(self) -> None:
         self._insist("BEGIN IMMEDIATE")
@@ -1234,7 +1276,7 @@ class Store:
         it."""
         if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
             return
-        uri = Path(self.path).as_uri() + "?mode=ro&immutable=1"
+        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             (mark,) = db.execute("PRAGMA application_id").fetchone()
             (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -1304,7 +1346,10 @@ class Store:
             for inst in self._instances(where, workflow):
                 self._stop(inst, careful=1)
         self._inherited.clear()
-        for inst in self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH):
+        due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
+        if len(due) >= BATCH:  # a million expired ones must not stand in the way of a fresh one
+            due += self._of_bound("wake <= ? ORDER BY wake DESC LIMIT ?", now, BATCH)
+        for inst in dict.fromkeys(due):
             self._look_at(inst, now)
         self._admit(now)
         wakes = [inst.wake for inst in self._of_bound("wake IS NOT NULL ORDER BY wake LIMIT 1")]
@@ -1315,7 +1360,7 @@ class Store:
         if inst.status in FINISHED or inst.id is None:
             expiry = inst.expiry()
             if inst.id is None or (expiry is not None and expiry <= now):
-                self._purge(inst.key)
+                self._purge(inst)
             else:
                 self._change(inst.key, wake=expiry)
         elif inst.status == "paused":
@@ -1323,6 +1368,7 @@ class Store:
         else:
             rows = self._settle(inst, now)
             if rows and inst.status == "waiting":
+                self._requests += 1
                 self._enqueue(inst)
             (due,) = self._one("SELECT min(due) FROM waits WHERE instance = ?", inst.key)
             inst = self._change(inst.key, wake=due)
@@ -1363,13 +1409,8 @@ class Store:
 
     def _admit(self, now: int) -> None:
         """Gives free slots to the queue: woken instances first, then first come first served."""
-        free = BATCH
         queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
-        if queued and self.limits.running is not None:
-            sql = """SELECT count(*) FROM instances WHERE workflow = ?
-                     AND status IN ('running', 'waitingForPause')"""
-            running = sum(self._one(sql, workflow)[0] for workflow in self.bound)
-            free = max(0, min(BATCH, self.limits.running - running))
+        free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
         self._stir = self._stir or free == BATCH <= len(queued)
         for inst in queued[:free]:
@@ -1377,6 +1418,29 @@ class Store:
             started = now if inst.started is None else inst.started
             inst = self._move(inst, "running", row=row, place=None, started=started)
             self._news.append(News(inst, [], True))
+
+    def _free_slots(self) -> float:
+        if self.limits.running is None:
+            return math.inf
+        running = self._count("running") + self._count("waitingForPause")
+        return max(0, self.limits.running - running)
+
+    def _count(self, status: str) -> int:
+        self._flush()
+        sql = "SELECT count(*) FROM instances WHERE workflow = ? AND status = ?"
+        return sum(self._one(sql, workflow, status)[0] for workflow in self.bound)
+
+    def _check_queue(self, new: int) -> None:
+        """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
+        that it is done again only when a tenth of the room is used up."""
+        limit = self.limits.queued
+        if limit is not None and new > self._room:
+            room = limit + self._free_slots() - self._count("queued")
+            if new > room:
+                message = f"{limit} instances may be queued (limit queued)"
+                raise WorkflowError(message, code="limit.queued_instances")
+            self._room = int(min(room, 10**9) - new) // 10 + new
+        self._room -= new
 
     def _enqueue(self, inst: Instance, **columns: Any) -> None:
         """Puts an instance that has already run at its place in the queue: ahead of all new
@@ -1413,7 +1477,7 @@ class Store:
             expiry = inst.expiry()
             if expiry is None or expiry > self.clock.now():
                 return inst
-            self._purge(inst.key)
+            self._purge(inst)
         return None
 
     def _get(self, workflow: str, id: str) -> Instance:
@@ -1446,6 +1510,7 @@ class Store:
         sets = "".join(f", {name} = ?" for name in columns)
         sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?
                   {sets} WHERE key = ? RETURNING {_COLUMNS}"""
+        self._storage += size
         inst = Instance._make(self._one(sql, len(rows), now, size, *columns.values(), key))
         self._append(key, inst.seq, now, rows)
         return inst
@@ -1492,9 +1557,10 @@ class Store:
             self._db.execute(before + ", ".join([row] * size) + after, values)
             done += size
 
-    def _purge(self, key: int) -> None:
-        self._erase(key)
-        self._db.execute("DELETE FROM instances WHERE key = ?", (key,))
+    def _purge(self, inst: Instance) -> None:
+        self._storage -= inst.state_bytes
+        self._erase(inst.key)
+        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
     def _erase(self, key: int) -> None:
         self._flush()
@@ -1530,6 +1596,7 @@ class Store:
                  state_bytes, careful, place, created, modified, success_retention,
                  error_retention, trigger)
                  VALUES (?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)"""
+        self._check_queue(len(entries))
         made = []
         for id, params, success, error in entries:
             values = (key, id, size_of(params), now, now, now, success, error, trigger)
@@ -1539,6 +1606,8 @@ class Store:
             if cursor.rowcount and cursor.lastrowid:
                 self._append(cursor.lastrowid, 1, now, [("queued", None, None, None, params, None)])
                 made.append(id)
+                self._storage += size_of(params)
+        self._requests += len(made)
         self._stir = True
         return made
 
@@ -1655,6 +1724,7 @@ class Store:
             return None
         self._check_state(head.state_bytes, size)
         head.state_bytes += size
+        self._storage += size
         head.seq += len(rows)
         head.careful = head.careful and not ended
         self._append(key, head.seq, self.clock.now(), rows)
@@ -2143,6 +2213,7 @@ class Attempt:
         """The one way in which an attempt ends by itself: its outcome goes into the journal."""
         if not self.over:
             self._close()
+            self.run.engine.store.cpu_ns += self.cpu
             if not self.run.dead:
                 self.run.conclude(self, value, self.verdict or self._excess() or error)
 
@@ -2950,6 +3021,7 @@ class Engine:
         self.runs: dict[int, Run] = {}  # by the instance's key
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
+        self._created: deque[int] = deque()  # when, within the last second
         self._loading: set[tuple[int, int]] = set()  # (key, generation)
         self._watchers: dict[int, list[Callable[[], None]]] = {}
 
@@ -3080,6 +3152,25 @@ class Engine:
 
         self.store.post(getattr(self.store, op), *args, then=resolve)
         return await future
+
+    def count_creation(self) -> None:
+        """Refuses one creation (or batch) too many within a second."""
+        self._check_open()
+        limit, now = self.limits.creations_per_second, self.clock.now()
+        while self._created and self._created[0] <= now - 1000:
+            self._created.popleft()
+        if limit is not None and len(self._created) >= limit:
+            message = f"{limit} creations per second (limit creations_per_second)"
+            raise WorkflowError(message, code="limit.creation_rate")
+        if limit is not None:
+            self._created.append(now)
+
+    async def usage(self) -> Usage:
+        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
+        requests, cpu_ms, storage_bytes = await self.call("usage")
+        cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
+        cost += max(0, storage_bytes - 10**9) * 0.20e-9
+        return Usage(requests, round(cpu_ms, 3), storage_bytes, round(cost, 6))
 
     # -- what the store tells, on the loop
 
@@ -3229,12 +3320,9 @@ class Workflow:
         `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`,
         `limit.retention`."""
         entry = self._entry(_merge(options, given, _CREATE, "create"), "")
-        made = await self.engine.call("create", self.name, [entry], "binding")
-        if not made:
-            raise WorkflowError(
-                f"workflow {self.name!r} has an instance {entry[0]!r} already",
-                code="instance.already_exists",
-            )
+        if not await self._create([entry]):
+            message = f"workflow {self.name!r} has an instance {entry[0]!r} already"
+            raise WorkflowError(message, code="instance.already_exists")
         return WorkflowInstance(self, entry[0])
 
     async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]:
@@ -3249,22 +3337,32 @@ class Workflow:
         ]
         limit = self.engine.limits.batch
         if not 0 < len(entries) <= limit:
-            raise WorkflowError(
-                f"the batch has {len(entries)} entries: expected 1 to {limit} (limit batch)",
-                code="limit.batch_size",
-            )
-        made = await self.engine.call("create", self.name, entries, "binding")
-        return [WorkflowInstance(self, id) for id in made]
+            message = f"the batch has {len(entries)} entries: expected 1 to {limit} (limit batch)"
+            raise WorkflowError(message, code="limit.batch_size")
+        return [WorkflowInstance(self, id) for id in await self._create(entries)]
 
     def _entry(self, options: dict[str, Any], where: str) -> Entry:
         limits = self.engine.limits
-        id = (
-            str(uuid.uuid4()) if options.get("id") is None else self._check_id(options["id"], where)
-        )
-        params = _payload(
-            options.get("params", {}), limits, f"{where}params", "params.not_serializable"
-        )
-        return id, params, limits.success_retention, limits.error_retention
+        id = options.get("id")
+        id = str(uuid.uuid4()) if id is None else self._check_id(id, where)
+        params = options.get("params", {})
+        text = _payload(params, limits, f"{where}params", "params.not_serializable")
+        retention = options.get("retention") or {}
+        names = ("successRetention", "errorRetention")
+        retention = _options(retention, names, f"{where}retention")
+        kept: list[int | None] = [limits.success_retention, limits.error_retention]
+        for n, name in enumerate(names):
+            longest, ms = kept[n], parse_duration(retention.get(name, kept[n] or 0))
+            if name in retention and longest is not None and ms > longest:
+                message = f"{where}{name} is longer than {longest} ms (limit retention)"
+                raise WorkflowError(message, code="limit.retention")
+            kept[n] = ms if name in retention else longest
+        return id, text, kept[0], kept[1]
+
+    async def _create(self, entries: list[Entry]) -> list[str]:
+        self.engine.count_creation()
+        made: list[str] = await self.engine.call("create", self.name, entries, "binding")
+        return made
 
     def _check_id(self, id: Any, where: str = "") -> str:
         limit = self.engine.limits.id_length
@@ -3280,7 +3378,7 @@ class Workflow:
         return WorkflowInstance(self, id)
 
 
-_CREATE = ("id", "params")
+_CREATE = ("id", "params", "retention")
 
 
 def _merge(
