@@ -3486,7 +3486,7 @@ class Processes(Real):
                 await asyncio.sleep(0.1)
                 say("up")
                 await asyncio.sleep(60)
-            go(limits=dataclasses.replace(Limits(), steps=10**6))
+            go(limits=dataclasses.replace(Limits(), steps=25_000))
             """
         async with self.client(script=script) as bound:
             began = time.monotonic()
