@@ -1413,11 +1413,16 @@ class Store:
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
         self._stir = self._stir or free == BATCH <= len(queued)
-        for inst in queued[:free]:
+        for n, inst in enumerate(queued[:free]):
             row = "started" if inst.started is None else "running"
-            started = now if inst.started is None else inst.started
-            inst = self._move(inst, "running", row=row, place=None, started=started)
+            inst = queued[n] = inst._replace(
+                status="running", place=None, seq=inst.seq + 1, started=inst.started or now
+            )
+            self._append(inst.key, inst.seq, now, [(row, None, None, None, None, None)])
             self._news.append(News(inst, [], True))
+        sql = """UPDATE instances SET seq = seq + 1, modified = ?, status = 'running', place = NULL,
+                 started = coalesce(started, ?) WHERE key IN (SELECT value FROM json_each(?))"""
+        self._db.execute(sql, (now, now, str([inst.key for inst in queued[:free]])))
 
     def _free_slots(self) -> float:
         if self.limits.running is None:
@@ -1591,22 +1596,27 @@ class Store:
     def create(self, workflow: str, entries: Sequence[Entry], trigger: str) -> list[str]:
         """Stores instances, in order; returns the ids of those that are new."""
         now = self.clock.now()
-        (key,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
-        sql = """INSERT OR IGNORE INTO instances (workflow, id, status, generation, seq,
-                 state_bytes, careful, place, created, modified, success_retention,
-                 error_retention, trigger)
-                 VALUES (?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)"""
+        (of,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
         self._check_queue(len(entries))
+        sql = """SELECT json_group_array(id) FROM instances
+                 WHERE workflow = ? AND id IN (SELECT value FROM json_each(?))"""
+        (known,) = self._one(sql, of, _to_json([entry[0] for entry in entries]))
+        taken = {id for id in json.loads(known) if self._find(workflow, id) is not None}
+        (last,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
+        rows: list[tuple[Any, ...]] = []
         made = []
         for id, params, success, error in entries:
-            values = (key, id, size_of(params), now, now, now, success, error, trigger)
-            cursor = self._db.execute(sql, values)
-            if not cursor.rowcount and self._find(workflow, id) is None:  # it had expired
-                cursor = self._db.execute(sql, values)
-            if cursor.rowcount and cursor.lastrowid:
-                self._append(cursor.lastrowid, 1, now, [("queued", None, None, None, params, None)])
+            if id not in taken:
+                taken.add(id)
                 made.append(id)
-                self._storage += size_of(params)
+                key, size = last + len(made), size_of(params)
+                rows.append((key, of, id, size, now, now, now, success, error, trigger))
+                self._append(key, 1, now, [("queued", None, None, None, params, None)])
+                self._storage += size
+        sql = """INSERT INTO instances (key, workflow, id, status, generation, seq, state_bytes,
+                 careful, place, created, modified, success_retention, error_retention, trigger)
+                 VALUES """
+        self._bulk(sql, "(?, ?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)", "", rows)
         self._requests += len(made)
         self._stir = True
         return made
@@ -3023,7 +3033,7 @@ class Engine:
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque()  # when, within the last second
         self._loading: set[tuple[int, int]] = set()  # (key, generation)
-        self._watchers: dict[int, list[Callable[[], None]]] = {}
+        self._watchers: dict[int, set[asyncio.Future[None]]] = {}
 
     # -- bindings
 
@@ -3276,18 +3286,23 @@ class Engine:
         if self._ticking:
             self.loop.call_soon(self._next_turn)
 
-    def watch(self, key: int, callback: Callable[[], None]) -> None:
-        """Calls back once, when the instance may have ended."""
-        self._watchers.setdefault(key, []).append(callback)
+    @contextlib.contextmanager
+    def watch(self, key: int) -> Iterator[asyncio.Future[None]]:
+        """A future that is done when the instance may have ended."""
+        future: asyncio.Future[None] = self.loop.create_future()
+        watchers = self._watchers.setdefault(key, set())
+        watchers.add(future)
+        try:
+            yield future
+        finally:
+            watchers.discard(future)
+            if not watchers and self._watchers.get(key) is watchers:
+                del self._watchers[key]
 
     def _wake(self, keys: Iterable[int]) -> None:
         for key in self._watchers.keys() & set(keys):
-            for callback in self._watchers.pop(key):
-                callback()
-
-    def unwatch(self, key: int, callback: Callable[[], None]) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._watchers[key].remove(callback)
+            for future in self._watchers[key]:
+                _set_result(future, None)
 
 
 def _kebab(name: str) -> str:
@@ -3474,45 +3489,22 @@ class WorkflowInstance:
         `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
         after `timeout`."""
         engine = self.workflow.engine
-        engine._check_open()
         patience = None if timeout is None else parse_duration(timeout)
-        future: asyncio.Future[tuple[str, str]] = engine.loop.create_future()
-
-        watched = 0
-
-        def look() -> None:
-            if future.done():
-                return
-            try:
-                engine._check_open()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                engine.store.post(engine.store.status, self.workflow.name, self.id, then=seen)
-
-        def seen(found: Any, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            elif found[1] in FINISHED:
-                future.set_result(found[1:])
-            else:
-                nonlocal watched
-                watched = found[0]
-                engine.watch(watched, look)
-
-        def late() -> None:
-            _set_exception(
-                future, WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
-            )
-
-        timer = None if patience is None else engine.clock.call_later(patience, late)
-        look()
+        key, status, data = await self._call("status")
+        late: asyncio.Future[None] = engine.loop.create_future()
+        timer = None
+        if patience is not None:
+            timer = engine.clock.call_later(patience, functools.partial(_set_result, late, None))
         try:
-            status, data = await future
+            while status not in FINISHED:
+                with engine.watch(key) as ended:
+                    key, status, data = await self._call("status")
+                    if status not in FINISHED:
+                        await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
+                        if late.done() and not ended.done():
+                            message = f"no result of {self.id!r} within {patience}ms"
+                            raise WorkflowTimeoutError(message)
         finally:
-            engine.unwatch(watched, look)
             if timer is not None:
                 timer.cancel()
         if status == "complete":
