@@ -1720,7 +1720,8 @@ class Store:
         inst = self._mine(key, generation, "running", "waitingForPause")
         if inst is None:
             return None
-        waits = self._db.execute("SELECT step FROM waits WHERE instance = ?", (key,)).fetchall()
+        sql = "SELECT step FROM waits WHERE instance = ?"
+        waits = self._db.execute(sql, (key,)).fetchall() if inst.wake is not None else ()
         return inst, self._journal(key), [step for (step,) in waits], self.bound[inst.workflow]
 
     def record(
@@ -3367,11 +3368,12 @@ class Workflow:
         retention = _options(retention, names, f"{where}retention")
         kept: list[int | None] = [limits.success_retention, limits.error_retention]
         for n, name in enumerate(names):
-            longest, ms = kept[n], parse_duration(retention.get(name, kept[n] or 0))
-            if name in retention and longest is not None and ms > longest:
-                message = f"{where}{name} is longer than {longest} ms (limit retention)"
-                raise WorkflowError(message, code="limit.retention")
-            kept[n] = ms if name in retention else longest
+            longest = kept[n]
+            if name in retention:
+                kept[n] = ms = parse_duration(retention[name])
+                if longest is not None and ms > longest:
+                    message = f"{where}{name} is longer than {longest} ms (limit retention)"
+                    raise WorkflowError(message, code="limit.retention")
         return id, text, kept[0], kept[1]
 
     async def _create(self, entries: list[Entry]) -> list[str]:
