@@ -2593,6 +2593,47 @@ class Ending(Case):
                 self.assertEqual(len(lives), 2 if call == "restart" else 1)
 
 
+class Deleting(Case):
+    async def test_a_deleted_instance_is_gone_with_all_that_it_stored(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            instance = await bound.create(id="i", params="x")
+            await instance.send_event(type="other", payload="y")
+            await self.clock.settle()
+            waiting = asyncio.create_task(instance.result())
+            await asyncio.sleep(0)
+            await instance.delete()
+            await self.assertCode("instance.not_found", waiting)
+            for call in (instance.status, instance.delete, instance.restart):
+                await self.assertCode("instance.not_found", call())
+            await self.clock.settle()
+            self.assertEqual(engine.runs, {})
+            self.assertEqual((await engine.usage()).storage_bytes, 0)
+        for table in ("instances", "journal", "waits", "events"):
+            self.assertEqual(self.rows(f"SELECT * FROM {table}"), [], table)
+
+    async def test_its_id_is_free_at_once_and_the_old_run_can_not_write_into_the_new_one(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            async def again() -> Any:
+                if event.payload == "old":
+                    me, make = await self.bound.get("i"), self.bound.create(id="i", params="new")
+                    await asyncio.gather(me.delete(), make)  # the first ends this callback
+                return event.payload
+
+            return await step.do("again", again)
+
+        async with self.engine() as engine:
+            self.bound = engine.bind(workflow(run))
+            await self.bound.create(id="i", params="old")
+            await self.clock.settle()
+            async with asyncio.timeout(3):
+                await until(lambda: not engine.runs)
+                self.assertEqual(await (await self.bound.get("i")).result(), "new")
+        self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(1,)])
+
+
 class EndingForReal(Real):
     async def test_an_event_right_after_a_restart_does_not_stop_the_new_life(self) -> None:
         """… while the old life's callback still takes its time to end."""

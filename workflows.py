@@ -3472,6 +3472,10 @@ class WorkflowInstance:
         """Begins again with the same id, params and timestamp; everything else is erased."""
         await self._call("restart")
 
+    async def delete(self) -> None:
+        """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
+        await self._call("delete")
+
     async def send_event(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
         """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
         delivered to exactly one `wait_for_event` of that type, now or later.
