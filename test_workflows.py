@@ -1634,6 +1634,80 @@ class Replay(Lives):
             )
 
 
+class RandomPrograms(Lives):
+    """Programs made by chance, of concurrent strands that share step names and cancel each other:
+    what each life of one sees must be what the others saw. Each failure names its seed."""
+
+    def strands(self, seed: int, step: Any, trace: list[Any]) -> Any:
+        chance, world = random.Random(seed), random.Random()  # how long a callback takes varies
+
+        def call(tag: str) -> Any:
+            async def callback() -> str:
+                for _ in range(world.choice([0, 0, 1, 5, 20, 60])):
+                    await asyncio.sleep(0)
+                if world.random() < 0.3:
+                    raise KeyError(tag)
+                return tag
+
+            kind, name = chance.random(), chance.choice("nm")
+            if kind < 0.15:
+                return step.sleep(name, chance.choice([0, 1, 10, 5000]))
+            if kind < 0.25:
+                return step.wait_for_event(name, "t", timeout=chance.choice([0, 10, 3000]))
+            retries = {"limit": chance.choice([0, 1]), "delay": chance.choice([0, 5, 5000])}
+            return step.do(name, {"retries": retries}, callback)
+
+        async def strand(name: str, depth: int) -> None:
+            mine = random.Random(f"{seed}{name}")
+            for n in range(mine.randint(1, 4)):
+                what, below = mine.random(), mine.randint(1, 3)
+                try:
+                    if what < 0.5 or depth > 1:
+                        made = call(f"{name}.{n}")
+                        trace.append((name, made.kind, made.name, made.count))
+                        trace.append((name, n, str(await made)))
+                        continue
+                    more = [strand(f"{name}{n}{i}", depth + 1) for i in range(below)]
+                    if what < 0.7:
+                        await asyncio.gather(*more)
+                    elif what < 0.8:
+                        async with asyncio.TaskGroup() as group:
+                            for one in more:
+                                group.create_task(one)
+                    else:
+                        tasks = [asyncio.create_task(one) for one in more]
+                        first = asyncio.FIRST_COMPLETED
+                        done, left = await asyncio.wait(tasks, return_when=first)
+                        trace.append((name, n, [task in done for task in tasks]))
+                        for task in left if mine.random() < 0.5 else ():
+                            task.cancel()
+                        await asyncio.gather(*tasks, return_exceptions=True)
+                except Exception as error:
+                    trace.append((name, n, type(error).__name__))
+
+        return strand("r", 0)
+
+    async def test_every_life_sees_what_the_others_saw(self) -> None:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks whose errors nobody wants
+        for seed in (1, 2, 33, 198, 219, 344, 440, random.randrange(10**6)):
+            with self.subTest(seed):
+                self.setUp()
+                traces: list[list[Any]] = []
+
+                async def run(
+                    event: Any, step: Any, seed: int = seed, traces: list[Any] = traces
+                ) -> None:
+                    traces.append([])
+                    await self.strands(seed, step, traces[-1])
+                    traces[-1].append("end")
+
+                await self.lives(run, 2)
+                whole = [trace[: trace.index("end")] for trace in traces if "end" in trace]
+                self.assertGreaterEqual(len(whole), 2)
+                for other in whole[1:]:
+                    self.assertEqual(other, whole[0])
+
+
 class Nested(Lives):
     """3.2 and 3.13: steps inside callbacks."""
 

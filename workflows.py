@@ -2411,7 +2411,7 @@ class Run:
         result that comes without a pause changes nothing."""
         return (
             len(self.open_calls) == 1
-            and not self.engine.ready
+            and len(self.engine.ready) <= self.engine.ticking  # our own tick doesn't count
             and asyncio.current_task() is self.task
         )
 
@@ -3026,7 +3026,7 @@ class Engine:
         self.hibernate_after = parse_duration(hibernate_after)
         self.turn = 0  # of the loop, counted while somebody needs to know
         self._settling: deque[tuple[int, Run]] = deque()
-        self._ticking = False
+        self.ticking = False
         self.activity = 0  # counts what callbacks do
         self.carriers: list[Carrier] = []  # idle ones
         self.runs: dict[int, Run] = {}  # by the instance's key
@@ -3092,7 +3092,7 @@ class Engine:
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
         # What the loop will run next; a loop that doesn't show it is taken to be busy always.
-        self.ready: Sized = getattr(self.loop, "_ready", (None,))
+        self.ready: Sized = getattr(self.loop, "_ready", (None, None))
         self.threads = Threads(self.loop)
         self.store = Store(self.path, self.clock, self.limits, self.loop)
         self.store.deliver, self.store.broke = self._deliver, self._broke
@@ -3271,8 +3271,8 @@ class Engine:
     def when_settled(self, run: Run) -> None:
         """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
         self._settling.append((self.turn + SETTLED, run))
-        if not self._ticking:
-            self._ticking = True
+        if not self.ticking:
+            self.ticking = True
             self.loop.call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
@@ -3283,8 +3283,8 @@ class Engine:
                 self._settling.append((run.moved + SETTLED, run))
             else:
                 run.settled()
-        self._ticking = bool(self._settling)
-        if self._ticking:
+        self.ticking = bool(self._settling)
+        if self.ticking:
             self.loop.call_soon(self._next_turn)
 
     @contextlib.contextmanager
