@@ -768,7 +768,7 @@ _DEFAULT_CONFIG = StepConfig(None)
 #     wait → event | timeout                    wait    the event is consumed in this very row
 #     cancel                                    any     `run` itself cancelled the call: never again
 #     stop                                      any     interrupted by a clean stop: as if not begun
-#     due                                       do      never stored: tells a live run to try again
+#     due                                       do      its retry delay is over
 
 
 class Row(NamedTuple):
