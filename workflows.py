@@ -36,6 +36,7 @@ The file reads downwards; each section begins with what it is for and why it is 
     run          one life of one instance: replay, attempts, the `step` object
     engine       which instances live now, and what happens when something fails
     binding      `Workflow` and `WorkflowInstance`, the side that callers see
+    test tools   introspection, and a clock that moves only when told
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ from collections.abc import (
     Sized,
 )
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 # Documented for makers of tasks: docs.python.org/3/library/asyncio-extending.html
 _enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
@@ -89,7 +90,8 @@ _enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
 __all__ = [
     *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
     *("Workflow", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent", "WorkflowFatalError"),
-    *("WorkflowInstance", "WorkflowInternalError", "WorkflowStep", "WorkflowStepContext"),
+    *("WorkflowInstance", "WorkflowInstanceIntrospector", "WorkflowInstanceModifier"),
+    *("WorkflowInternalError", "WorkflowIntrospector", "WorkflowStep", "WorkflowStepContext"),
     *("WorkflowStepEvent", "WorkflowTimeoutError", "parse_duration"),
 ]
 
@@ -975,6 +977,7 @@ SCHEMA_VERSION = len(_SCHEMA)
 TICK = 0.05  # seconds between looks at what other processes did
 BATCH = 256  # instances that one transaction wakes at most
 WOKEN = -(2**53)  # added to a place: ahead of those that never started
+NEW = 0  # stands for the key of any instance to come, for those who watch
 
 
 class Instance(NamedTuple):
@@ -1053,7 +1056,9 @@ class Store:
         self.closing = False  # nothing new begins
         self.owner = False
         self.bound: dict[int, str] = {}  # workflow key → name
-        self.followed: set[int] = set()  # instances of which every row is wanted, not only the last
+        # Instances of which every row is wanted, not only the last; once for each watcher.
+        self.followed: list[int] = []
+        self.introspections: list[WorkflowInstanceModifier] = []  # open blocks: see "Test tools"
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
         self._stir = False  # something may be due, or a slot free
@@ -1413,16 +1418,19 @@ class Store:
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
         self._stir = self._stir or free == BATCH <= len(queued)
-        for n, inst in enumerate(queued[:free]):
+        for inst in queued[:free]:
             row = "started" if inst.started is None else "running"
-            inst = queued[n] = inst._replace(
-                status="running", place=None, seq=inst.seq + 1, started=inst.started or now
-            )
-            self._append(inst.key, inst.seq, now, [(row, None, None, None, None, None)])
-            self._news.append(News(inst, [], True))
+            self._append(inst.key, inst.seq + 1, now, [(row, None, None, None, None, None)])
         sql = """UPDATE instances SET seq = seq + 1, modified = ?, status = 'running', place = NULL,
                  started = coalesce(started, ?) WHERE key IN (SELECT value FROM json_each(?))"""
-        self._db.execute(sql, (now, now, str([inst.key for inst in queued[:free]])))
+        if free:
+            self._db.execute(sql, (now, now, str([inst.key for inst in queued[:free]])))
+        for inst in queued[:free]:
+            first, inst = inst.started is None, inst._replace(status="running", seq=inst.seq + 1)
+            for block in self.introspections if first else ():
+                for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
+                    inst = self._buffer(inst, *event)
+            self._news.append(News(inst, [], True))
 
     def _free_slots(self) -> float:
         if self.limits.running is None:
@@ -1499,10 +1507,11 @@ class Store:
                 return inst
         return None
 
-    def _journal(self, key: int) -> list[Row]:
+    def _journal(self, key: int, after: int = 0) -> list[Row]:
         self._flush()
-        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? ORDER BY seq"
-        return [Row._make(row) for row in self._db.execute(sql, (key,))]
+        sql = f"""SELECT {", ".join(Row._fields)} FROM journal
+                  WHERE instance = ? AND seq > ? ORDER BY seq"""
+        return [Row._make(row) for row in self._db.execute(sql, (key, after))]
 
     def _change(
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
@@ -1572,6 +1581,16 @@ class Store:
         for table in ("journal", "waits", "events"):
             self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
 
+    def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
+        """Adds an event to those that the instance has not consumed."""
+        now = self.clock.now()
+        self._stir = True
+        look = {} if inst.status == "paused" else {"wake": now}
+        inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, **look)
+        values = (inst.key, type, inst.seq, now, payload)
+        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
+        return inst
+
     def _check_state(self, present: int, size: int) -> None:
         limit = self.limits.instance_bytes
         if size and limit is not None and present + size > limit:
@@ -1619,6 +1638,7 @@ class Store:
         self._bulk(sql, "(?, ?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)", "", rows)
         self._requests += len(made)
         self._stir = True
+        self._touched.add(NEW)
         return made
 
     def find(self, workflow: str, id: str) -> None:
@@ -1636,10 +1656,33 @@ class Store:
         return self._journal(self._get(workflow, id).key)
 
     def ended(self, keys: list[int]) -> set[int]:
-        """Which of these instances have finished, or are gone."""
+        """Which of these instances have finished, or are gone; and those that may have new
+        rows."""
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
                  ON i.key = asked.value WHERE i.id IS NULL OR i.ended IS NOT NULL"""
-        return {key for (key,) in self._db.execute(sql, (str(keys),))}
+        return {key for (key,) in self._db.execute(sql, (str(keys),))}.union(self.followed)
+
+    def look(
+        self, workflow: str, id: str, key: int, after: int
+    ) -> tuple[Instance | None, list[Row]]:
+        """The instance with that id, if there is one, and its rows: only those after `after`, if
+        it still is the one with that key."""
+        inst = self._find(workflow, id)
+        return inst, self._journal(inst.key, after if inst.key == key else 0) if inst else []
+
+    def created(self, workflow: str, after: int = 0) -> list[Instance]:
+        """A workflow's instances with a key above `after`, oldest first."""
+        where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND key > ? ORDER BY key"
+        return self._instances(where, workflow, after)
+
+    def mock_event(self, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
+        """Buffers an event for each instance of a block: now if it has started, else when it
+        does."""
+        block.events.append((type, payload))
+        for inst in self.created(block.workflow.name, block.after):
+            live = inst.started is not None and inst.ended is None and inst.id is not None
+            if live and block.id in (None, inst.id):
+                self._buffer(inst, type, payload)
 
     def pause(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
@@ -1703,14 +1746,8 @@ class Store:
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it takes no more events"
             raise WorkflowError(message, code="instance.not_running")
-        size = size_of(payload)
-        self._check_state(inst.state_bytes, size)
-        now = self.clock.now()
-        self._stir = True
-        look = {} if inst.status == "paused" else {"wake": now}
-        self._change(inst.key, (), size, seq=inst.seq + 1, **look)
-        values = (inst.key, type, inst.seq + 1, now, payload)
-        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
+        self._check_state(inst.state_bytes, size_of(payload))
+        self._buffer(inst, type, payload)
 
     # -- operations of a run: each is guarded, and answers None if the run is outdated
 
@@ -2088,11 +2125,14 @@ class Attempt:
             return
         self.context = self.base.copy()
         self.context.run(_attempt.set, self)
-        callback = self.callback
-        if self.wants:
+        callback, wants = self.callback, self.wants
+        for block in self.run.engine.store.introspections:  # of a test; the last one counts
+            if (mock := block.substitute(self)) is not None:
+                callback, wants = mock, False
+        if wants:
             info = WorkflowStepInfo(self.call.name, self.call.count)
             ctx = WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
-            bound = {"ctx": ctx} if self.wants == "ctx" else {}
+            bound = {"ctx": ctx} if wants == "ctx" else {}
             callback = functools.partial(callback, *(() if bound else (ctx,)), **bound)
         if self.plain:
             self.suspended()
@@ -2193,8 +2233,10 @@ class Attempt:
             self._expire(excess)
 
     def _late(self) -> None:
-        ms = self.config.timeout
-        self._expire(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
+        self._expire(self.timeout_error())
+
+    def timeout_error(self) -> WorkflowTimeoutError:
+        return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
@@ -2454,10 +2496,7 @@ class Run:
             raise error.with_traceback(None if fresh is None else fresh.__traceback__)
         if fresh is not None or data is None:
             return fresh
-        if call.kind == "do":
-            return decode(data)
-        origin = json.loads(step.extra or "")
-        return WorkflowStepEvent(freeze(decode(data)), _to_datetime(origin["at"]), origin["type"])
+        return decode(data) if call.kind == "do" else _step_event(data, step.extra)
 
     # -- what a call asks for
 
@@ -2552,12 +2591,18 @@ class Run:
                 step.state = "pending"
                 self._waiting.add(step.key)
                 due = self.engine.clock.now() + ms if until is None else until
+                if self._is_skipped(what[0], call):
+                    due = 0  # 1970: long ago, and before any event
                 wait = (what[0], step.key, what[1], due, int(until is not None))
                 data = ms if what[1] is None else {"type": what[1], "timeout": ms}
                 row = (what[0], step.key, None, None, _to_json(data), None)
                 self._post(self.engine.store.wait, row, wait, then=_ignore)
 
         return begin
+
+    def _is_skipped(self, kind: str, call: StepCall) -> bool:
+        """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
+        return any(block.skips(kind, self, call) for block in self.engine.store.introspections)
 
     # -- attempts
 
@@ -2632,7 +2677,8 @@ class Run:
             size = 0
         else:
             attempt.state = "pending"
-            delay = attempt.config.delay_after(number, limits.max_sleep)
+            longest = 0 if self._is_skipped("retry", attempt.call) else limits.max_sleep
+            delay = attempt.config.delay_after(number, longest)
             text = encode_error(error, retry_delay_ms=delay)
             wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
             self._waiting.add(step.key)
@@ -2886,6 +2932,12 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.bound.name} {self.id}"
+
+
+def _step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
+    origin = json.loads(extra or "")
+    payload = freeze(decode(data or "null"))
+    return WorkflowStepEvent(payload, _to_datetime(origin["at"]), origin["type"])
 
 
 def _ignore(*_: Any) -> None:
@@ -3394,6 +3446,25 @@ class Workflow:
         await self.engine.call("find", self.name, self._check_id(id))
         return WorkflowInstance(self, id)
 
+    def introspect(self) -> WorkflowIntrospector:
+        """`async with workflow.introspect() as all_instances`, for tests: to look into the
+        instances that are created inside the block, and to change what happens to them. The
+        engine must be the one that runs them."""
+        return WorkflowIntrospector(self)
+
+    def introspect_instance(self, id: str) -> WorkflowInstanceIntrospector:
+        """`async with workflow.introspect_instance(id) as one`: the same for one instance, which
+        may also be created inside the block. Error: `instance.invalid_id`."""
+        return WorkflowInstanceIntrospector(self, self._check_id(id))
+
+    def _event(self, options: Any, given: Mapping[str, Any], what: str) -> tuple[str, str]:
+        event = _merge(options, given, ("type", "payload"), what)
+        if "type" not in event:
+            raise TypeError(f"{what} needs a type")
+        type = _check_event_type(event["type"], WorkflowError)
+        limits = self.engine.limits
+        return type, _payload(event.get("payload"), limits, "payload", "event.not_serializable")
+
 
 _CREATE = ("id", "params", "retention")
 
@@ -3482,13 +3553,7 @@ class WorkflowInstance:
 
         Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
         `limit.event_payload`, `limit.instance_state`."""
-        event = _merge(options, given, ("type", "payload"), "send_event")
-        if "type" not in event:
-            raise TypeError("send_event needs a type")
-        type = _check_event_type(event["type"], WorkflowError)
-        limits = self.workflow.engine.limits
-        payload = _payload(event.get("payload"), limits, "payload", "event.not_serializable")
-        await self._call("send_event", type, payload)
+        await self._call("send_event", *self.workflow._event(options, given, "send_event"))
 
     async def result(self, timeout: float | str | timedelta | None = None) -> Any:
         """Waits for the end. Returns the output; raises the error that left `run`, or
@@ -3520,17 +3585,243 @@ class WorkflowInstance:
         raise WorkflowError(f"instance {self.id!r} was terminated", code="instance.terminated")
 
 
-# The original's spelling of what has one.
-Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
-WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
-WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
-WorkflowStep.waitForEvent = WorkflowStep.wait_for_event  # type: ignore[attr-defined]
-WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
-WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
-
-
 # --------------------------------------------------------------------------------------------------
-# Test tools: a clock that moves only when told, so that a year of sleeps is tested in milliseconds.
+# Test tools: introspection, which looks into the instances of a test and changes what happens to
+# them, their workflow being what it is; and a clock that moves only when told, so that a year of
+# sleeps is tested in milliseconds.
+#
+# The engine asks the open blocks at four points: when an instance starts (for its events), when a
+# wait begins, when a retry delay does, and when an attempt is launched.
+
+
+class WorkflowInstanceModifier:
+    """What `modify` hands to its function. A method acts at once, on all that begins from then on,
+    and may also be awaited. A step is its name, or `{"name": …, "index": 2}` for the second of that
+    name.
+
+    developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
+
+    def __init__(self, workflow: Workflow, id: str | None = None) -> None:
+        self.workflow, self.id = workflow, id
+        self.after = 0  # the key of the last instance that is too old
+        self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
+        self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
+        # By step, and by what is set for it: the last attempt that it is for, and how that ends.
+        self._mocks: dict[tuple[str, int], dict[str, tuple[float, Callable[[Attempt], Any]]]] = {}
+        self._sending: list[asyncio.Future[Any]] = []
+        self._parts: dict[str, WorkflowInstanceIntrospector] = {}
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from asyncio.gather(*self._sending).__await__()
+
+    def disable_sleeps(self, steps: Iterable[Any] | None = None) -> Self:
+        """Sleeps are over at once: all, or those in a list of steps."""
+        return self._skip("sleep", steps)
+
+    def disable_retry_delays(self, steps: Iterable[Any] | None = None) -> Self:
+        """Retries follow at once: of all steps, or of those in a list."""
+        return self._skip("retry", steps)
+
+    def force_event_timeout(self, step: Any) -> Self:
+        """This `wait_for_event` times out at once, whatever events there are."""
+        return self._skip("wait", [step])
+
+    def mock_step_result(self, step: Any, value: Any) -> Self:
+        """The step returns this value, without running its callback.
+
+        Error: `step.not_serializable`."""
+        text = _payload(value, Limits.UNLIMITED, "the result", "step.not_serializable")
+        return self._mock(step, "a result", None, lambda _: decode(text))
+
+    def mock_step_error(self, step: Any, error: Any, times: int | None = None) -> Self:
+        """Each attempt, or each of the first `times`, fails with this error instead of running the
+        callback. Retries go on as configured."""
+        if not isinstance(error, Exception):
+            raise TypeError(f"{_show(error)} is not an error: expected an Exception object")
+        return self._mock(step, "an error", times, lambda _: error.with_traceback(None))
+
+    def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
+        """Each attempt, or each of the first `times`, times out at once, without running the
+        callback. Retries go on as configured."""
+        return self._mock(step, "a timeout", times, Attempt.timeout_error)
+
+    def mock_event(self, options: Any = None, /, **given: Any) -> Self:
+        """Sends an event as `send_event` does: to each instance, now or when it starts, and again
+        when it starts anew."""
+        self._check_open()
+        event = self.workflow._event(options, given, "mock_event")
+        sending = self.workflow.engine.call("mock_event", self, *event)
+        self._sending.append(asyncio.ensure_future(sending))
+        return self
+
+    def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
+        if isinstance(steps, (str, Mapping)):
+            raise TypeError(f"steps is {_show(steps)}: expected a list of steps, or None for all")
+        self._skipped |= {(kind, *_named(s)) for s in steps} if steps is not None else {(kind,)}
+        return self._check_open()
+
+    def _mock(self, step: Any, what: str, times: Any, end: Callable[..., Any]) -> Self:
+        if times is not None and (type(times) is not int or times < 1):
+            raise ValueError(f"times is {_show(times)}: expected a whole number from 1, or None")
+        mocks = self._mocks.setdefault(_named(step), {})
+        for other, (last, _) in mocks.items():
+            if other != what and (last == math.inf) == (times is None):
+                both = f"both {other} and {what}, unless just one of them has `times`"
+                raise ValueError(f"a contradiction: step {_show(step)} can't have {both}")
+        mocks[what] = (times or math.inf, end)
+        return self._check_open()
+
+    def _check_open(self) -> Self:
+        if self not in self.workflow.engine.store.introspections:
+            raise RuntimeError("only inside the block: `async with workflow.introspect…() as …`")
+        return self
+
+    # -- what the engine asks
+
+    def covers(self, workflow: str, inst: Instance | Run) -> bool:
+        mine = workflow == self.workflow.name and inst.key > self.after
+        return mine and self.id in (None, inst.id)
+
+    def skips(self, kind: str, run: Run, call: StepCall) -> bool:
+        """Whether this wait or retry delay is over at once."""
+        asked = {(kind,), (kind, call.name, call.count)}
+        return bool(asked & self._skipped) and self.covers(run.bound.name, run)
+
+    def substitute(self, attempt: Attempt) -> Callable[[], Coroutine[Any, Any, Any]] | None:
+        """What runs instead of the callback, if anything does."""
+        run, step = attempt.run, (attempt.call.name, attempt.call.count)
+        mocks = [mock for mock in self._mocks.get(step, {}).values() if attempt.number <= mock[0]]
+        if not mocks or not self.covers(run.bound.name, run):
+            return None
+        _, end = min(mocks, key=lambda mock: mock[0])
+        return functools.partial(_give, end(attempt))
+
+
+async def _give(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _named(step: Any) -> tuple[str, int]:
+    """The name and the count of a step."""
+    given = step if isinstance(step, Mapping) else {"name": step}
+    _options(given, ("name", "index"), "step")
+    name, index = given.get("name"), given.get("index", 1)
+    if isinstance(name, str) and type(index) is int and index > 0:
+        return name, index
+    expected = 'its name, or {"name": …, "index": …} with an index from 1'
+    raise ValueError(f"{_show(step)} is not a step: expected {expected}")
+
+
+class _Introspector(WorkflowInstanceModifier):
+    """A block of a test. It is the modifier that it hands out."""
+
+    async def __aenter__(self) -> Self:
+        self.workflow.engine._check_open()
+        self.workflow.engine.store.introspections.append(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        blocks = self.workflow.engine.store.introspections
+        blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
+        for state in (self.events, self._skipped, self._mocks, self._parts):
+            state.clear()
+
+    async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
+        """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
+        restarts and hibernation, and ends with the block. Blocks add up; where two set different
+        ends of a step, the inner one counts."""
+        self._check_open()
+        result = function(self)
+        if inspect.isawaitable(result):
+            await result
+        await self
+        return self
+
+
+class WorkflowInstanceIntrospector(_Introspector):
+    """One instance, for a test: `async with workflow.introspect_instance(id) as one`. The waits
+    also wait for its creation.
+
+    developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
+
+    async def wait_for_step_result(self, step: Any) -> Any:
+        """Waits until a `do` or a `wait_for_event` has ended; returns its result, or raises its
+        error. `WorkflowError` if the instance finishes without."""
+        types = ("done", "error", "event", "timeout")
+        row = await self._row("{}-{}".format(*_named(step)), types, f"step {_show(step)} ended")
+        if row.type in ("error", "timeout"):
+            raise rebuild_error(decode(row.data or ""))
+        return _step_event(row.data, row.extra) if row.type == "event" else decode(row.data or "")
+
+    async def wait_for_status(self, status: str) -> None:
+        """Waits until the instance has this status, or has had it since the call. `WorkflowError`
+        if it finishes in another one."""
+        known = (*LIVE, "paused", *FINISHED)
+        if status not in known:
+            raise ValueError(f"{_show(status)} is not a status: expected one of {', '.join(known)}")
+        await self._reach(status)
+
+    async def get_output(self) -> Any:
+        """Waits for the end; returns the output. `WorkflowError` if there is none."""
+        return await self._reach("complete")
+
+    async def get_error(self) -> dict[str, str]:
+        """Waits for the end; returns the error, `{"name", "message"}`. `WorkflowError` if there is
+        none."""
+        error = await self._reach("errored")
+        return {key: error[key] for key in ("name", "message")}
+
+    async def _reach(self, status: str) -> Any:
+        types = ("started", status) if status == "running" else (status,)
+        return decode((await self._row("", types, f"it became {status}")).data or "null")
+
+    async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
+        """The first row of these types, of a step or (without a label) of the instance. Of its past
+        statuses, only the present one counts."""
+        engine, key, seq, present = self.workflow.engine, NEW, 0, not label
+        while True:
+            engine.store.followed.append(key)
+            try:
+                with engine.watch(key) as changed:  # before the look, so that nothing is missed
+                    look = engine.call("look", self.workflow.name, self.id, key, seq)
+                    inst, news = await look
+                    rows: list[Row] = [row for row in news if step_label(row.step) == label]
+                    for row in rows[-1:] if present else rows:
+                        if row.type in types:
+                            return row
+                    if inst is not None and inst.status in FINISHED:
+                        raise WorkflowError(f"{self.id!r} is {inst.status} before {what}")
+                    present = False
+                    if key == (NEW if inst is None else inst.key):
+                        await changed
+            finally:
+                engine.store.followed.remove(key)
+            key, seq = (NEW, 0) if inst is None else (inst.key, inst.seq)
+
+
+class WorkflowIntrospector(_Introspector):
+    """All instances of a workflow that are created inside the block, for a test:
+    `async with workflow.introspect() as all_instances`.
+
+    developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
+
+    async def __aenter__(self) -> Self:
+        older = await self.workflow.engine.call("created", self.workflow.name)
+        self.after = older[-1].key if older else 0
+        return await super().__aenter__()
+
+    async def get(self) -> list[WorkflowInstanceIntrospector]:
+        """An introspector for each instance, oldest first; what they modify ends with this
+        block."""
+        self._check_open()
+        made = await self.workflow.engine.call("created", self.workflow.name, self.after)
+        for inst in made:
+            if inst.id is not None and inst.id not in self._parts:
+                one = WorkflowInstanceIntrospector(self.workflow, inst.id)
+                self._parts[inst.id] = await one.__aenter__()
+        return [self._parts[inst.id] for inst in made if inst.id is not None]
 
 
 class _Timer:
@@ -3602,6 +3893,19 @@ class ManualClock(Clock):
             quiet = quiet + 1 if activity == seen and not busy else 0
             seen = activity
             await asyncio.sleep(0.0002 if busy else 0)
+
+
+# The original's spelling of what has one.
+Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
+WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
+WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
+WorkflowStep.waitForEvent = WorkflowStep.wait_for_event  # type: ignore[attr-defined]
+WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
+WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
+WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[attr-defined]
+for _class in (WorkflowInstanceIntrospector, WorkflowInstanceModifier):
+    for _name in [name for name in vars(_class) if "_" in name.strip("_") and name[0] != "_"]:
+        setattr(_class, _camel(_name), getattr(_class, _name))  # getOutput, mockStepResult, …
 
 
 # --------------------------------------------------------------------------------------------------
