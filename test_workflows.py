@@ -4086,6 +4086,420 @@ class Limiting(Case):
             self.assertEqual((await engine.usage()).cost_usd, 0.6 + 0.1 + 0.4)
 
 
+HOURLY = {"retries": {"limit": 5, "delay": "1 hour", "backoff": "constant"}}
+
+
+class Introspected(Case):
+    """A patient workflow: a sleep of 30 days, five retries, an approval."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.calls: list[str] = []
+        self.attempts: list[int] = []
+
+    async def run_patient(self, event: Any, step: Any) -> Any:
+        await step.sleep("cool off", "30 days")
+
+        async def charge(ctx: Any) -> str:
+            self.attempts.append(ctx.attempt)
+            raise ConnectionError("no answer")
+
+        try:
+            paid = await step.do("charge", HOURLY, charge)
+        except (ConnectionError, WorkflowTimeoutError) as error:
+            paid = type(error).__name__
+        try:
+            approval = (await step.wait_for_event("approval", "approved", timeout="7 days")).payload
+        except WorkflowTimeoutError as error:
+            approval = str(error)
+        return [paid, approval]
+
+    @contextlib.asynccontextmanager
+    async def one(self, run: Any = None, create: bool = True, **options: Any) -> Any:
+        """An introspector of the instance "x" of a workflow made of `run`."""
+        async with self.engine(**options) as engine:
+            self.workflow = engine.bind(workflow(run or self.run_patient))
+            async with self.workflow.introspect_instance("x") as one:
+                if create:
+                    await self.workflow.create(id="x")
+                yield one
+
+    def called(self, name: str, result: Any = None) -> Any:
+        async def callback() -> Any:
+            self.calls.append(name)
+            return result
+
+        return callback
+
+
+class TheIssue(Introspected):
+    async def test_a_month_five_hours_of_retries_and_a_missing_approval_take_milliseconds(
+        self,
+    ) -> None:
+        began = self.clock.now()
+        async with self.one(create=False) as one:
+            await one.modify(
+                lambda m: m.disable_sleeps().disable_retry_delays().force_event_timeout("approval")
+            )
+            await self.workflow.create(id="x")
+            self.assertEqual(
+                await one.get_output(), ["ConnectionError", "Execution timed out after 604800000ms"]
+            )
+        self.assertEqual(self.attempts, [1, 2, 3, 4, 5, 6])
+        self.assertEqual(self.clock.now(), began)
+
+    async def test_it_needs_no_manual_clock(self) -> None:
+        async with self.one(create=False, clock=None) as one:
+
+            async def prepare(m: Any) -> None:
+                await m.disable_sleeps(["cool off"])
+                await m.mock_step_result({"name": "charge"}, "paid")
+                await m.mock_event({"type": "approved", "payload": True})
+
+            await one.modify(prepare)
+            await self.workflow.create(id="x")
+            self.assertEqual(await one.get_output(), ["paid", True])
+            self.assertEqual(self.attempts, [])
+
+
+class Modifications(Introspected):
+    async def test_only_the_named_sleep_is_skipped_by_its_index(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.sleep("nap", "1 day")
+            await step.do("between", self.called("between"))
+            await step.sleep_until("nap", self.clock.now() // 1000 + 86_400)
+            await step.do("after", self.called("after"))
+
+        async with self.one(run, create=False) as one:
+            await one.modify(lambda m: m.disable_sleeps([{"name": "nap", "index": 2}]))
+            await self.workflow.create(id="x")
+            await self.clock.advance("23 hours")
+            self.assertEqual(self.calls, [])
+            await self.clock.advance("1 hour")
+            self.assertEqual(self.calls, ["between", "after"])
+
+    async def test_a_sleep_that_is_too_long_stays_an_error_when_sleeps_are_disabled(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.sleep("nap", "366 days")
+
+        async with self.one(run, create=False) as one:
+            await one.modify(lambda m: m.disable_sleeps())
+            await self.workflow.create(id="x")
+            self.assertIn("max_sleep", (await one.get_error())["message"])
+
+    async def test_only_the_named_retry_delay_is_skipped(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def flaky(ctx: Any) -> None:
+                self.attempts.append(ctx.attempt)
+                if ctx.attempt < 3:
+                    raise ValueError
+
+            await step.do("fast", HOURLY, flaky)
+            await step.do("slow", HOURLY, flaky)
+
+        async with self.one(run, create=False) as one:
+            await one.modify(lambda m: m.disable_retry_delays(["fast"]))
+            await self.workflow.create(id="x")
+            await self.clock.advance(0)
+            self.assertEqual(self.attempts, [1, 2, 3, 1])
+            rows = await (await self.workflow.get("x")).history()
+            delays = [
+                workflows.decode(r.data)["retry_delay_ms"] for r in rows if r.type == "failed"
+            ]
+            self.assertEqual(delays, [0, 0, 3_600_000])
+
+    async def test_a_mocked_result_replaces_async_and_plain_callbacks_of_that_count_only(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            def plain(ctx: Any) -> str:
+                self.calls.append("plain")
+                return "real"
+
+            first = await step.do("a", self.called("a", "real"))
+            second = await step.do("a", self.called("a2", "real"))
+            return [first, second, await step.do("p", plain)]
+
+        async with self.one(run, create=False) as one:
+            mocked: dict[str, Any] = {"list": [1]}
+            await one.modify(lambda m: m.mock_step_result("a", mocked).mock_step_result("p", None))
+            mocked["list"].append(2)
+            await self.workflow.create(id="x")
+            self.assertEqual(await one.get_output(), [{"list": [1]}, "real", None])
+            self.assertEqual(self.calls, ["a2"])
+
+    async def test_a_mocked_error_fails_the_first_attempts_and_then_the_mocked_result_comes(
+        self,
+    ) -> None:
+        def prepare(m: Any) -> None:
+            m.disable_sleeps()
+            m.disable_retry_delays()
+            m.mock_step_error("charge", KeyError("lost"), times=2)
+            m.mock_step_result("charge", "paid")
+            m.mock_event(type="approved", payload=1)
+
+        async with self.one(create=False) as one:
+            await one.modify(prepare)
+            await self.workflow.create(id="x")
+            self.assertEqual(await one.wait_for_step_result("charge"), "paid")
+            rows = await (await self.workflow.get("x")).history()
+            failed = [workflows.decode(r.data)["message"] for r in rows if r.type == "failed"]
+            self.assertEqual((failed, self.attempts), (["'lost'"] * 2, []))
+
+    async def test_a_mocked_error_without_times_fails_every_attempt(self) -> None:
+        async with self.one(create=False) as one:
+            error = OSError(5, "disk")
+            await one.modify(lambda m: m.disable_sleeps().disable_retry_delays())
+            await one.modify(lambda m: m.mock_step_error("charge", error))
+            await self.workflow.create(id="x")
+            with self.assertRaises(OSError) as caught:
+                await one.wait_for_step_result({"name": "charge", "index": 1})
+            self.assertEqual((caught.exception.errno, self.attempts), (5, []))
+
+    async def test_a_forced_timeout_is_that_of_the_steps_config(self) -> None:
+        async with self.one(create=False) as one:
+            await one.modify(lambda m: m.disable_sleeps().disable_retry_delays())
+            await one.modify(lambda m: m.force_step_timeout("charge", times=5))
+            await self.workflow.create(id="x")
+            with self.assertRaises(ConnectionError):
+                await one.wait_for_step_result("charge")
+            self.assertEqual(self.attempts, [6])
+            await one.modify(lambda m: m.force_step_timeout("charge"))
+            await (await self.workflow.get("x")).restart()
+            with self.assertRaisesRegex(
+                WorkflowTimeoutError, "^Execution timed out after 600000ms$"
+            ):
+                await one.wait_for_step_result("charge")
+
+    async def test_a_forced_event_timeout_leaves_a_buffered_event_to_the_next_wait(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            first = None
+            try:
+                first = await step.wait_for_event("first", "go", timeout="1 year")
+            except WorkflowTimeoutError:
+                return [first, (await step.wait_for_event("second", "go")).payload]
+
+        async with self.one(run, create=False) as one:
+            await one.modify(
+                lambda m: m.mock_event(type="go", payload=7).force_event_timeout("first")
+            )
+            await self.workflow.create(id="x")
+            self.assertEqual(await one.get_output(), [None, 7])
+
+    async def test_a_mocked_event_comes_once_in_each_start_and_before_others(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            got = [(await step.wait_for_event("w", "go")).payload for _ in range(2)]
+            with contextlib.suppress(WorkflowTimeoutError):
+                got.append((await step.wait_for_event("w", "go", timeout=0)).payload)
+            return got
+
+        async with self.one(run, create=False) as one:
+            await one.modify(lambda m: m.mock_event(type="go", payload="mock"))
+            instance = await self.workflow.create(id="x")
+            for n in (1, 2):
+                await self.clock.advance("1 hour")  # hibernates in between
+                await instance.send_event(type="go", payload=n)
+                self.assertEqual(await one.get_output(), ["mock", n])
+                await instance.restart()
+
+    async def test_a_mocked_event_reaches_an_instance_that_waits_already(self) -> None:
+        async with self.one() as one:
+            await self.clock.advance("31 days")
+            await one.wait_for_status("waiting")
+            await one.modify(lambda m: m.mock_event({"type": "approved", "payload": "late"}))
+            self.assertEqual((await one.wait_for_step_result("approval")).payload, "late")
+            self.assertEqual(await one.get_output(), ["ConnectionError", "late"])
+
+    async def test_modifications_survive_restart_and_hibernation_and_end_with_the_block(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.sleep("awake", "1 day")
+            return await step.do("s", self.called("s", "real"))
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            async with bound.introspect_instance("x") as one:
+                await one.modify(lambda m: m.mock_step_result("s", "mocked"))
+                instance = await bound.create(id="x")
+                for _ in range(2):
+                    await self.clock.advance("1 hour")
+                    self.assertEqual(engine.runs, {})
+                    await self.clock.advance("1 day")
+                    self.assertEqual(await one.get_output(), "mocked")
+                    await instance.restart()
+            self.assertEqual(await self.finish(instance), "real")
+            with self.assertRaisesRegex(RuntimeError, "only inside the block"):
+                await one.modify(lambda m: m.disable_sleeps())
+            with self.assertRaisesRegex(RuntimeError, "only inside the block"):
+                one.mock_event(type="go")
+
+
+class All(Introspected):
+    async def test_all_are_those_of_the_workflow_that_were_created_inside_the_block(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.sleep("nap", "1 day")
+            return await step.do("s", self.called("s", event.payload))
+
+        async with self.engine() as engine:
+            bound, other = engine.bind(workflow(run)), engine.bind(workflow(run, "Other"))
+            old = await bound.create(id="old", params="real")
+            async with bound.introspect() as everything:
+                await everything.modify(lambda m: m.disable_sleeps().mock_step_result("s", "mock"))
+                stranger = await other.create(id="a", params="real")
+                await bound.create_batch([{"id": "b"}, {"id": "a"}])
+                b, a = await everything.get()
+                self.assertEqual([b.id, a.id, await a.get_output()], ["b", "a", "mock"])
+                self.assertIs(b, (await everything.get())[0])
+                self.assertEqual([await self.finish(i) for i in (old, stranger)], ["real"] * 2)
+            self.assertEqual(engine.store.introspections, [])
+
+    async def test_what_one_is_told_counts_more_than_what_all_are(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.wait_for_event("go", "go")
+            return await step.do("s", self.called("s"))
+
+        async with self.engine() as engine, engine.bind(workflow(run)).introspect() as everything:
+            await everything.modify(lambda m: m.mock_step_result("s", "all").mock_event(type="go"))
+            await engine.env.TEST.create(id="a")
+            await engine.env.TEST.create(id="b")
+            a, b = await everything.get()
+            await a.modify(lambda m: m.mock_step_result("s", "a"))
+            await (await engine.env.TEST.get("a")).restart()
+            self.assertEqual([await a.get_output(), await b.get_output()], ["a", "all"])
+
+
+class Waits(Introspected):
+    async def test_a_wait_begun_before_the_creation_sees_even_a_status_that_passes(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            return await step.do("s", self.called("s", "done"))
+
+        async with self.one(run, create=False) as one:
+            waits = [one.wait_for_status(s) for s in ("queued", "running", "complete")]
+            waits += [one.wait_for_step_result("s"), one.get_output()]
+            together = asyncio.gather(*waits)
+            await asyncio.sleep(0.01)
+            await self.workflow.create(id="x")
+            self.assertEqual((await together)[3:], ["done"] * 2)
+            self.assertEqual(one.workflow.engine.store.followed, [])
+
+    async def test_a_past_status_does_not_count(self) -> None:
+        async with self.one() as one:
+            await one.wait_for_status("waiting")
+            waiting = asyncio.ensure_future(one.wait_for_status("running"))
+            await self.clock.advance("1 day")
+            self.assertFalse(waiting.done())
+            await self.clock.advance("30 days")
+            await asyncio.wait_for(waiting, 1)
+
+    async def test_a_wait_that_can_not_come_true_any_more_is_an_error(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            raise ValueError("boom")
+
+        async with self.one(run) as one:
+            self.assertEqual(await one.get_error(), {"name": "ValueError", "message": "boom"})
+            for wait, missed in (
+                (one.get_output(), "complete"),
+                (one.wait_for_status("paused"), "paused"),
+                (one.wait_for_step_result("s"), "step 's'"),
+            ):
+                with self.assertRaisesRegex(WorkflowError, f"'x' is errored.*{missed}"):
+                    await wait
+
+    async def test_waits_end_with_the_engine(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(self.run_patient))
+            async with bound.introspect_instance("x") as one:
+                waiting = asyncio.ensure_future(one.get_output())
+                await asyncio.sleep(0.01)
+        with self.assertRaisesRegex(RuntimeError, "closed"):
+            await waiting
+
+
+class BadInput(Introspected):
+    async def test_a_contradiction_is_an_error_that_says_so(self) -> None:
+        error = ValueError()
+        async with self.one(create=False) as one:
+            for first, second in (
+                (lambda m: m.mock_step_result("s", 1), lambda m: m.mock_step_error("s", error)),
+                (lambda m: m.mock_step_error("t", error), lambda m: m.mock_step_result("t", 1)),
+                (lambda m: m.force_step_timeout("u"), lambda m: m.mock_step_error("u", error)),
+                (
+                    lambda m: m.force_step_timeout("v", 1),
+                    lambda m: m.mock_step_error({"name": "v"}, error, 2),
+                ),
+            ):
+                await one.modify(first)
+                with self.assertRaisesRegex(ValueError, "contradiction.*both an? .* and an? "):
+                    await one.modify(second)
+
+    async def test_wrong_arguments_are_refused_with_one_clear_error(self) -> None:
+        async with self.one(create=False) as one:
+            wrong: list[tuple[type[Exception], str, Callable[[Any], Any]]] = [
+                (TypeError, "list of steps", lambda m: m.disable_sleeps("nap")),
+                (TypeError, "list of steps", lambda m: m.disable_retry_delays({"name": "nap"})),
+                (TypeError, "iterable", lambda m: m.disable_sleeps(5)),
+                (ValueError, "5 is not a step", lambda m: m.disable_sleeps([5])),
+                (ValueError, "is not a step", lambda m: m.mock_step_result({"index": 1}, 1)),
+                (ValueError, "is not a step", lambda m: m.force_event_timeout(None)),
+                (ValueError, "index", lambda m: m.mock_step_result({"name": "s", "index": 0}, 1)),
+                (
+                    ValueError,
+                    "index",
+                    lambda m: m.mock_step_result({"name": "s", "index": True}, 1),
+                ),
+                (ValueError, "unknown key 'count'", lambda m: m.disable_sleeps([{"count": 1}])),
+                (WorkflowError, r"result.*stored.*\$: set", lambda m: m.mock_step_result("s", {1})),
+                (TypeError, "not an error", lambda m: m.mock_step_error("s", ValueError)),
+                (ValueError, "times is 0", lambda m: m.mock_step_error("s", ValueError(), 0)),
+                (ValueError, "times is '2'", lambda m: m.force_step_timeout("s", times="2")),
+                (WorkflowError, "event type", lambda m: m.mock_event({"type": "no good"})),
+                (TypeError, "mock_event needs a type", lambda m: m.mock_event(payload=1)),
+                (ValueError, "unknown key 'kind'", lambda m: m.mock_event(kind="go")),
+                (TypeError, "unexpected keyword", lambda m: m.disable_sleeps(step="s")),
+                (TypeError, "callable", 5),  # type: ignore[list-item]
+            ]
+            for kind, text, function in wrong:
+                with self.subTest(text), self.assertRaisesRegex(kind, text):
+                    await one.modify(function)
+            with self.assertRaisesRegex(ValueError, "'done' is not a status: expected .*complete"):
+                await one.wait_for_status("done")
+            with self.assertRaisesRegex(ValueError, "is not a step"):
+                await one.wait_for_step_result(1)
+            await self.assertCode(
+                "instance.invalid_id", asyncio.to_thread(self.workflow.introspect_instance, "a b")
+            )
+
+    async def test_modify_needs_an_open_block_and_a_block_an_open_engine(self) -> None:
+        engine = Engine(self.path)
+        bound = engine.bind(workflow(self.run_patient))
+        for block in (bound.introspect(), bound.introspect_instance("x")):
+            with self.assertRaisesRegex(RuntimeError, "not open yet"):
+                await block.__aenter__()
+        async with engine:
+            with self.assertRaisesRegex(RuntimeError, "only inside the block"):
+                await bound.introspect().modify(lambda m: m.disable_sleeps())
+
+    async def test_the_originals_names_work_too(self) -> None:
+        async def prepare(m: Any) -> None:
+            await m.disableSleeps()
+            await m.disableRetryDelays()
+            await m.mockStepError({"name": "charge"}, OSError("x"), 1)
+            await m.forceStepTimeout({"name": "other"})
+            await m.mockStepResult({"name": "charge"}, "paid")
+            await m.mockEvent({"type": "other", "payload": None})
+            await m.forceEventTimeout({"name": "approval"})
+
+        async with self.one(create=False) as one, self.workflow.introspect() as everything:
+            await everything.modifyAll(prepare)
+            await self.workflow.create(id="x")
+            await one.waitForStatus("complete")
+            self.assertEqual(await one.waitForStepResult({"name": "charge"}), "paid")
+            self.assertEqual((await one.getOutput())[0], "paid")
+            with self.assertRaises(WorkflowError):
+                await one.getError()
+
+
 # --------------------------------------------------------------------------------------------------
 # The README: its programs run, and what it names exists.
 
