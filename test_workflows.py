@@ -4115,6 +4115,11 @@ class Introspected(Case):
         return [paid, approval]
 
     @contextlib.asynccontextmanager
+    async def engine(self, **options: Any) -> Any:
+        async with asyncio.timeout(5), super().engine(**options) as engine:
+            yield engine
+
+    @contextlib.asynccontextmanager
     async def one(self, run: Any = None, create: bool = True, **options: Any) -> Any:
         """An introspector of the instance "x" of a workflow made of `run`."""
         async with self.engine(**options) as engine:
@@ -4333,6 +4338,33 @@ class Modifications(Introspected):
                 await one.modify(lambda m: m.disable_sleeps())
             with self.assertRaisesRegex(RuntimeError, "only inside the block"):
                 one.mock_event(type="go")
+
+    async def test_a_mocked_event_is_stored_when_modify_returns(self) -> None:
+        async with self.one() as one:
+            await one.wait_for_status("waiting")
+            await (await self.workflow.get("x")).pause()
+            await one.modify(lambda m: m.mock_event(type="approved", payload=1) and None)
+            self.assertEqual(self.rows("SELECT type, payload FROM events"), [("approved", "1")])
+
+    async def test_an_instance_that_is_still_queued_gets_a_mocked_event_once(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            if event.payload:
+                await step.do("hold", lambda: self.held)
+            got = [(await step.wait_for_event("w", "go")).payload]
+            with contextlib.suppress(WorkflowTimeoutError):
+                got.append((await step.wait_for_event("w", "go", timeout=0)).payload)
+            return got
+
+        self.held = asyncio.get_running_loop().create_future()
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.one(run, create=False, limits=limits) as one:
+            first = await self.workflow.create(id="first", params=True)
+            await self.workflow.create(id="x")
+            await one.modify(lambda m: m.mock_event(type="go", payload="once"))
+            await one.wait_for_status("queued")
+            self.held.set_result(None)
+            self.assertEqual(await one.get_output(), ["once"])
+            self.assertEqual((await first.status()).status, "waiting")
 
 
 class All(Introspected):

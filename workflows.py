@@ -583,7 +583,7 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
 
 def rebuild_error(record: dict[str, Any]) -> Exception:
-    """The error that `describe_error` described, with its own class if that is an `Exception` which
+    """The error that `encode_error` described, with its own class if that is an `Exception` which
     is already imported; else a `WorkflowError` with its name."""
     found: Any = sys.modules.get(record["module"])
     for part in record["class"].split("."):
@@ -759,18 +759,19 @@ _DEFAULT_CONFIG = StepConfig(None)
 # the only thing that a replay knows. These functions are pure: they read rows and touch nothing
 # else.
 #
-#     type                                      step    what happened
-#     queued started running waiting            –       the instance changed its status; the first
-#       waitingForPause paused complete                 `queued` row of a life holds the params,
-#       errored terminated                              `complete` the output, `errored` the error
-#     start                                     do      an attempt began (with the step's config, if
-# new)     done | failed | error                     do      it ended: a result | a retry follows |
-# for good;                                                       with the time of its start, if
-# that has no row     sleep → slept                             sleep   (sleep_until is a sleep too)
-#     wait → event | timeout                    wait    the event is consumed in this very row
-#     cancel                                    any     `run` itself cancelled the call: never again
-#     stop                                      any     interrupted by a clean stop: as if not begun
-#     due                                       do      its retry delay is over
+#     type                               step    what happened
+#     queued started running waiting     –       the instance changed its status; the first
+#       waitingForPause paused complete          `queued` row of a life holds the params,
+#       errored terminated                       `complete` the output, `errored` the error
+#     start                              do      an attempt began; the first has the config
+#     done | failed | error              do      it ended: a result, a failure with a retry to
+#                                                follow, one for good. Without a `start` row,
+#                                                it has the time of its start, and the config
+#     sleep → slept                      sleep   sleep_until is a sleep too
+#     wait → event | timeout             wait    the event is consumed in this very row
+#     cancel                             any     `run` itself cancelled the call: never again
+#     stop                               any     interrupted by a clean stop: as if not begun
+#     due                                do      its retry delay is over
 
 
 class Row(NamedTuple):
@@ -787,13 +788,6 @@ class Row(NamedTuple):
 
 
 SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
-
-
-def step_key(kind: str, name: str, count: int, parent: str | None) -> str:
-    """A step's identity: its kind, its name, how often that kind has used the name, and the key of
-    the step in whose callback it was called."""
-    key = f"{kind}\n{name}\n{count}"
-    return key if parent is None else f"{parent}\n{key}"
 
 
 def step_label(key: str | None) -> str:
