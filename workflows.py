@@ -1773,11 +1773,16 @@ class Store:
         return head.seq
 
     def _read_heads(self, keys: list[int]) -> None:
-        sql = f"""SELECT json_group_array(json_array(key, generation, seq, state_bytes, careful))
-                  FROM instances
-                  WHERE key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}"""
-        for row in json.loads(self._one(sql, str(keys))[0]):
-            self._heads[row[0]] = Head(*row)
+        """For many, in one row: see `_bulk`."""
+        columns, live = "key, generation, seq, state_bytes, careful", f"status IN {LIVE}"
+        if len(keys) == 1:
+            sql = f"SELECT {columns} FROM instances WHERE key = ? AND {live}"
+            rows = self._db.execute(sql, keys).fetchall()
+        else:
+            sql = f"""SELECT json_group_array(json_array({columns})) FROM instances
+                      WHERE key IN (SELECT value FROM json_each(?)) AND {live}"""
+            rows = json.loads(self._one(sql, str(keys))[0])
+        self._heads |= {row[0]: Head(*row) for row in rows}
 
     def wait(self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]) -> int | None:
         """Appends the start of a sleep, of an event wait or of a retry delay."""
