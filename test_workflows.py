@@ -2667,6 +2667,76 @@ class Ending(Case):
                 self.assertEqual(len(lives), 2 if call == "restart" else 1)
 
 
+class Refusals(Case):
+    async def test_outside_of_a_run_the_limit_of_state_is_a_plain_workflow_error(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=50)) as engine:
+            bound = engine.bind(workflow(one_event))
+            for refused in (
+                bound.create(params="x" * 60),
+                (await bound.create(params="x" * 30)).send_event(type="t", payload="x" * 30),
+            ):
+                error = await self.assertCode("limit.instance_state", refused)
+                self.assertIs(type(error), WorkflowError)
+
+    async def test_an_option_that_is_given_twice_is_refused(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            with self.assertRaisesRegex(TypeError, "'id' is given twice"):
+                await bound.create({"id": "y"}, id="z")
+            instance = await bound.create({"id": "y"}, params=1)
+            with self.assertRaisesRegex(TypeError, "'type' is given twice"):
+                await instance.send_event({"type": "t"}, type="t")
+
+    async def test_whatever_leaves_run_ends_the_instance(self) -> None:
+        for error in (GeneratorExit(), SystemExit(3), asyncio.CancelledError()):
+            with self.subTest(type(error).__name__):
+                self.setUp()
+
+                async def run(event: Any, step: Any, error: BaseException = error) -> None:
+                    raise error
+
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run)).create()
+                    await self.clock.settle()
+                    status = await instance.status()
+                    self.assertEqual(status.status, "errored")
+                    self.assertEqual(status.error["name"], type(error).__name__)
+
+    async def test_calls_without_their_arguments_are_refused_where_they_are_awaited(self) -> None:
+        async def run(event: Any, step: Any) -> list[str]:
+            codes = []
+            calls: list[Any] = [step.do(), step.sleep("s"), step.sleep_until("s")]
+            for call in (*calls, step.wait_for_event("w"), step.do("d")):
+                try:
+                    await call
+                except WorkflowFatalError as error:
+                    codes.append(error.code)
+            return codes
+
+        invalid = ["name", "duration", "duration"]
+        codes = [f"step.invalid_{what}" for what in invalid]
+        codes += ["event.invalid_type", "step.invalid_callback"]
+        self.assertEqual(await self.outcome(run), codes)
+
+    async def test_a_restarted_instance_is_queued_behind_all_that_are_queued(self) -> None:
+        began: list[str] = []
+
+        async def run(event: Any, step: Any) -> None:
+            began.append(event.instance_id)
+            await step.do("busy", lambda: asyncio.sleep(3600 if len(began) == 1 else 0))
+
+        async with self.engine(limits=dataclasses.replace(FOREVER, running=1)) as engine:
+            bound = engine.bind(workflow(run))
+            a, b, *_ = [await bound.create(id=id) for id in "abc"]
+            await b.restart()
+            await bound.create(id="d")
+            await a.terminate()
+            await self.clock.settle()
+            async with asyncio.timeout(3):
+                await (await bound.get("d")).result()
+        self.assertEqual(began, ["a", "c", "b", "d"])
+
+
 class Deleting(Case):
     async def test_a_deleted_instance_is_gone_with_all_that_it_stored(self) -> None:
         async with self.engine() as engine:

@@ -1432,6 +1432,12 @@ class Store:
         running = self._count("running") + self._count("waitingForPause")
         return max(0, self.limits.running - running)
 
+    def _last_place(self) -> int:
+        """The place behind all that are queued: a moment, if these are not ahead of their time."""
+        sql = "SELECT max(place) FROM instances WHERE workflow = ? AND status = 'queued'"
+        places = [self._one(sql, workflow)[0] or 0 for workflow in self.bound]
+        return max(self.clock.now(), *places, 0)
+
     def _count(self, status: str) -> int:
         self._flush()
         sql = "SELECT count(*) FROM instances WHERE workflow = ? AND status = ?"
@@ -1585,11 +1591,11 @@ class Store:
         self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
         return inst
 
-    def _check_state(self, present: int, size: int) -> None:
+    def _check_state(self, present: int, size: int, error: type[WorkflowError]) -> None:
         limit = self.limits.instance_bytes
         if size and limit is not None and present + size > limit:
             message = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
-            raise _fatal("limit.instance_state", message)
+            raise error(message, code="limit.instance_state")
 
     # -- operations of callers, in any process
 
@@ -1611,6 +1617,9 @@ class Store:
         now = self.clock.now()
         (of,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
         self._check_queue(len(entries))
+        for _, params, *_ in entries:
+            self._check_state(0, size_of(params), WorkflowError)
+        place = self._last_place()
         sql = """SELECT json_group_array(id) FROM instances
                  WHERE workflow = ? AND id IN (SELECT value FROM json_each(?))"""
         (known,) = self._one(sql, of, _to_json([entry[0] for entry in entries]))
@@ -1623,7 +1632,7 @@ class Store:
                 taken.add(id)
                 made.append(id)
                 key, size = last + len(made), size_of(params)
-                rows.append((key, of, id, size, now, now, now, success, error, trigger))
+                rows.append((key, of, id, size, place, now, now, success, error, trigger))
                 self._append(key, 1, now, [("queued", None, None, None, params, None)])
                 self._storage += size
         sql = """INSERT INTO instances (key, workflow, id, status, generation, seq, state_bytes,
@@ -1722,7 +1731,8 @@ class Store:
         fresh: dict[str, Any] = dict.fromkeys(
             ("started", "ended", "paused", "termination", "rollback")
         )
-        fresh |= {"generation": inst.generation + 1, "careful": 0, "place": now, "wake": now}
+        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": now}
+        fresh["place"] = self._last_place() + 1
         self._move(inst, "queued", params, size=size_of(params) - inst.state_bytes, **fresh)
 
     def delete(self, workflow: str, id: str) -> None:
@@ -1740,7 +1750,7 @@ class Store:
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it takes no more events"
             raise WorkflowError(message, code="instance.not_running")
-        self._check_state(inst.state_bytes, size_of(payload))
+        self._check_state(inst.state_bytes, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
     # -- operations of a run: each is guarded, and answers None if the run is outdated
@@ -1764,7 +1774,7 @@ class Store:
         head = self._heads.get(key)
         if head is None or head.generation != generation:
             return None
-        self._check_state(head.state_bytes, size)
+        self._check_state(head.state_bytes, size, WorkflowFatalError)
         head.state_bytes += size
         self._storage += size
         head.seq += len(rows)
@@ -1841,7 +1851,7 @@ class Store:
     def finish(self, key: int, generation: int, status: str, data: str, size: int) -> None:
         if inst := self._mine(key, generation):
             try:
-                self._check_state(inst.state_bytes, size)
+                self._check_state(inst.state_bytes, size, WorkflowFatalError)
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
             now = self.clock.now()
@@ -2040,7 +2050,7 @@ class WorkflowStep:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def do(self, name: Any, *args: Any, **options: Any) -> StepCall:
+    def do(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
         """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
         returns, and returns that, now and in every replay.
 
@@ -2053,19 +2063,19 @@ class WorkflowStep:
         `step.not_serializable`, `limit.steps`, `limit.step_output`, `limit.instance_state`."""
         return StepCall(self._run, "do", name, args, options)
 
-    def sleep(self, name: str, duration: float | str | timedelta) -> StepCall:
+    def sleep(self, name: Any = None, duration: float | str | timedelta | None = None) -> StepCall:
         """Waits for a duration, at most 365 days, across restarts.
 
         Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
         return StepCall(self._run, "sleep", name, (parse_duration, duration), {})
 
-    def sleep_until(self, name: str, when: datetime | float) -> StepCall:
+    def sleep_until(self, name: Any = None, when: datetime | float | None = None) -> StepCall:
         """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since
         1970. One that has passed returns at once. It is a sleep: both share the counts of a
         name."""
         return StepCall(self._run, "sleep", name, (_parse_moment, when), {})
 
-    def wait_for_event(self, name: str, *args: Any, **options: Any) -> StepCall:
+    def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
         """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
         takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
         days) it raises `WorkflowTimeoutError`.
@@ -2397,7 +2407,7 @@ class Run:
             context = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
             result = self.bound.cls(context, self.engine.env).run(self.event, WorkflowStep(self))
             return (await result if inspect.isawaitable(result) else result), None
-        except (KeyboardInterrupt, GeneratorExit):
+        except KeyboardInterrupt:
             raise
         except asyncio.CancelledError as error:
             if self.dead or self.task.cancelling():
@@ -2566,11 +2576,11 @@ class Run:
         self, call: StepCall, type: Any = None, timeout: Any = "24 hours", **options: Any
     ) -> Callable[[Step], None]:
         if isinstance(type, Mapping):
-            options = {"timeout": timeout, **type, **options}
-            type, timeout = options.pop("type", None), options.pop("timeout")
+            given = _options(type, ("type", "timeout"), "options")
+            type, timeout = given.get("type"), given.get("timeout", timeout)
         if "event_type" in options:  # the Python SDK's name
             type = options.pop("event_type")
-        _options(options, (), "options")
+        _options(options, ("type", "timeout"), "options")
         _check_event_type(type, WorkflowFatalError)
         ms = parse_duration(timeout)
         return self._begin_wait(call, ("wait", type), ms)
@@ -3472,9 +3482,10 @@ def _merge(
     options: Any, given: Mapping[str, Any], known: Sequence[str], what: str
 ) -> dict[str, Any]:
     """An options object, or keyword arguments, or both; every key known."""
-    return _options(
-        {**_options({} if options is None else options, known, what), **given}, known, what
-    )
+    options = _options({} if options is None else options, known, what)
+    for key in options.keys() & given:
+        raise TypeError(f"{what}: {key!r} is given twice")
+    return _options({**options, **given}, known, what)
 
 
 def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
