@@ -1247,6 +1247,8 @@ class Store:
     # -- the file
 
     def _open(self) -> None:
+        if sqlite3.sqlite_version_info < (3, 35):  # UPDATE … RETURNING
+            raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         memory = self.path == ":memory:"
         if not memory:
             self._inspect()
