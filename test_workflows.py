@@ -1943,7 +1943,7 @@ class Sleeps(Lives):
                     await engine.bind(made).create(id="i")
                     await self.clock.settle()
                 async with self.engine() as client:  # nobody runs the instance
-                    client.env._values.clear()
+                    client.env.clear()
                     other = workflows.Workflow(client, "test", made, 9)
                     await self.clock.advance(3_600_000 + late)
                     await (await other.get("i")).send_event(type=kind, payload="x")

@@ -70,17 +70,7 @@ import urllib.parse
 import uuid
 import weakref
 from collections import Counter, deque
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Sized,
-)
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar
 
@@ -366,15 +356,12 @@ def encode(value: Any) -> tuple[str, Any]:
         text = _to_json(value)
         if type(value) in _ATOMS:
             return text, value
-        if text.count("[") + text.count("{") > DEEPEST:
-            _check_depth(value)
-        if '"$' not in text:
+        deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
+        if '"$' not in text and not deep:
             text.isascii() or text.encode()  # lone surrogates have no UTF-8
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
-    except _Unserializable:
-        raise
     except Exception:
         pass  # the slow way finds out what, and where
     try:
@@ -388,19 +375,17 @@ def encode(value: Any) -> tuple[str, Any]:
         raise _Unserializable(f"$: {what}") from None
 
 
-def _check_depth(value: Any) -> None:
-    """Refuses what other code, with less of the stack left, could not read back."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
+def _is_deep(value: Any) -> bool:
+    """Whether other code, with less of the stack left, could not read it back."""
+    level = [value]
+    for _ in range(DEEPEST):
         level = [
             child
             for parent in level
             for child in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(child, (dict, list, tuple))
         ]
+    return bool(level)
 
 
 def decode(text: str) -> Any:
@@ -496,12 +481,10 @@ class _FrozenDict(dict[str, Any]):
     clear = pop = popitem = setdefault = update = _read_only
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return {key: _thaw(item) for key, item in self.items()}
+        return {key: copy.deepcopy(item, memo) for key, item in self.items()}
 
-    def __reduce__(self) -> Any:
-        return dict, (self.__deepcopy__({}),)
-
-    __copy__ = dict.copy
+    def __reduce__(self) -> Any:  # also for `copy.copy`
+        return dict, (dict(self),)
 
 
 class _FrozenList(list[Any]):
@@ -511,16 +494,10 @@ class _FrozenList(list[Any]):
     append = clear = extend = insert = pop = remove = reverse = sort = _read_only
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return [_thaw(item) for item in self]
+        return [copy.deepcopy(item, memo) for item in self]
 
     def __reduce__(self) -> Any:
-        return list, (self.__deepcopy__({}),)
-
-    __copy__ = list.copy
-
-
-def _thaw(value: Any) -> Any:
-    return value.__deepcopy__({}) if isinstance(value, (_FrozenDict, _FrozenList)) else value
+        return list, (list(self),)
 
 
 def freeze(value: Any) -> Any:
@@ -651,15 +628,9 @@ class Limits:
 
 
 Limits.PAID = Limits(creations_per_second=100)
-Limits.FREE = Limits(
-    cpu_ms=10,
-    instance_bytes=10**8,
-    running=25,
-    creations_per_second=100,
-    queued=100_000,
-    success_retention=3 * _UNITS["day"],
-    error_retention=3 * _UNITS["day"],
-)
+_FREE: dict[str, int] = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
+_FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day"])
+Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
 Limits.UNLIMITED = Limits(
     None, None, None, None, _YEAR, 25_000, None, None, None, 100, 100, None, None
 )
@@ -701,13 +672,9 @@ class StepConfig:
         self.timeout = _config_ms(self.raw, "timeout")
         whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
         if not whole or isinstance(limit, bool) or limit < 0:
-            raise ValueError(
-                f"config key 'limit': {_show(limit)} is no whole number from 0, or inf"
-            )
+            raise ValueError(f"config key 'limit': {_show(limit)}: expected 0, 1, 2, … or inf")
         if not 0 < self.timeout <= max_sleep:
-            raise ValueError(
-                f"config key 'timeout': expected more than 0 and at most {max_sleep} ms"
-            )
+            raise ValueError(f"config key 'timeout': expected over 0 and up to {max_sleep} ms")
         if not isinstance(backoff, str) or backoff not in _BACKOFF:
             known = ", ".join(_BACKOFF)
             raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
@@ -740,15 +707,12 @@ def _config_ms(part: Mapping[str, Any], key: str) -> int:
 
 def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
     """A copy of an options object in which every key is known."""
+    keys = ", ".join(known)
     if not isinstance(given, Mapping):
-        raise TypeError(
-            f"{what} is {type(given).__name__}: expected a dict with {', '.join(known)}"
-        )
+        raise TypeError(f"{what} is {type(given).__name__}: expected a dict with {keys}")
     for key in given:
         if key not in known:
-            raise ValueError(
-                f"{what} has the unknown key {_show(key)}: expected {', '.join(known)}"
-            )
+            raise ValueError(f"{what} has the unknown key {_show(key)}: expected {keys}")
     return dict(given)
 
 
@@ -864,15 +828,11 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     """The steps of a history, and those that have a result, in the order in which `run` gets
     them."""
     steps: dict[str, Step] = {}
-    results = []
-    for row in rows:
-        step = apply(steps, row)
-        if step is not None and not step.nested:
-            results.append(step)
-    results = [step for step in results if step.state != "cancelled"]
-    for step in results:
+    results = [step for row in rows if (step := apply(steps, row)) and not step.nested]
+    inbox = deque(step for step in results if step.state != "cancelled")
+    for step in inbox:
         step.queued = True
-    return steps, deque(results)
+    return steps, inbox
 
 
 class Wait(NamedTuple):
@@ -888,28 +848,22 @@ class Wait(NamedTuple):
     fixed: int
 
 
-class Settled(NamedTuple):
-    moment: int
-    wait: Wait
-    event: tuple[int, int] | None  # (seq, at) of the buffered event that ends the wait
-
-
 def settle(
     waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
-) -> list[Settled]:
-    """Which waits have ended by now, in the order in which they did, however late we look: the
-    oldest event that came at or before the deadline of the first waiter of its type is that
-    waiter's."""
+) -> list[tuple[int, Wait, tuple[int, int] | None]]:
+    """Which waits have ended by now, in the order in which they did, however late we look, as
+    (moment, wait, (seq, at) of the buffered event that ends it): the oldest event that came at or
+    before the deadline of the first waiter of its type is that waiter's."""
     buffered = {type: deque(queue) for type, queue in events.items()}
-    ended = []
+    ended: list[tuple[int, Wait, tuple[int, int] | None]] = []
     for wait in waits:
         mine = buffered.get(wait.event) if wait.event is not None else None
         if mine and mine[0][1] <= wait.due:
             event = mine.popleft()
-            ended.append(Settled(max(event[1], wait.at), wait, event))
+            ended.append((max(event[1], wait.at), wait, event))
         elif wait.due <= now:
-            ended.append(Settled(wait.due, wait, None))
-    return sorted(ended, key=lambda settled: (settled.moment, settled.wait.seq))
+            ended.append((wait.due, wait, None))
+    return sorted(ended, key=lambda end: (end[0], end[1].seq))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1095,16 +1049,16 @@ class Store:
     def _main(self, opened: asyncio.Future[None]) -> None:
         try:
             self._open()
-            self._tell(_set_result, opened, None)
+            self._tell(_resolve, opened)
             self._work()
         except Exception as error:
-            self._tell(_set_exception, opened, _storage_error(self.path, error))
+            self._tell(_resolve, opened, None, _storage_error(self.path, error))
         finally:
             self._release()
             if hasattr(self, "_db"):
                 with contextlib.suppress(sqlite3.Error):
                     self._db.close()
-            self._tell(_set_result, self.closed, None)
+            self._tell(_resolve, self.closed)
 
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
         try:
@@ -1149,7 +1103,9 @@ class Store:
         moment = time.monotonic()
         if not batch or moment > self._looked + TICK:
             self._looked = moment
-            self._look_outside()
+            version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
+            self._outside = self._outside or version != self._version
+            self._stir = self._stir or self._outside
         due = self.owner and self._is_due() and not self.clock.exact
         if batch or self._outside or due:
             self._transact(batch)
@@ -1160,22 +1116,12 @@ class Store:
             self._checked = moment
             self._check()
 
-    def _look_outside(self) -> None:
-        try:
-            version, (self._version,) = self._version, self._one("PRAGMA data_version")
-        except sqlite3.OperationalError as error:
-            if not _is_busy(error):
-                raise
-        else:
-            self._outside = self._outside or version != self._version
-            self._stir = self._stir or self._outside
-
     def _is_due(self) -> bool:
         return not self.closing and (self._stir or self.next_wake <= self.clock.now())
 
     def _transact(self, batch: list[Op]) -> None:
         results: list[Any] = []
-        self._begin()
+        self._insist("BEGIN IMMEDIATE")
         if records := [args[0] for op, args, _ in batch if op == self.record]:
             self._read_heads(records)
         for op, args, then in batch:
@@ -1208,17 +1154,13 @@ class Store:
     def _month(self) -> str:
         return time.strftime("%Y-%m", time.gmtime(self.clock.now() // 1000))
 
-    def usage(self) -> tuple[int, float, int]:
+    def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
         self._count_usage()
         sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = ?1), 0),
                  coalesce(sum(cpu_ms) FILTER (WHERE month = ?1), 0.0),
                  coalesce(sum(storage_bytes), 0) FROM usage"""
-        requests, cpu_ms, storage_bytes = self._one(sql, self._month())
-        return requests, cpu_ms, storage_bytes
-
-    def _begin(self) -> None:
-        self._insist("BEGIN IMMEDIATE")
+        return self._one(sql, self._month())
 
     def _insist(self, sql: str) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice; SQLite's
@@ -1255,7 +1197,7 @@ class Store:
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._insist("PRAGMA synchronous = FULL")
         self._insist("PRAGMA fullfsync = 1")
-        self._begin()
+        self._insist("BEGIN IMMEDIATE")
         (version,) = self._one("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
@@ -1302,7 +1244,7 @@ class Store:
         sql = """SELECT key, name FROM workflows AS w WHERE
                  EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
                  OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
-        self._begin()
+        self._insist("BEGIN IMMEDIATE")
         for key, name in self._db.execute(sql, (self.clock.now(),)).fetchall():
             if key not in self.bound and name not in self._warned:
                 self._warned.add(name)
@@ -1387,9 +1329,8 @@ class Store:
             events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
         rows = []
         for _, wait, event in settle(waits, events, now):
-            self._db.execute(
-                "DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq)
-            )
+            where = (inst.key, wait.seq)
+            self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
             kind, data, extra = "slept", None, None
             if wait.kind == "retry":
                 kind = "due"
@@ -1429,10 +1370,8 @@ class Store:
             self._news.append(News(inst, [], True))
 
     def _free_slots(self) -> float:
-        if self.limits.running is None:
-            return math.inf
-        running = self._count("running") + self._count("waitingForPause")
-        return max(0, self.limits.running - running)
+        limit = math.inf if self.limits.running is None else self.limits.running
+        return max(0, limit - self._count("running") - self._count("waitingForPause"))
 
     def _last_place(self) -> int:
         """The place behind all that are queued: a moment, if these are not ahead of their time."""
@@ -1460,7 +1399,6 @@ class Store:
     def _enqueue(self, inst: Instance, **columns: Any) -> None:
         """Puts an instance that has already run at its place in the queue: ahead of all new
         ones."""
-        self._stir = True
         place = WOKEN + (inst.wake or self.clock.now()) if inst.place is None else inst.place
         self._move(inst, "queued", place=place, **columns)
 
@@ -1542,6 +1480,7 @@ class Store:
     ) -> Instance:
         """Changes the status, and says so in the journal (as `row`, if that has a name of its
         own)."""
+        self._stir = True
         rows = [(row or status, None, None, None, data, None)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
@@ -1646,9 +1585,6 @@ class Store:
         self._touched.add(NEW)
         return made
 
-    def find(self, workflow: str, id: str) -> None:
-        self._get(workflow, id)
-
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
         """(key, status, data of the row that ended it)."""
         inst = self._get(workflow, id)
@@ -1692,7 +1628,6 @@ class Store:
     def pause(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
-        self._stir = True
         if inst.status == "running":
             self._move(inst, "waitingForPause", wake=now)
         elif inst.status in ("waiting", "queued"):
@@ -1701,7 +1636,6 @@ class Store:
     def resume(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
-        self._stir = True
         if inst.status == "waitingForPause":
             self._move(inst, "running", wake=now)
         elif inst.status == "paused":
@@ -1719,7 +1653,6 @@ class Store:
             message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
             raise WorkflowError(message, code="instance.cannot_terminate")
         now = self.clock.now()
-        self._stir = True
         ended: dict[str, Any] = {"ended": now, "wake": now, "place": None, "termination": source}
         self._move(inst, "terminated", generation=inst.generation + 1, **ended)
 
@@ -1729,7 +1662,6 @@ class Store:
         sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
         (params,) = self._one(sql, inst.key)
         self._erase(inst.key)
-        self._stir = True
         fresh: dict[str, Any] = dict.fromkeys(
             ("started", "ended", "paused", "termination", "rollback")
         )
@@ -1815,11 +1747,9 @@ class Store:
         given but `run` never saw goes back to its place in the buffer."""
         seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
         self._flush()
+        sql = "SELECT data, extra FROM journal WHERE instance = ? AND step = ? AND type = 'event'"
         for step in steps if seq is not None else ():
             self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
-            sql = (
-                "SELECT data, extra FROM journal WHERE instance = ? AND step = ? AND type = 'event'"
-            )
             waited = step.split(SEPARATOR)[-3] == "wait_for_event"
             for payload, extra in self._db.execute(sql, (key, step)).fetchall() if waited else ():
                 was = json.loads(extra)
@@ -1834,14 +1764,12 @@ class Store:
         if inst is None or inst.seq != seq:
             return False
         self._move(inst, "waiting")
-        self._stir = True
         return True
 
     def paused(self, key: int, generation: int) -> bool:
         """waitingForPause → paused, once nothing is in flight."""
         if inst := self._mine(key, generation, "waitingForPause"):
             self._put_to_pause(inst)
-            self._stir = True
         return True
 
     def poke(self, key: int, generation: int) -> bool:
@@ -1859,7 +1787,6 @@ class Store:
             now = self.clock.now()
             expiry = inst._replace(status=status, ended=now).expiry()
             self._move(inst, status, data, size=size, ended=now, wake=expiry, place=None)
-            self._stir = True
 
     def release(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
@@ -1888,14 +1815,11 @@ def _storage_error(path: str, error: BaseException) -> WorkflowError:
     return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
 
 
-def _set_result(future: asyncio.Future[Any], value: Any) -> None:
+def _resolve(
+    future: asyncio.Future[Any], value: Any = None, error: BaseException | None = None
+) -> None:
     if not future.done():
-        future.set_result(value)
-
-
-def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
+        future.set_result(value) if error is None else future.set_exception(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2026,7 +1950,7 @@ class StepCall(Coroutine[Any, Any, Any]):
             self._coroutine = self.run.perform(self)
         return self._coroutine
 
-    def __await__(self) -> Generator[Any, Any, Any]:
+    def __await__(self) -> Any:
         return self._begin().__await__()
 
     def send(self, value: Any) -> Any:
@@ -2038,10 +1962,6 @@ class StepCall(Coroutine[Any, Any, Any]):
     def close(self) -> None:
         if self._coroutine is not None:
             self._coroutine.close()
-
-    @property
-    def awaited(self) -> bool:
-        return self._coroutine is not None
 
 
 class WorkflowStep:
@@ -2100,17 +2020,9 @@ class Attempt:
         *("state", "step", "text", "threaded", "timer", "verdict", "wants"),
     )
 
-    def __init__(
-        self,
-        run: Run,
-        call: StepCall,
-        config: StepConfig,
-        callback: Callable[..., Any],
-        plain: bool,
-        wants: str | bool,
-    ) -> None:
-        self.run, self.call, self.config = run, call, config
-        self.callback, self.plain, self.wants = callback, plain, wants
+    def __init__(self, call: StepCall, config: StepConfig, callback: Callable[..., Any]) -> None:
+        self.run, self.call, self.config, self.callback = call.run, call, config, callback
+        self.plain, self.wants = not _is_async(callback), _wants_context(call.name, callback)
         self.step: Step
         self.base = contextvars.copy_context()  # of the caller; each attempt starts with it
         self.context: contextvars.Context
@@ -2127,7 +2039,7 @@ class Attempt:
 
     def again(self) -> Attempt:
         """The next attempt of the same step."""
-        attempt = Attempt(self.run, self.call, self.config, self.callback, self.plain, self.wants)
+        attempt = Attempt(self.call, self.config, self.callback)
         attempt.step, attempt.base = self.step, self.base
         return attempt
 
@@ -2175,11 +2087,8 @@ class Attempt:
             _leave_task(loop, caller)
         _enter_task(loop, carrier.task)
         try:
-            awaitable = self.context.run(callback)
-            if isinstance(awaitable, types.CoroutineType):
-                self.coroutine = awaitable
-            else:
-                self.coroutine = _awaited(awaitable)
+            made = self.context.run(callback)
+            self.coroutine = made if isinstance(made, types.CoroutineType) else _awaited(made)
             awaited = self.resume(None, None)
         except StopIteration as stop:
             value = stop.value
@@ -2238,13 +2147,11 @@ class Attempt:
         if not self.recorded:
             self.run.record_start(self, _ignore)
         if self.timer is None:
-            spent = engine.clock.now() - self.started
-            self.timer = engine.clock.call_later(max(0, self.config.timeout - spent), self._late)
+            ms, spent = self.config.timeout, engine.clock.now() - self.started
+            expire = functools.partial(self._expire, self.timeout_error())
+            self.timer = engine.clock.call_later(max(0, ms - spent), expire)
         if (excess := self._excess()) is not None:
             self._expire(excess)
-
-    def _late(self) -> None:
-        self._expire(self.timeout_error())
 
     def timeout_error(self) -> WorkflowTimeoutError:
         return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
@@ -2325,7 +2232,7 @@ class Carrier(Coroutine[Any, Any, None]):
 
     def carry(self, attempt: Attempt, awaited: Any) -> None:
         self._attempt, self._awaited = attempt, awaited
-        _set_result(self._job, None)
+        _resolve(self._job)
         attempt.run.tasks.add(self.task)
         self.task.add_done_callback(attempt.run.tasks.discard)
 
@@ -2429,7 +2336,10 @@ class Run:
             _check_name(call.name)
             step = self.steps.get(call.key)
             if call.kind == "do" and not (step and step.called):
-                self._count_step()
+                self._todo -= 1
+                if self._todo < 0:
+                    limit = self.bound.step_limit
+                    raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
             if step is None or step.state in ("new", "pending"):
                 begin = self._plan(call, step)
                 if call.attempt is None and self._cancelled:
@@ -2439,24 +2349,14 @@ class Run:
                 begin(step)
             elif step.state == "cancelled":
                 self._held += 1  # until `run` cancels it again
-            elif not step.queued:
-                step.called = True
-                return self._value(step, call)
-            elif self._inbox[0] is step and self._is_alone():
-                step.called = True
+            elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
-                return self._value(step, call)
             step.called = True
-            await self._turn(step)
+            if step.queued or step.state in ("pending", "cancelled"):
+                await self._turn(step)
             return self._value(step, call)
         finally:
             self.open_calls.discard(call)
-
-    def _count_step(self) -> None:
-        self._todo -= 1
-        if self._todo < 0:
-            limit = self.bound.step_limit
-            raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
 
     def _is_alone(self) -> bool:
         """Whether nothing of the run can happen before the task that calls a step goes on: it is
@@ -2514,29 +2414,17 @@ class Run:
     def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
         """Checks a call that has no result yet; the answer begins it. Nothing is stored for one
         that is refused: wrong arguments are wrong as for any Python function."""
-        plan: Callable[..., Callable[[Step], None]] = self._plan_do
-        code = "step.invalid_config"
-        if call.kind == "sleep":
-            plan, code = self._plan_sleep, "step.invalid_duration"
-        elif call.kind != "do":
-            plan = self._plan_wait
+        plan: Callable[..., Callable[[Step], None]] = getattr(self, f"_plan_{call.kind}")
         try:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
+            code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
             raise _fatal(code, f"{call.kind} {call.name!r}: {error}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
-        if len(args) == 1 and not options and callable(args[0]):
-            options = {"callback": args[0]}  # by far the most
-        elif args:
-            names = (
-                ("config", "callback") if len(args) > 1 or _is_config(args[0]) else ("callback",)
-            )
-            if len(args) > 2 or options.keys() & names[: len(args)]:
-                raise TypeError("too many arguments: expected (name, [config], callback)")
-            options.update(zip(names, args, strict=False))
-        _options(options, ("config", "callback"), "do")
-        given, callback = options.get("config"), options.get("callback")
+        if len(args) == 1 and args[0] is not None and not isinstance(args[0], Mapping):
+            args = (options.pop("config", None), *args)
+        given, callback = _do_arguments(*args, **options)
         if not callable(callback):
             what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
             message = f"step {call.name!r}: {what}: expected an async or plain function"
@@ -2548,8 +2436,7 @@ class Run:
             config = _DEFAULT_CONFIG
             if given is not None:
                 config = StepConfig(given, self.engine.limits.max_sleep)
-        wants = _wants_context(call.name, callback)
-        attempt = Attempt(self, call, config, callback, not _is_async(callback), wants)
+        attempt = Attempt(call, config, callback)
 
         def begin(step: Step) -> None:
             step.state = "pending"
@@ -2574,7 +2461,7 @@ class Run:
         ms = max(0, moment - self.engine.clock.now()) if fixed else moment
         return self._begin_wait(call, ("sleep", None), ms, moment if fixed else None)
 
-    def _plan_wait(
+    def _plan_wait_for_event(
         self, call: StepCall, type: Any = None, timeout: Any = "24 hours", **options: Any
     ) -> Callable[[Step], None]:
         if isinstance(type, Mapping):
@@ -2723,7 +2610,7 @@ class Run:
             self._inbox.append(step)
             step.queued = True
         elif step.waiter is not None:
-            _set_result(step.waiter, None)
+            _resolve(step.waiter)
 
     def _arm(self) -> None:
         """Delivers the next result if that can disturb nobody; otherwise, or if the run may be
@@ -2761,7 +2648,7 @@ class Run:
         step.queued = False
         self.moved = self.engine.turn
         assert step.waiter is not None
-        _set_result(step.waiter, None)
+        _resolve(step.waiter)
 
     def _may_be_idle(self) -> bool:
         return bool(
@@ -2888,7 +2775,7 @@ class Run:
 
     def _warn_about_calls(self) -> None:
         for call in self.open_calls:
-            if not call.awaited:
+            if call._coroutine is None:
                 log.warning("%s: step %r was called but never awaited", self, call.name)
         if not any(step.state == "cancelled" for step in self.steps.values()):
             for step in self.steps.values():
@@ -2978,8 +2865,8 @@ def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
     raise error(message, code="event.invalid_type")
 
 
-def _is_config(argument: Any) -> bool:
-    return argument is None or isinstance(argument, Mapping)
+def _do_arguments(config: Any = None, callback: Any = None) -> tuple[Any, Any]:
+    return config, callback  # Python itself refuses what doesn't fit
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -2989,7 +2876,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
 
-def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
+def _wants_context(name: str, function: Callable[..., Any]) -> Any:
     """How a callback takes the step context: "ctx" by that name, True by position, False not at
     all."""
     if type(function) is types.FunctionType and function.__code__.co_varnames == ():
@@ -2998,13 +2885,8 @@ def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return False  # a built-in that doesn't say
-    ways: list[tuple[str | bool, tuple[None, ...], dict[str, None]]] = [
-        (False, (), {}),
-        (True, (None,), {}),
-    ]
-    if "ctx" in signature.parameters:
-        ways.insert(0, ("ctx", (), {"ctx": None}))
-    for way, args, named in ways:
+    ways: Any = [("ctx", (), {"ctx": None}), (False, (), {}), (True, (None,), {})]
+    for way, args, named in ways["ctx" not in signature.parameters :]:
         with contextlib.suppress(TypeError):
             signature.bind(*args, **named)
             return way
@@ -3018,26 +2900,13 @@ def _wants_context(name: str, function: Callable[..., Any]) -> str | bool:
 # the next one recovers).
 
 
-class Env(Mapping[str, Any]):
+class Env(dict[str, Any]):
     """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__["_values"] = dict(values)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
     def __getattr__(self, name: str) -> Any:
-        if name == "_values" or name not in self._values:
-            has = ", ".join(self.__dict__.get("_values", ()))
-            raise AttributeError(f"env has no {name!r}; it has {has or 'nothing'}")
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+        if name not in self:
+            raise AttributeError(f"env has no {name!r}; it has {', '.join(self) or 'nothing'}")
+        return self[name]
 
 
 class WorkflowEntrypoint(Generic[Params]):
@@ -3076,12 +2945,10 @@ class Engine:
         path = os.fspath(database)
         if not isinstance(path, str) or not path:
             raise TypeError(f"database is {_show(database)}: expected a path")
-        if env is not None and not isinstance(env, Mapping):
-            raise TypeError(f"env is {type(env).__name__}: expected a dict")
-        if limits is not None and not isinstance(limits, Limits):
-            raise TypeError(f"limits is {type(limits).__name__}: expected Limits")
-        if clock is not None and not isinstance(clock, Clock):
-            raise TypeError(f"clock is {type(clock).__name__}: expected a Clock")
+        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
+        for name, (given, kind) in kinds.items():
+            if not isinstance(given, (kind, type(None))):
+                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits = limits or Limits()
@@ -3095,7 +2962,7 @@ class Engine:
         self.runs: dict[int, Run] = {}  # by the instance's key
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
-        self._created: deque[int] = deque()  # when, within the last second
+        self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
         self._loading: set[tuple[int, int]] = set()  # (key, generation)
         self._watchers: dict[int, set[asyncio.Future[None]]] = {}
 
@@ -3113,21 +2980,16 @@ class Engine:
         class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
         the most steps that a run may call, up to 25,000."""
         if not (isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)):
-            raise TypeError(
-                f"{_show(cls)} is not a workflow: expected a class that extends WorkflowEntrypoint"
-            )
+            raise TypeError(f"{_show(cls)} is not a class that extends WorkflowEntrypoint")
         if cls.run is WorkflowEntrypoint.run or not callable(cls.run):
             raise TypeError(f"{cls.__name__} has no run(self, event, step)")
         name = _kebab(cls.__name__) if name is None else name
         if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{_show(name)} is not a workflow name: expected up to 64 letters, digits, '_', '-'"
-            )
+            expected = "up to 64 letters, digits, '_', '-'"
+            raise ValueError(f"{_show(name)} is not a workflow name: expected {expected}")
         binding = name.upper().replace("-", "_") if binding is None else binding
         if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
-            raise ValueError(
-                f"{_show(binding)} is not a binding: expected an identifier like MY_WORKFLOW"
-            )
+            raise ValueError(f"{_show(binding)} is not a binding: expected one like MY_WORKFLOW")
         if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
             raise ValueError(f"steps is {_show(steps)}: expected a whole number from 1 to 25,000")
         if name in self._workflows:
@@ -3141,7 +3003,7 @@ class Engine:
             self._check_open()
             self._define(workflow, binding)
         self._workflows[name] = workflow
-        self.env._values[binding] = workflow
+        self.env[binding] = workflow
         return workflow
 
     def _define(self, workflow: Workflow, binding: str) -> None:
@@ -3155,7 +3017,7 @@ class Engine:
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
         # What the loop will run next; a loop that doesn't show it is taken to be busy always.
-        self.ready: Sized = getattr(self.loop, "_ready", (None, None))
+        self.ready: Sequence[Any] = getattr(self.loop, "_ready", (None, None))
         self.threads = Threads(self.loop)
         self.store = Store(self.path, self.clock, self.limits, self.loop)
         self.store.deliver, self.store.broke = self._deliver, self._broke
@@ -3217,27 +3079,18 @@ class Engine:
         """The result of one of the store's operations, once it is committed."""
         self._check_open()
         future: asyncio.Future[Any] = self.loop.create_future()
-
-        def resolve(result: Any, error: BaseException | None) -> None:
-            if error is not None:
-                _set_exception(future, error)
-            else:
-                _set_result(future, result)
-
-        self.store.post(getattr(self.store, op), *args, then=resolve)
+        then = functools.partial(_resolve, future)
+        self.store.post(getattr(self.store, op), *args, then=then)
         return await future
 
     def count_creation(self) -> None:
         """Refuses one creation (or batch) too many within a second."""
         self._check_open()
         limit, now = self.limits.creations_per_second, self.clock.now()
-        while self._created and self._created[0] <= now - 1000:
-            self._created.popleft()
-        if limit is not None and len(self._created) >= limit:
+        if len(self._created) == limit and all(at > now - 1000 for at in self._created):
             message = f"{limit} creations per second (limit creations_per_second)"
             raise WorkflowError(message, code="limit.creation_rate")
-        if limit is not None:
-            self._created.append(now)
+        self._created.append(now)
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
@@ -3366,7 +3219,7 @@ class Engine:
     def _wake(self, keys: Iterable[int]) -> None:
         for key in self._watchers.keys() & set(keys):
             for future in self._watchers[key]:
-                _set_result(future, None)
+                _resolve(future)
 
 
 def _kebab(name: str) -> str:
@@ -3454,7 +3307,7 @@ class Workflow:
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call("find", self.name, self._check_id(id))
+        await self.engine.call("status", self.name, self._check_id(id))
         return WorkflowInstance(self, id)
 
     def introspect(self) -> WorkflowIntrospector:
@@ -3527,9 +3380,7 @@ class WorkflowInstance:
             return InstanceStatus(status, decode(data))
         if status == "errored":
             record = decode(data)
-            return InstanceStatus(
-                status, None, {"name": record["name"], "message": record["message"]}
-            )
+            return InstanceStatus(status, None, {key: record[key] for key in ("name", "message")})
         return InstanceStatus(status)
 
     async def history(self) -> list[Row]:
@@ -3575,10 +3426,10 @@ class WorkflowInstance:
         patience = None if timeout is None else parse_duration(timeout)
         key, status, data = await self._call("status")
         late: asyncio.Future[None] = engine.loop.create_future()
-        timer = None
-        if patience is not None:
-            timer = engine.clock.call_later(patience, functools.partial(_set_result, late, None))
-        try:
+        with contextlib.ExitStack() as stack:
+            if patience is not None:
+                wake = functools.partial(_resolve, late)
+                stack.callback(engine.clock.call_later(patience, wake).cancel)
             while status not in FINISHED:
                 with engine.watch(key) as ended:
                     key, status, data = await self._call("status")
@@ -3587,9 +3438,6 @@ class WorkflowInstance:
                         if late.done() and not ended.done():
                             message = f"no result of {self.id!r} within {patience}ms"
                             raise WorkflowTimeoutError(message)
-        finally:
-            if timer is not None:
-                timer.cancel()
         if status == "complete":
             return decode(data)
         if status == "errored":
@@ -3623,7 +3471,7 @@ class WorkflowInstanceModifier:
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
 
-    def __await__(self) -> Generator[Any, Any, None]:
+    def __await__(self) -> Any:
         yield from asyncio.gather(*self._sending).__await__()
 
     def disable_sleeps(self, steps: Iterable[Any] | None = None) -> Self:
