@@ -37,6 +37,7 @@ The file reads downwards; each section begins with what it is for and why it is 
     engine       which instances live now, and what happens when something fails
     binding      `Workflow` and `WorkflowInstance`, the side that callers see
     test tools   introspection, and a clock that moves only when told
+    command line `demo`, which kills its own engine
 """
 
 from __future__ import annotations
