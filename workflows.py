@@ -164,7 +164,7 @@ def _camel(name: str) -> str:
 class _Record(Mapping[str, Any]):
     """A dataclass that can also be read as a mapping with Cloudflare's (camelCase) keys."""
 
-    _keys: ClassVar[dict[str, str]]  # original key → attribute
+    _keys: ClassVar[dict[str, str]]  # Cloudflare's key → attribute
 
     def __init_subclass__(cls) -> None:
         cls._keys = {_camel(name): name for name in cls.__annotations__ if name[0] != "_"}
@@ -200,11 +200,8 @@ class WorkflowStepEvent(_Record):
     type: str
 
     def __getitem__(self, key: str) -> Any:
-        if key in self._keys:
-            return super().__getitem__(key)
-        if isinstance(self.payload, dict):
-            return self.payload[key]
-        raise KeyError(key)
+        inner = self.payload if isinstance(self.payload, dict) else {}
+        return super().__getitem__(key) if key in self._keys else inner[key]
 
     def __getattr__(self, name: str) -> Any:
         payload = self.__dict__.get("payload")
@@ -314,7 +311,7 @@ class Clock:
     """Where all time comes from: the wall clock for moments that are stored (a machine that was
     suspended must notice), the event loop's monotonic clock for timers."""
 
-    exact = False  # whether the loop stands still during each transaction: nothing is up to chance
+    exact = False  # whether the loop waits for the writer after each operation
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []  # the open ones that go by it
@@ -330,7 +327,7 @@ class Clock:
 
 # --------------------------------------------------------------------------------------------------
 # Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes,
-# as the original's structured clone has them, and never pickle: opening a database must not run
+# as Cloudflare's structured clone has them, and never pickle: opening a database must not run
 # code.
 #
 # A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
@@ -339,9 +336,16 @@ class Clock:
 # that would read as one of these).
 
 DEEPEST = 300  # levels of nesting
-_TAGS = ("$datetime", "$bytes", "$str", "$dict")
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "$datetime": datetime.fromisoformat,
+    "$bytes": base64.b64decode,
+    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
+    "$dict": dict,
+}
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode  # blanks: none
+_parse: Callable[[str, int], tuple[Any, int]] = (
+    json.JSONDecoder().raw_decode
+)  # of texts without blanks
 _to_ascii_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
 
@@ -449,18 +453,8 @@ def _tagged(value: Any, path: str, above: set[int]) -> Any:
 
 
 def _untag(pairs: dict[str, Any]) -> Any:
-    if len(pairs) != 1:
-        return pairs
-    ((tag, inner),) = pairs.items()
-    if tag == "$datetime":
-        return datetime.fromisoformat(inner)
-    if tag == "$bytes":
-        return base64.b64decode(inner)
-    if tag == "$str":
-        return base64.b64decode(inner).decode("utf-8", "surrogatepass")
-    if tag == "$dict":
-        return dict(inner)
-    return pairs
+    tag = next(iter(pairs)) if len(pairs) == 1 else ""
+    return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
 
 
 def size_of(text: str) -> int:
@@ -615,10 +609,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if not whole and (
-                value is not None or name in ("max_sleep", "steps", "batch", "id_length")
-            ):
+            lifted = value is None and name not in ("max_sleep", "steps", "batch", "id_length")
+            if not lifted and (type(value) is not int or value < 0):
                 raise ValueError(f"Limits.{name} is {_show(value)}: expected a whole number from 0")
         if self.steps > 25_000 or self.max_sleep > _YEAR:
             raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
@@ -680,7 +672,7 @@ class StepConfig:
             known = ", ".join(_BACKOFF)
             raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
         self.backoff = _BACKOFF[backoff]
-        # What is stored; empty for the defaults, which most steps have. JSON knows no infinity.
+        # What is stored; None for the defaults, which most steps have. JSON knows no infinity.
         stored = {"retries": merged | {"limit": None if limit == math.inf else limit}}
         self.text = None if not given else encode(stored | {"timeout": self.raw["timeout"]})[0]
 
@@ -766,11 +758,6 @@ def step_label(key: str | None) -> str:
 class Step:
     """What is known of one step: recorded facts, and while its run lives, who waits for it."""
 
-    __slots__ = (
-        *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
-        *("called", "queued", "waiter", "task", "alone", "fresh"),
-    )
-
     def __init__(self, key: str) -> None:
         self.key = key
         self.nested = key.count(SEPARATOR) > 2
@@ -783,12 +770,10 @@ class Step:
         # In this life:
         self.called = False
         self.queued = False  # its result has not been handed to `run` yet
-        self.waiter: asyncio.Future[None] | None = None  # of the call, in this task
+        self.waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
         self.task: asyncio.Task[Any] | None = None
         self.alone = False  # nothing else of the run was under way when it was called
-        self.fresh: Any = (
-            None  # the decoded value or the error itself, when it was made in this life
-        )
+        self.fresh: Any = None  # its value or error itself, if made in this life
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
@@ -966,9 +951,9 @@ RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]
 class Head:
     """What the guard of a run's writes needs of its instance. Read once for all writes of a
     transaction, which holds the write lock, and written back at its end: so a step costs no
-    statement of its own, only its part of four that are run for the whole batch."""
+    statement of its own, only its part of a few that are run for the whole batch."""
 
-    __slots__ = ("careful", "dirty", "generation", "key", "seq", "state_bytes")
+    __slots__ = ("careful", "generation", "key", "seq", "state_bytes")
 
     def __init__(self, key: int, generation: int, seq: int, state_bytes: int, careful: int) -> None:
         self.key, self.generation, self.seq = key, generation, seq
@@ -1135,7 +1120,7 @@ class Store:
         self._flush()
         self._count_usage()
         self._db.execute("COMMIT")
-        batch.clear()
+        batch.clear()  # committed: an error from here on must not reject them
         outside, self._outside = self._outside, False
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
@@ -1791,17 +1776,14 @@ class Store:
 
     def release(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
-        inst = self._mine(key, generation)
-        if inst is not None and interrupted:
+        if inst := self._mine(key, generation):
             self.give_up(key, generation, "stop", interrupted)
-        if inst is not None and inst.status in ("running", "waitingForPause"):
-            self._stop(inst)
+            if inst.status in ("running", "waitingForPause"):
+                self._stop(inst)
 
     def _stop(self, inst: Instance, **columns: Any) -> None:
-        if inst.status == "waitingForPause":
-            self._put_to_pause(inst, **columns)
-        else:
-            self._enqueue(inst, **columns)
+        move = self._put_to_pause if inst.status == "waitingForPause" else self._enqueue
+        move(inst, **columns)
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -2015,12 +1997,6 @@ class Attempt:
     most need; but in the name of a task of its own, the carrier, which then carries it on. So a
     timeout or a cancellation reaches the callback and nothing else."""
 
-    __slots__ = (
-        *("base", "begun", "call", "callback", "carrier", "config", "context", "coroutine"),
-        *("counts", "cpu", "fresh", "number", "over", "plain", "recorded", "run", "started"),
-        *("state", "step", "text", "threaded", "timer", "verdict", "wants"),
-    )
-
     def __init__(self, call: StepCall, config: StepConfig, callback: Callable[..., Any]) -> None:
         self.run, self.call, self.config, self.callback = call.run, call, config, callback
         self.plain, self.wants = not _is_async(callback), _wants_context(call.name, callback)
@@ -2207,7 +2183,7 @@ class Attempt:
             self.run.engine.threads.release()
 
     def stored(self, seq: int | None, refused: BaseException | None) -> None:
-        """Its end is in the journal."""
+        """The store's answer to its end: recorded, refused (over a limit), or outdated (None)."""
         if self.run.dead:
             return
         if refused is not None:
@@ -2241,7 +2217,8 @@ class Carrier(Coroutine[Any, Any, None]):
         if self._attempt is None:
             return next(self._idle)
         if self._fresh:
-            return self._take_over()
+            self._fresh = False
+            return self._awaited
         return self._attempt.carry_on(value, None)
 
     def throw(self, *thrown: Any) -> Any:
@@ -2249,18 +2226,13 @@ class Carrier(Coroutine[Any, Any, None]):
         if self._attempt is None:
             raise error
         if self._fresh:
-            awaited = self._take_over()
-            if awaited is not None and awaited.cancel():
-                return awaited  # as `Task.cancel` does it
+            self._fresh = False
+            if self._awaited is not None and self._awaited.cancel():
+                return self._awaited  # as `Task.cancel` does it
         return self._attempt.carry_on(None, error)
 
-    def _take_over(self) -> Any:
-        self._fresh = False
-        return self._awaited
-
     def close(self) -> None:
-        if self._attempt is not None:
-            self._attempt.coroutine.close()
+        raise NotImplementedError
 
     def __await__(self) -> Any:
         raise NotImplementedError
@@ -3121,15 +3093,13 @@ class Engine:
     def _hear(self, news: News) -> None:
         inst = news.instance
         run = self.runs.get(inst.key)
-        if run is None:
-            if news.admitted:
-                self._load(inst)
-        elif not run.dead and run.generation == inst.generation:
+        if run is not None and not run.dead and run.generation == inst.generation:
             run.on_news(inst, news.rows)
-        else:
+        elif run is not None:
             run.unload()
-            if news.admitted:
-                run.successor = inst
+            run.successor = inst if news.admitted else run.successor
+        elif news.admitted:
+            self._load(inst)
 
     def _load(self, inst: Instance) -> None:
         if self._state != "open":
@@ -3293,10 +3263,9 @@ class Workflow:
                     raise WorkflowError(message, code="limit.retention")
         return id, text, kept[0], kept[1]
 
-    async def _create(self, entries: list[Entry]) -> list[str]:
+    async def _create(self, entries: list[Entry]) -> Any:
         self.engine.count_creation()
-        made: list[str] = await self.engine.call("create", self.name, entries, "binding")
-        return made
+        return await self.engine.call("create", self.name, entries, "binding")
 
     def _check_id(self, id: Any, where: str = "") -> str:
         limit = self.engine.limits.id_length
@@ -3756,7 +3725,7 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# The original's spelling of what has one.
+# Cloudflare's own spellings.
 Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
 WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
 WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
