@@ -3941,6 +3941,48 @@ class Jumping(workflows.Clock):
         return super().now() + self.ahead
 
 
+class Moving(Case):
+    """`ManualClock`, where the other classes do not show it."""
+
+    async def test_advances_at_once_follow_each_other(self) -> None:
+        begin = self.clock.now()
+        hours = ("10 hours", "5 hours", "1 minute")
+        await asyncio.gather(*(self.clock.advance(duration) for duration in hours))
+        self.assertEqual(self.clock.now() - begin, 15 * 3_600_000 + 60_000)
+
+    async def test_what_ends_at_the_deadline_of_result_is_in_time(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            waiting = asyncio.create_task(instance.result("1 hour"))
+            await self.clock.advance("1 hour")
+            await waiting
+
+    async def test_a_callback_can_not_move_the_clock(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            try:
+                once = {"retries": {"limit": 0}}
+                await step.do("advance", once, lambda: self.clock.advance(1))
+            except RuntimeError as error:
+                return str(error)
+            return "no error"
+
+        self.assertIn("would wait for itself", await self.outcome(run))
+
+    async def test_a_wrong_argument_is_named_without_names_of_ours(self) -> None:
+        async def run(event: Any, step: Any) -> list[str]:
+            errors = []
+            for call in (step.do("x", one_step, foo=1), step.wait_for_event("w", "t", 1, 2)):
+                try:
+                    await call
+                except WorkflowFatalError as error:
+                    errors.append(str(error))
+            return errors
+
+        first, second = await self.outcome(run)
+        self.assertIn("do 'x': do() got an unexpected keyword argument 'foo'", first)
+        self.assertIn("wait_for_event 'w': wait_for_event() takes", second)
+
+
 class Time(Real):
     async def test_a_clock_that_jumps_is_noticed_within_100_ms(self) -> None:
         for hibernate in ("1 hour", 0):

@@ -343,9 +343,7 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$dict": dict,
 }
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_parse: Callable[[str, int], tuple[Any, int]] = (
-    json.JSONDecoder().raw_decode
-)  # of texts without blanks
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode  # no blanks
 _to_ascii_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
 
@@ -834,7 +832,7 @@ class Wait(NamedTuple):
     fixed: int
 
 
-def settle(
+def end_waits(
     waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
 ) -> list[tuple[int, Wait, tuple[int, int] | None]]:
     """Which waits have ended by now, in the order in which they did, however late we look, as
@@ -995,8 +993,8 @@ class Store:
         self.introspections: list[WorkflowInstanceModifier] = []  # open blocks: see "Test tools"
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
-        self._stir = False  # something may be due, or a slot free
-        self._outside = False  # another process wrote
+        self._look_again = False  # something may be due, or a slot free
+        self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         self._heads: dict[int, Head] = {}
         self._touched: set[int] = set()  # instances whose watchers want to know
@@ -1040,7 +1038,7 @@ class Store:
         except Exception as error:
             self._tell(_resolve, opened, None, _storage_error(self.path, error))
         finally:
-            self._release()
+            self._disown()
             if hasattr(self, "_db"):
                 with contextlib.suppress(sqlite3.Error):
                     self._db.close()
@@ -1064,7 +1062,8 @@ class Store:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
                 self._fail(error, [then for _, _, then in batch])
-            self._answered.release(asked) if asked else None
+            if asked:
+                self._answered.release(asked)
 
     def _gather(self) -> tuple[list[Op], bool]:
         """Everything that is queued; waits for it until the next tick or the next wake."""
@@ -1090,20 +1089,20 @@ class Store:
         if not batch or moment > self._looked + TICK:
             self._looked = moment
             version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
-            self._outside = self._outside or version != self._version
-            self._stir = self._stir or self._outside
+            self._others_wrote = self._others_wrote or version != self._version
+            self._look_again = self._look_again or self._others_wrote
         due = self.owner and self._is_due() and not self.clock.exact
-        if batch or self._outside or due:
+        if batch or self._others_wrote or due:
             self._transact(batch)
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
             self._contend()
         if moment > self._checked + 1:
             self._checked = moment
-            self._check()
+            self._look_around()
 
     def _is_due(self) -> bool:
-        return not self.closing and (self._stir or self.next_wake <= self.clock.now())
+        return not self.closing and (self._look_again or self.next_wake <= self.clock.now())
 
     def _transact(self, batch: list[Op]) -> None:
         results: list[Any] = []
@@ -1121,7 +1120,7 @@ class Store:
         self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()  # committed: an error from here on must not reject them
-        outside, self._outside = self._outside, False
+        outside, self._others_wrote = self._others_wrote, False
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
         if results or news or touched or outside:
@@ -1169,7 +1168,7 @@ class Store:
         log.critical("%s; the engine stops here", self.failure, exc_info=error)
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("ROLLBACK")
-        self._release()
+        self._disown()
         self._tell(self.broke, self.failure, callbacks)
 
     # -- the file
@@ -1214,7 +1213,7 @@ class Store:
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
 
-    def _check(self) -> None:
+    def _look_around(self) -> None:
         """The look once a second. SQLite goes on writing into a file that was removed or replaced,
         where nobody would read it; and the owner may be asked for what it can't do."""
         for path, was in self._files:
@@ -1253,11 +1252,11 @@ class Store:
                     return
                 raise
             self._files = [*self._files[:1], (path, os.stat(path))]
-        self.owner = self._stir = True
+        self.owner = self._look_again = True
         self._inherited = set(self.bound)
         self._transact([])
 
-    def _release(self) -> None:
+    def _disown(self) -> None:
         self.owner = False
         if self._lock is not None:
             with contextlib.suppress(sqlite3.Error):
@@ -1269,7 +1268,7 @@ class Store:
     def _schedule(self) -> None:
         """The owner's look at the database: everything whose `wake` has come, then the queue."""
         now = self.clock.now()
-        self._stir = False
+        self._look_again = False
         for workflow in self._inherited:  # from an owner that died
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
             for inst in self._instances(where, workflow):
@@ -1295,7 +1294,7 @@ class Store:
         elif inst.status == "paused":
             self._change(inst.key, wake=None)
         else:
-            rows = self._settle(inst, now)
+            rows = self._end_waits(inst, now)
             if rows and inst.status == "waiting":
                 self._requests += 1
                 self._enqueue(inst)
@@ -1303,7 +1302,7 @@ class Store:
             inst = self._change(inst.key, wake=due)
         self._news.append(News(inst, rows))
 
-    def _settle(self, inst: Instance, now: int) -> list[Row]:
+    def _end_waits(self, inst: Instance, now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same
         transaction."""
         sql = """SELECT seq, at, kind, step, event, due, fixed FROM waits
@@ -1314,7 +1313,7 @@ class Store:
             sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
             events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
         rows = []
-        for _, wait, event in settle(waits, events, now):
+        for _, wait, event in end_waits(waits, events, now):
             where = (inst.key, wait.seq)
             self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
             kind, data, extra = "slept", None, None
@@ -1340,7 +1339,7 @@ class Store:
         queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
-        self._stir = self._stir or free == BATCH <= len(queued)
+        self._look_again = self._look_again or free == BATCH <= len(queued)
         for inst in queued[:free]:
             row = "started" if inst.started is None else "running"
             self._append(inst.key, inst.seq + 1, now, [(row, None, None, None, None, None)])
@@ -1456,18 +1455,11 @@ class Store:
         return inst
 
     def _move(
-        self,
-        inst: Instance,
-        status: str,
-        data: str | None = None,
-        row: str = "",
-        size: int = 0,
-        **columns: Any,
+        self, inst: Instance, status: str, data: str | None = None, size: int = 0, **columns: Any
     ) -> Instance:
-        """Changes the status, and says so in the journal (as `row`, if that has a name of its
-        own)."""
-        self._stir = True
-        rows = [(row or status, None, None, None, data, None)]
+        """Changes the status, and says so in the journal."""
+        self._look_again = True
+        rows = [(status, None, None, None, data, None)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
     def _append(self, key: int, seq: int, now: int, rows: Sequence[RowTail]) -> None:
@@ -1511,7 +1503,7 @@ class Store:
     def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
-        self._stir = True
+        self._look_again = True
         look = {} if inst.status == "paused" else {"wake": now}
         inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, **look)
         values = (inst.key, type, inst.seq, now, payload)
@@ -1537,7 +1529,7 @@ class Store:
         (key,) = self._one(sql, name, binding, class_name, steps, now, now)
         self.bound[key] = name
         self._inherited.add(key)
-        self._stir = True
+        self._look_again = True
 
     def create(self, workflow: str, entries: Sequence[Entry], trigger: str) -> list[str]:
         """Stores instances, in order; returns the ids of those that are new."""
@@ -1567,7 +1559,7 @@ class Store:
                  VALUES """
         self._bulk(sql, "(?, ?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)", "", rows)
         self._requests += len(made)
-        self._stir = True
+        self._look_again = True
         self._touched.add(NEW)
         return made
 
@@ -1582,7 +1574,7 @@ class Store:
     def history(self, workflow: str, id: str) -> list[Row]:
         return self._journal(self._get(workflow, id).key)
 
-    def ended(self, keys: list[int]) -> set[int]:
+    def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
         rows."""
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
@@ -1658,7 +1650,7 @@ class Store:
     def delete(self, workflow: str, id: str) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
         inst = self._get(workflow, id)
-        self._stir = True
+        self._look_again = True
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
         self._touched.add(inst.key)
@@ -1714,7 +1706,9 @@ class Store:
             rows = json.loads(self._one(sql, str(keys))[0])
         self._heads |= {row[0]: Head(*row) for row in rows}
 
-    def wait(self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]) -> int | None:
+    def begin_wait(
+        self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
+    ) -> int | None:
         """Appends the start of a sleep, of an event wait or of a retry delay."""
         seq = self.record(key, generation, [row])
         if seq is not None:
@@ -1744,7 +1738,7 @@ class Store:
                 self._change(key, wake=self.clock.now())
         return seq
 
-    def idle(self, key: int, generation: int, seq: int) -> bool:
+    def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
         inst = self._mine(key, generation, "running")
         if inst is None or inst.seq != seq:
@@ -1752,7 +1746,7 @@ class Store:
         self._move(inst, "waiting")
         return True
 
-    def paused(self, key: int, generation: int) -> bool:
+    def pause_now(self, key: int, generation: int) -> bool:
         """waitingForPause → paused, once nothing is in flight."""
         if inst := self._mine(key, generation, "waitingForPause"):
             self._put_to_pause(inst)
@@ -1774,7 +1768,7 @@ class Store:
             expiry = inst._replace(status=status, ended=now).expiry()
             self._move(inst, status, data, size=size, ended=now, wake=expiry, place=None)
 
-    def release(self, key: int, generation: int, interrupted: list[str]) -> None:
+    def hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         if inst := self._mine(key, generation):
             self.give_up(key, generation, "stop", interrupted)
@@ -1868,7 +1862,7 @@ class Threads:
         del self._began[reply]
         reply(*outcome)
 
-    def fresh(self) -> bool:
+    def may_end_soon(self) -> bool:
         """Whether a callback may end any moment: it has been running for less than 100 ms."""
         now = time.monotonic()
         return any(now < began + 0.1 for began in self._began.values())
@@ -2202,7 +2196,7 @@ class Carrier(Coroutine[Any, Any, None]):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._attempt: Attempt | None = None
         self._awaited: Any = None  # what the callback waits for, and the task does not yet
-        self._fresh = True
+        self._untouched = True
         self._job: asyncio.Future[None] = loop.create_future()
         self._idle = self._job.__await__()
         self.task = asyncio.Task(self, loop=loop, name="workflows:callback")
@@ -2216,8 +2210,8 @@ class Carrier(Coroutine[Any, Any, None]):
     def send(self, value: Any) -> Any:
         if self._attempt is None:
             return next(self._idle)
-        if self._fresh:
-            self._fresh = False
+        if self._untouched:
+            self._untouched = False
             return self._awaited
         return self._attempt.carry_on(value, None)
 
@@ -2225,8 +2219,8 @@ class Carrier(Coroutine[Any, Any, None]):
         error = thrown[0] if isinstance(thrown[0], BaseException) else thrown[1]
         if self._attempt is None:
             raise error
-        if self._fresh:
-            self._fresh = False
+        if self._untouched:
+            self._untouched = False
             if self._awaited is not None and self._awaited.cancel():
                 return self._awaited  # as `Task.cancel` does it
         return self._attempt.carry_on(None, error)
@@ -2270,9 +2264,9 @@ class Run:
         self.tasks: set[asyncio.Task[Any]] = set()
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self._held = 0  # replayed calls that wait for `run` to cancel them again
-        self._todo = bound.step_limit
+        self._steps_left = bound.step_limit
         self._writing = 0
-        self.moved = 0  # the turn of the loop in which it last did something
+        self.last_move = 0  # the turn of the loop in which it last did something
         self._settling = self._idling = False
         self._timer: Any = None
         self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
@@ -2305,12 +2299,12 @@ class Run:
         try:
             if self.dead:
                 await self._leave()
-            self.moved = self.engine.turn
+            self.last_move = self.engine.turn
             _check_name(call.name)
             step = self.steps.get(call.key)
             if call.kind == "do" and not (step and step.called):
-                self._todo -= 1
-                if self._todo < 0:
+                self._steps_left -= 1
+                if self._steps_left < 0:
                     limit = self.bound.step_limit
                     raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
             if step is None or step.state in ("new", "pending"):
@@ -2392,7 +2386,8 @@ class Run:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-            raise _fatal(code, f"{call.kind} {call.name!r}: {error}") from None
+            what = re.sub(r"[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
+            raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
         if len(args) == 1 and args[0] is not None and not isinstance(args[0], Mapping):
@@ -2467,7 +2462,7 @@ class Run:
                 wait = (what[0], step.key, what[1], due, int(until is not None))
                 data = ms if what[1] is None else {"type": what[1], "timeout": ms}
                 row = (what[0], step.key, None, None, _to_json(data), None)
-                self._post(self.engine.store.wait, row, wait, then=_ignore)
+                self._post(self.engine.store.begin_wait, row, wait, then=_ignore)
 
         return begin
 
@@ -2555,7 +2550,7 @@ class Run:
             self._waiting.add(step.key)
             self._retries[step.key] = attempt.again()
             row = ("failed", step.key, number, started, text, extra)
-            store.post(store.wait, self.key, self.generation, row, wait, then=attempt.stored)
+            store.post(store.begin_wait, self.key, self.generation, row, wait, then=attempt.stored)
             return
         row = (attempt.state, step.key, number, started, attempt.text, extra)
         args = (self.key, self.generation, [row], size, True)
@@ -2598,7 +2593,7 @@ class Run:
         elif not self._may_be_idle():
             return
         self._settling = True
-        self.moved = self.engine.turn
+        self.last_move = self.engine.turn
         self.engine.when_settled(self)
 
     def settled(self) -> None:
@@ -2614,12 +2609,12 @@ class Run:
         elif self._may_be_idle():
             self._idling = True
             self.status = "waiting"  # until we know better: no callback may start now
-            self._post(self.engine.store.idle, self.seq, then=self._idled)
+            self._post(self.engine.store.go_idle, self.seq, then=self._idled)
 
     def _deliver(self) -> None:
         step = self._inbox.popleft()
         step.queued = False
-        self.moved = self.engine.turn
+        self.last_move = self.engine.turn
         assert step.waiter is not None
         _resolve(step.waiter)
 
@@ -2674,7 +2669,7 @@ class Run:
 
     def _check_pause(self) -> None:
         if self.status == "waitingForPause" and not any(a.begun for a in self._attempts.values()):
-            self._post(self.engine.store.paused, then=_ignore)
+            self._post(self.engine.store.pause_now, then=_ignore)
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
         self._writing += 1
@@ -2697,7 +2692,7 @@ class Run:
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
-        self.moved = self.engine.turn
+        self.last_move = self.engine.turn
         attempt = self._attempts.pop(step.key, None)
         if attempt is not None:
             attempt.stop()
@@ -2937,7 +2932,8 @@ class Engine:
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
         self._loading: set[tuple[int, int]] = set()  # (key, generation)
-        self._watchers: dict[int, set[asyncio.Future[None]]] = {}
+        self._watchers: weakref.WeakValueDictionary[int, asyncio.Future[None]]
+        self._watchers = weakref.WeakValueDictionary()  # by instance
 
     # -- bindings
 
@@ -3023,11 +3019,11 @@ class Engine:
             run.unload()
         await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
         for run in runs:
-            self._release(run.key, run.generation, run.interrupted())
+            self._hand_back(run.key, run.generation, run.interrupted())
             if run.successor is not None:
-                self._release(run.successor.key, run.successor.generation, [])
+                self._hand_back(run.successor.key, run.successor.generation, [])
         for life in self._loading:
-            self._release(*life, [])
+            self._hand_back(*life, [])
         self.store.ops.put(None)
         await self.store.closed
         self.store.thread.join()
@@ -3036,8 +3032,8 @@ class Engine:
             carrier.task.cancel()
         self._wake(list(self._watchers))
 
-    def _release(self, key: int, generation: int, interrupted: list[str]) -> None:
-        self.store.post(self.store.release, key, generation, interrupted, then=_ignore)
+    def _hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
+        self.store.post(self.store.hand_back, key, generation, interrupted, then=_ignore)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -3087,7 +3083,9 @@ class Engine:
             self._wake(touched)
         elif touched is None and self._watchers:  # another process wrote; but what?
             self.store.post(
-                self.store.ended, list(self._watchers), then=lambda keys, _: self._wake(keys or ())
+                self.store.which_ended,
+                list(self._watchers),
+                then=lambda keys, _: self._wake(keys or ()),
             )
 
     def _hear(self, news: News) -> None:
@@ -3103,7 +3101,7 @@ class Engine:
 
     def _load(self, inst: Instance) -> None:
         if self._state != "open":
-            self._release(inst.key, inst.generation, [])
+            self._hand_back(inst.key, inst.generation, [])
             return
         life = (inst.key, inst.generation)
         self._loading.add(life)
@@ -3112,7 +3110,7 @@ class Engine:
     def _begin(self, life: tuple[int, int], loaded: Any, _: BaseException | None) -> None:
         self._loading.discard(life)
         if self._state != "open":
-            self._release(*life, [])
+            self._hand_back(*life, [])
         elif loaded is not None:
             inst, rows, waits, workflow = loaded
             self.runs[inst.key] = run = Run(self, self._workflows[workflow], inst, rows, waits)
@@ -3134,7 +3132,7 @@ class Engine:
         def go_on() -> None:
             if self._state == "open":
                 del self.runs[run.key]
-                self._release(run.key, run.generation, run.interrupted())
+                self._hand_back(run.key, run.generation, run.interrupted())
 
         self.loop.call_later(1, go_on)
 
@@ -3152,7 +3150,7 @@ class Engine:
         outside."""
         return (
             self.store.failure is None
-            and (self.store.pending > 0 or bool(self._loading) or self.threads.fresh())
+            and (self.store.pending > 0 or bool(self._loading) or self.threads.may_end_soon())
         ) or any(run.busy() for run in self.runs.values())
 
     def when_settled(self, run: Run) -> None:
@@ -3166,31 +3164,22 @@ class Engine:
         self.turn += 1
         while self._settling and self._settling[0][0] <= self.turn:
             _, run = self._settling.popleft()
-            if run.moved + SETTLED > self.turn and not run.dead:
-                self._settling.append((run.moved + SETTLED, run))
+            if run.last_move + SETTLED > self.turn and not run.dead:
+                self._settling.append((run.last_move + SETTLED, run))
             else:
                 run.settled()
         self.ticking = bool(self._settling)
         if self.ticking:
             self.loop.call_soon(self._next_turn)
 
-    @contextlib.contextmanager
-    def watch(self, key: int) -> Iterator[asyncio.Future[None]]:
-        """A future that is done when the instance may have ended."""
-        future: asyncio.Future[None] = self.loop.create_future()
-        watchers = self._watchers.setdefault(key, set())
-        watchers.add(future)
-        try:
-            yield future
-        finally:
-            watchers.discard(future)
-            if not watchers and self._watchers.get(key) is watchers:
-                del self._watchers[key]
+    def watch(self, key: int) -> asyncio.Future[None]:
+        """A future that is done when the instance may have ended; kept by those who wait for it."""
+        return self._watchers.setdefault(key, self.loop.create_future())
 
     def _wake(self, keys: Iterable[int]) -> None:
-        for key in self._watchers.keys() & set(keys):
-            for future in self._watchers[key]:
-                _resolve(future)
+        for key in keys:
+            if (watched := self._watchers.pop(key, None)) is not None:
+                _resolve(watched)
 
 
 def _kebab(name: str) -> str:
@@ -3401,13 +3390,12 @@ class WorkflowInstance:
                 wake = functools.partial(_resolve, late)
                 stack.callback(engine.clock.call_later(patience, wake).cancel)
             while status not in FINISHED:
-                with engine.watch(key) as ended:
-                    key, status, data = await self._call("status")
-                    if status not in FINISHED:
-                        await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
-                        if late.done() and not ended.done():
-                            message = f"no result of {self.id!r} within {patience}ms"
-                            raise WorkflowTimeoutError(message)
+                ended = engine.watch(key)
+                key, status, data = await self._call("status")
+                if status not in FINISHED:
+                    await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
+                    if late.done() and not ended.done():
+                        raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
         if status == "complete":
             return decode(data)
         if status == "errored":
@@ -3614,18 +3602,17 @@ class WorkflowInstanceIntrospector(_Introspector):
         while True:
             engine.store.followed.append(key)
             try:
-                with engine.watch(key) as changed:  # before the look, so that nothing is missed
-                    look = engine.call("look", self.workflow.name, self.id, key, seq)
-                    inst, news = await look
-                    rows: list[Row] = [row for row in news if step_label(row.step) == label]
-                    for row in rows[-1:] if present else rows:
-                        if row.type in types:
-                            return row
-                    if inst is not None and inst.status in FINISHED:
-                        raise WorkflowError(f"{self.id!r} is {inst.status} before {what}")
-                    present = False
-                    if key == (NEW if inst is None else inst.key):
-                        await changed
+                changed = engine.watch(key)  # before the look, so that nothing is missed
+                inst, news = await engine.call("look", self.workflow.name, self.id, key, seq)
+                rows: list[Row] = [row for row in news if step_label(row.step) == label]
+                for row in rows[-1:] if present else rows:
+                    if row.type in types:
+                        return row
+                if inst is not None and inst.status in FINISHED:
+                    raise WorkflowError(f"{self.id!r} is {inst.status} before {what}")
+                present = False
+                if key == (NEW if inst is None else inst.key):
+                    await asyncio.wait({changed})
             finally:
                 engine.store.followed.remove(key)
             key, seq = (NEW, 0) if inst is None else (inst.key, inst.seq)
@@ -3679,6 +3666,7 @@ class ManualClock(Clock):
         super().__init__()
         self._now = Clock.now(self) if start is None else _parse_moment(start)
         self._timers: list[_Timer] = []
+        self._lock = asyncio.Lock()  # one `advance` after the other
 
     def now(self) -> int:
         return self._now
@@ -3690,14 +3678,19 @@ class ManualClock(Clock):
 
     async def advance(self, duration: float | str | timedelta) -> None:
         """Moves the time on; returns when nothing more happens by itself."""
-        target = self._now + parse_duration(duration)
-        await self.settle()
-        while (due := self._next_due()) <= target:
-            self._now = max(self._now, math.ceil(due))
-            self._fire()
+        ms = parse_duration(duration)
+        if _attempt.get() is not None:
+            raise RuntimeError("advance() inside a step's callback would wait for itself")
+        async with self._lock:
+            target = self._now + ms
             await self.settle()
-        self._now = target
-        await self.settle()
+            while (due := self._next_due()) <= target:
+                self._now = max(self._now, math.ceil(due))
+                await self.settle()
+                self._fire()
+                await self.settle()
+            self._now = target
+            await self.settle()
 
     def _next_due(self) -> float:
         self._timers = [timer for timer in self._timers if not timer.cancelled]
