@@ -4034,6 +4034,25 @@ class Time(Real):
             self.assertEqual(await instance.result("2 seconds"), [100, 200, 300])
 
 
+class Garbage(Case):
+    async def test_a_life_that_has_ended_leaves_nothing_for_the_garbage_collector(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("at once", lambda: value(1))
+            await step.do("suspended", returns([1]))
+            await asyncio.gather(step.do("a", returns(1)), step.sleep("s", "1 minute"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            gc.collect()
+            gc.disable()
+            self.addCleanup(gc.enable)
+            life = weakref.ref(next(iter(engine.runs.values())))
+            await self.finish(instance)
+            await self.clock.settle()
+            self.assertIsNone(life())
+
+
 class Limiting(Case):
     """Every row of the table of limits that no other class is about."""
 

@@ -756,6 +756,12 @@ def step_label(key: str | None) -> str:
 class Step:
     """What is known of one step: recorded facts, and while its run lives, who waits for it."""
 
+    # Slots, here and elsewhere: what there are many of costs the garbage collector time.
+    __slots__ = (
+        *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
+        *("called", "queued", "waiter", "task", "alone", "fresh"),
+    )
+
     def __init__(self, key: str) -> None:
         self.key = key
         self.nested = key.count(SEPARATOR) > 2
@@ -1912,7 +1918,10 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.run, self.kind, self.name, self.args, self.options = run, kind, name, args, options
         attempt = _attempt.get()
         self.attempt = attempt if attempt is not None and attempt.run is run else None
-        counts = run.counts if self.attempt is None else self.attempt.counts
+        if self.attempt is None:
+            counts = run.counts
+        else:
+            counts = self.attempt.counts = self.attempt.counts or {}
         base = f"{kind}\n{name}"
         self.count = counts[base] = counts.get(base, 0) + 1
         self.key = f"{base}\n{self.count}"
@@ -1991,14 +2000,20 @@ class Attempt:
     most need; but in the name of a task of its own, the carrier, which then carries it on. So a
     timeout or a cancellation reaches the callback and nothing else."""
 
+    __slots__ = (
+        *("base", "begun", "call", "callback", "carrier", "config", "context", "coroutine"),
+        *("counts", "cpu", "fresh", "number", "over", "plain", "recorded", "run", "started"),
+        *("state", "step", "text", "threaded", "timer", "verdict", "wants"),
+    )
+
     def __init__(self, call: StepCall, config: StepConfig, callback: Callable[..., Any]) -> None:
         self.run, self.call, self.config, self.callback = call.run, call, config, callback
         self.plain, self.wants = not _is_async(callback), _wants_context(call.name, callback)
         self.step: Step
         self.base = contextvars.copy_context()  # of the caller; each attempt starts with it
-        self.context: contextvars.Context
-        self.coroutine: Coroutine[Any, Any, Any]
-        self.counts: dict[str, int] = {}
+        self.context: Any = None  # what the callback runs in, and the coroutine that it made:
+        self.coroutine: Any = None  # only while it runs, since they lead back to here
+        self.counts: dict[str, int] | None = None  # of nested calls
         self.number = self.started = self.cpu = 0  # cpu in ns
         self.recorded = False  # its start has been handed to the writer
         self.begun = self.over = self.threaded = False
@@ -2007,6 +2022,10 @@ class Attempt:
         self.verdict: BaseException | None = None  # decided before the callback ended
         self.state = self.text = ""  # how it ended
         self.fresh: Any = None
+
+    def begin(self, step: Step) -> None:
+        self.step = step
+        self.run.begin_attempt(self, step)
 
     def again(self) -> Attempt:
         """The next attempt of the same step."""
@@ -2077,6 +2096,7 @@ class Attempt:
         if self.carrier is None:
             if not carrier.task.done() and not carrier.task.cancelling():
                 carriers.append(carrier)
+            self.context = self.coroutine = None
             self._end(value, error)
         else:
             self.suspended()
@@ -2109,6 +2129,7 @@ class Attempt:
         else:
             self.suspended()
             return awaited
+        self.context = self.coroutine = None
         raise StopIteration
 
     def suspended(self) -> None:
@@ -2404,22 +2425,20 @@ class Run:
             config = _DEFAULT_CONFIG
             if given is not None:
                 config = StepConfig(given, self.engine.limits.max_sleep)
-        attempt = Attempt(call, config, callback)
+        return Attempt(call, config, callback).begin
 
-        def begin(step: Step) -> None:
-            step.state = "pending"
-            attempt.step = step
-            if step.open:  # and no end: the engine died
-                attempt.number, attempt.recorded = step.attempts, True
-                self._attempts[step.key] = attempt
-                died = WorkflowInternalError("attempt failed: the engine stopped")
-                self.conclude(attempt, None, died)
-            elif step.key in self._waiting:
-                self._retries[step.key] = attempt
-            else:
-                self._try(attempt)
-
-        return begin
+    def begin_attempt(self, attempt: Attempt, step: Step) -> None:
+        """The way of an attempt whose call has come: now, after its delay, or not at all."""
+        step.state = "pending"
+        if step.open:  # and no end: the engine died
+            attempt.number, attempt.recorded = step.attempts, True
+            self._attempts[step.key] = attempt
+            died = WorkflowInternalError("attempt failed: the engine stopped")
+            self.conclude(attempt, None, died)
+        elif step.key in self._waiting:
+            self._retries[step.key] = attempt
+        else:
+            self._try(attempt)
 
     def _plan_sleep(
         self, call: StepCall, parse: Callable[[Any], int], given: Any
@@ -3120,6 +3139,7 @@ class Engine:
         """A life has ended; the next one may begin."""
         if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
+            run.steps.clear()  # the many that are in a cycle of references: free at once
             if run.successor is not None:
                 self._load(run.successor)
 
