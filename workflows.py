@@ -321,7 +321,8 @@ class Clock:
         return time.time_ns() // 1_000_000
 
     def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
-        """Calls back on the running loop after so many milliseconds, unless cancelled."""
+        """Calls back on the running loop after so many milliseconds, unless cancelled. (asyncio
+        takes no delay that does not fit a C type; nobody waits 100 years.)"""
         return asyncio.get_running_loop().call_later(min(ms, 100 * _YEAR) / 1000, callback)
 
 
@@ -864,6 +865,8 @@ def end_waits(
 # seen is on disk. An operation checks first and writes last, so that one that refuses leaves no
 # trace; any error of SQLite itself undoes the whole batch and stops the engine.
 #
+# One process, the owner, runs the instances; all others are clients (`_contend` decides).
+#
 # The rows are the truth; nobody's memory is. `status` and `generation` guard every write of a run,
 # and `wake` says when the owner must look at an instance: something falls due, a caller changed it,
 # or it has expired. So waiting, recovery, retention and news from other processes are one index
@@ -946,7 +949,7 @@ class Instance(NamedTuple):
 
 
 _COLUMNS = ", ".join(Instance._fields)
-LIVE = ("running", "waiting", "queued", "waitingForPause")  # a run may write
+LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
 
 
 RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
@@ -1281,7 +1284,7 @@ class Store:
                 self._stop(inst, careful=1)
         self._inherited.clear()
         due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
-        if len(due) >= BATCH:  # a million expired ones must not stand in the way of a fresh one
+        if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
             due += self._of_bound("wake <= ? ORDER BY wake DESC LIMIT ?", now, BATCH)
         for inst in dict.fromkeys(due):
             self._look_at(inst, now)
@@ -1415,7 +1418,8 @@ class Store:
         return [inst for workflow in self.bound for inst in self._instances(where, workflow, *args)]
 
     def _find(self, workflow: str, id: str) -> Instance | None:
-        """The instance with that id, unless it has expired: then it is cleared away."""
+        """The instance with that id, unless it has expired: then it is cleared away (and so never
+        seen, however late the owner is)."""
         where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND id = ?"
         for inst in self._instances(where, workflow, id):
             expiry = inst.expiry()
@@ -1497,11 +1501,13 @@ class Store:
             done += size
 
     def _purge(self, inst: Instance) -> None:
+        """Clears away an instance and all its rows."""
         self._storage -= inst.state_bytes
         self._erase(inst.key)
         self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
     def _erase(self, key: int) -> None:
+        """Clears away what the lives of an instance have recorded."""
         self._flush()
         for table in ("journal", "waits", "events"):
             self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
@@ -1671,7 +1677,10 @@ class Store:
         self._check_state(inst.state_bytes, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
-    # -- operations of a run: each is guarded, and answers None if the run is outdated
+    # -- operations of a run: each is guarded, and answers None if the run is outdated. A run whose
+    #    instance was running when its process died is `careful`: it commits each start before the
+    #    callback, until one more step has finished, so that a step which kills its process is
+    #    noticed.
 
     def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
         """What a life begins with: the instance, its whole journal (in one query), the steps that
@@ -2134,7 +2143,7 @@ class Attempt:
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
-        timeout runs."""
+        timeout runs. (A plain one counts as suspended from the start.)"""
         engine = self.run.engine
         if not self.recorded:
             self.run.record_start(self, _ignore)
