@@ -4034,6 +4034,33 @@ class Time(Real):
             self.assertEqual(await instance.result("2 seconds"), [100, 200, 300])
 
 
+class Orphans(Case):
+    async def test_a_run_whose_task_is_cancelled_from_outside_goes_on_also_when_restarted(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> str:
+            runs.append(event.instance_id)
+            await step.do("wait", gate.wait)
+            return "done"
+
+        runs: list[str] = []
+        gate = asyncio.Event()
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            plain, again = [await bound.create(id=id) for id in ("plain", "again")]
+            await self.clock.settle()
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("workflows:test:"):
+                    task.cancel()
+            await asyncio.sleep(0)
+            await again.restart()
+            gate.set()
+            async with asyncio.timeout(5):
+                self.assertEqual([await i.result() for i in (plain, again)], ["done", "done"])
+        self.assertEqual(sorted(runs), ["again", "again", "plain", "plain"])
+        self.assertEqual(self.rows("SELECT * FROM journal WHERE type = 'failed'"), [])
+
+
 class Garbage(Case):
     async def test_steps_that_do_not_suspend_leave_nothing_for_the_garbage_collector(self) -> None:
         lives: list[Any] = []

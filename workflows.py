@@ -3160,8 +3160,9 @@ class Engine:
 
         def go_on() -> None:
             if self._state == "open":
-                del self.runs[run.key]
+                run.orphan = False
                 self._hand_back(run.key, run.generation, run.interrupted())
+                self.unloaded(run)
 
         self.loop.call_later(1, go_on)
 
@@ -3191,15 +3192,17 @@ class Engine:
 
     def _next_turn(self) -> None:
         self.turn += 1
-        while self._settling and self._settling[0][0] <= self.turn:
-            _, run = self._settling.popleft()
-            if run.last_move + SETTLED > self.turn and not run.dead:
-                self._settling.append((run.last_move + SETTLED, run))
-            else:
-                run.settled()
-        self.ticking = bool(self._settling)
-        if self.ticking:
-            self.loop.call_soon(self._next_turn)
+        try:
+            while self._settling and self._settling[0][0] <= self.turn:
+                _, run = self._settling.popleft()
+                if run.last_move + SETTLED > self.turn and not run.dead:
+                    self._settling.append((run.last_move + SETTLED, run))
+                else:
+                    run.settled()
+        finally:
+            self.ticking = bool(self._settling)
+            if self.ticking:
+                self.loop.call_soon(self._next_turn)
 
     def watch(self, key: int) -> asyncio.Future[None]:
         """A future that is done when the instance may have ended; kept by those who wait for it."""
