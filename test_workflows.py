@@ -4034,6 +4034,38 @@ class Time(Real):
             self.assertEqual(await instance.result("2 seconds"), [100, 200, 300])
 
 
+class GivingUp(Case):
+    async def test_an_event_goes_back_to_the_buffer_once_and_never_after_another_had_it(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("busy", asyncio.Event().wait)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            ((key, generation),) = self.rows("SELECT key, generation FROM instances")
+            due, store = self.clock.now() + 9999, engine.store
+
+            async def wait(step: str) -> None:
+                row = ("wait", step, None, None, '{"type":"t","timeout":9999}', None)
+                what = ("wait", step, "t", due, 0)
+                await on_writer(engine, store.begin_wait, key, generation, row, what)
+
+            async def give_up(step: str) -> None:
+                await on_writer(engine, store.give_up, key, generation, "stop", [step])
+
+            x, y = (f"do\nbusy\n1\nwait_for_event\n{name}\n1" for name in "xy")
+            await wait(x)
+            await instance.send_event(type="t", payload="first")
+            await give_up(x)  # the event goes back ...
+            await wait(y)  # ... and here
+            await wait(x)
+            await instance.send_event(type="t", payload="second")
+            await give_up(x)
+            self.assertEqual(self.rows("SELECT payload FROM events"), [('"second"',)])
+
+
 class Orphans(Case):
     async def test_a_run_whose_task_is_cancelled_from_outside_goes_on_also_when_restarted(
         self,

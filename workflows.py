@@ -321,8 +321,8 @@ class Clock:
         return time.time_ns() // 1_000_000
 
     def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
-        """Calls back on the running loop after so many milliseconds, unless cancelled. (asyncio
-        takes no delay that does not fit a C type; nobody waits 100 years.)"""
+        """Calls back on the running loop after so many milliseconds, unless cancelled.
+        (More than asyncio can take is cut to 100 years.)"""
         return asyncio.get_running_loop().call_later(min(ms, 100 * _YEAR) / 1000, callback)
 
 
@@ -344,7 +344,8 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$dict": dict,
 }
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode  # no blanks
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
+# (`_parse` is json.loads without its search for blanks, which we don't write.)
 _to_ascii_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
 
@@ -362,7 +363,7 @@ def encode(value: Any) -> tuple[str, Any]:
             return text, value
         deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
         if '"$' not in text and not deep:
-            text.isascii() or text.encode()  # lone surrogates have no UTF-8
+            size_of(text)  # fails for lone surrogates, which have no UTF-8
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
@@ -1393,7 +1394,8 @@ class Store:
     def _enqueue(self, inst: Instance, **columns: Any) -> None:
         """Puts an instance that has already run at its place in the queue: ahead of all new
         ones."""
-        place = WOKEN + (inst.wake or self.clock.now()) if inst.place is None else inst.place
+        now = self.clock.now()
+        place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
         self._move(inst, "queued", place=place, **columns)
 
     def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
@@ -1742,15 +1744,17 @@ class Store:
         given but `run` never saw goes back to its place in the buffer."""
         seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
         self._flush()
-        sql = "SELECT data, extra FROM journal WHERE instance = ? AND step = ? AND type = 'event'"
+        newest = """SELECT type, data, extra FROM journal WHERE instance = ? AND step = ?
+                    AND seq <= ? ORDER BY seq DESC LIMIT 1"""
         for step in steps if seq is not None else ():
             self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
-            waited = step.split(SEPARATOR)[-3] == "wait_for_event"
-            for payload, extra in self._db.execute(sql, (key, step)).fetchall() if waited else ():
-                was = json.loads(extra)
-                values = (key, was["type"], was["seq"], was["at"], payload)
-                self._db.execute("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", values)
-                self._change(key, wake=self.clock.now())
+            where = (key, step, (seq or 0) - len(steps))  # before the rows just written
+            for type, payload, extra in self._db.execute(newest, where).fetchall():
+                if type == "event":
+                    was = json.loads(extra)
+                    values = (key, was["type"], was["seq"], was["at"], payload)
+                    self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
+                    self._change(key, wake=self.clock.now())
         return seq
 
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
@@ -2256,7 +2260,7 @@ class Carrier(Coroutine[Any, Any, None]):
         return self._attempt.carry_on(None, error)
 
     def close(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract in Coroutine; a task calls only `send` and `throw`
 
     def __await__(self) -> Any:
         raise NotImplementedError
@@ -2416,7 +2420,7 @@ class Run:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-            what = re.sub(r"[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
+            what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
@@ -3148,7 +3152,6 @@ class Engine:
         """A life has ended; the next one may begin."""
         if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
-            run.steps.clear()  # the many that are in a cycle of references: free at once
             if run.successor is not None:
                 self._load(run.successor)
 
@@ -3241,8 +3244,8 @@ class Workflow:
         `params` any value that can be stored (default `{}`).
 
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
-        `limit.event_payload`, `limit.creation_rate`, `limit.queued_instances`,
-        `limit.retention`."""
+        `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
+        `limit.queued_instances`, `limit.retention`."""
         entry = self._entry(_merge(options, given, _CREATE, "create"), "")
         if not await self._create([entry]):
             message = f"workflow {self.name!r} has an instance {entry[0]!r} already"
@@ -3271,7 +3274,7 @@ class Workflow:
         id = str(uuid.uuid4()) if id is None else self._check_id(id, where)
         params = options.get("params", {})
         text = _payload(params, limits, f"{where}params", "params.not_serializable")
-        retention = options.get("retention") or {}
+        retention = {} if options.get("retention") is None else options["retention"]
         names = ("successRetention", "errorRetention")
         retention = _options(retention, names, f"{where}retention")
         kept: list[int | None] = [limits.success_retention, limits.error_retention]
