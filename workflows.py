@@ -71,12 +71,18 @@ import urllib.parse
 import uuid
 import weakref
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar
-
-# Documented for makers of tasks: docs.python.org/3/library/asyncio-extending.html
-_enter_task, _leave_task = asyncio.tasks._enter_task, asyncio.tasks._leave_task
 
 __all__ = [
     *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
@@ -1825,75 +1831,58 @@ def _resolve(
 
 
 class Threads:
-    """At most `LIMIT` callbacks at a time; used from the loop only."""
+    """Used from the loop only; whoever wants a thread takes one of the `slots` first."""
 
     LIMIT = 64
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = self._idle = self._busy = 0
-        self._backlog: deque[Callable[[], bool]] = deque()
-        self._began: dict[Callable[..., None], float] = {}
+        self.slots = asyncio.Semaphore(self.LIMIT)
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._threads = self._idle = 0
+        self._began: dict[asyncio.Future[Any], float] = {}
 
-    def acquire(self, begin: Callable[[], bool]) -> None:
-        """Calls `begin` as soon as there is a slot; it says whether it has taken the slot."""
-        self._backlog.append(begin)
-        self._fill()
-
-    def release(self) -> None:
-        """Frees a slot: its callback has ended, or was abandoned."""
-        self._busy -= 1
-        self._fill()
-
-    def _fill(self) -> None:
-        while self._backlog and self._busy < self.LIMIT:
-            self._busy += 1
-            if not self._backlog.popleft()():
-                self._busy -= 1
-
-    def execute(
-        self, function: Callable[[], Any], reply: Callable[[Any, BaseException | None, int], None]
-    ) -> None:
-        """Runs it in a thread; `reply(value, error, cpu_ns)` comes on the loop."""
-
-        def job() -> None:
-            began = time.thread_time_ns()
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                error = raised
-            spent = time.thread_time_ns() - began
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
-                self._loop.call_soon_threadsafe(self._done, reply, value, error, spent)
-
+    def execute(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Runs it in a thread; the result is (value, error, CPU time in ns)."""
+        reply: asyncio.Future[Any] = self._loop.create_future()
         self._began[reply] = time.monotonic()
         if self._idle:
             self._idle -= 1
         else:
             self._threads += 1
             threading.Thread(target=self._work, daemon=True, name="workflows-callback").start()
-        self._jobs.put(job)
+        self._jobs.put((function, reply))
+        return reply
 
-    def _done(self, reply: Callable[..., None], *outcome: Any) -> None:
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            function, reply = job
+            began = time.thread_time_ns()
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:
+                error = raised
+            outcome = (value, error, time.thread_time_ns() - began)
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+                self._loop.call_soon_threadsafe(self._done, reply, outcome)
+            del job, function, reply, outcome, value, error  # or it keeps them until the next job
+
+    def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         self._idle += 1
         del self._began[reply]
-        reply(*outcome)
+        if reply.done() and inspect.iscoroutine(outcome[0]):
+            outcome[0].close()  # abandoned: nobody will await it
+        _resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
         """Whether a callback may end any moment: it has been running for less than 100 ms."""
         now = time.monotonic()
         return any(now < began + 0.1 for began in self._began.values())
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # and with it what the callback returned
-
     def close(self) -> None:
         """Lets every thread end, at once or when its callback does."""
-        self._backlog.clear()
         for _ in range(self._threads):
             self._jobs.put(None)
 
@@ -2006,155 +1995,121 @@ class WorkflowStep:
         return StepCall(self._run, "wait_for_event", name, args, options)
 
 
-class Attempt:
-    """One execution of a step's callback; also the scope of the step calls that it makes.
+Work = Callable[["Step"], Coroutine[Any, Any, None]]
 
-    An async callback runs up to its first suspension right where it is called, which is all that
-    most need; but in the name of a task of its own, the carrier, which then carries it on. So a
-    timeout or a cancellation reaches the callback and nothing else."""
+
+class Attempt:
+    """One execution of a step's callback, in the task that awaits the step call; also the scope of
+    the step calls that the callback makes."""
 
     __slots__ = (
-        *("base", "begun", "call", "callback", "carrier", "config", "context", "coroutine"),
-        *("counts", "cpu", "fresh", "number", "over", "plain", "recorded", "run", "started"),
-        *("state", "step", "text", "threaded", "timer", "verdict", "wants"),
+        *("call", "config", "counts", "cpu", "ended", "number", "overdue", "recorded", "reply"),
+        *("run", "slot", "started", "step", "task", "timer", "undo", "verdict"),
     )
 
-    def __init__(self, call: StepCall, config: StepConfig, callback: Callable[..., Any]) -> None:
-        self.run, self.call, self.config, self.callback = call.run, call, config, callback
-        self.plain, self.wants = not _is_async(callback), _wants_context(call.name, callback)
-        self.step: Step
-        self.base = contextvars.copy_context()  # of the caller; each attempt starts with it
-        self.context: Any = None  # what the callback runs in, and the coroutine that it made:
-        self.coroutine: Any = None  # only while it runs, since they lead back to here
+    def __init__(self, run: Run, call: StepCall, step: Step, config: StepConfig) -> None:
+        self.run, self.call, self.step, self.config = run, call, step, config
+        self.number = step.attempts
+        self.started = self.cpu = 0  # ms, ns
         self.counts: dict[str, int] | None = None  # of nested calls
-        self.number = self.started = self.cpu = 0  # cpu in ns
-        self.recorded = False  # its start has been handed to the writer
-        self.begun = self.over = self.threaded = False
-        self.carrier: Carrier | None = None
+        self.recorded = self.ended = False  # its start, its end has been handed to the writer
+        self.slot = False  # it has one of the threads' slots
+        self.reply: asyncio.Future[Any] | None = None  # of its thread
         self.timer: Any = None
         self.verdict: BaseException | None = None  # decided before the callback ended
-        self.state = self.text = ""  # how it ended
-        self.fresh: Any = None
+        self.overdue = False  # a second after the verdict, it still runs
+        self.task: Any = None
+        self.undo = 0  # cancellations of the task that concern the callback only
 
-    def begin(self, step: Step) -> None:
-        self.step = step
-        self.run.begin_attempt(self, step)
-
-    def again(self) -> Attempt:
-        """The next attempt of the same step."""
-        attempt = Attempt(self.call, self.config, self.callback)
-        attempt.step, attempt.base = self.step, self.base
-        return attempt
-
-    def launch(self) -> None:
-        if self.over:
-            return
-        self.context = self.base.copy()
-        self.context.run(_attempt.set, self)
-        callback, wants = self.callback, self.wants
-        for block in self.run.engine.store.introspections:  # of a test; the last one counts
-            if (mock := block.substitute(self)) is not None:
-                callback, wants = mock, False
-        if wants:
-            info = WorkflowStepInfo(self.call.name, self.call.count)
-            ctx = WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
-            bound = {"ctx": ctx} if wants == "ctx" else {}
-            callback = functools.partial(callback, *(() if bound else (ctx,)), **bound)
-        if self.plain:
-            self.suspended()
-            job = functools.partial(self.context.run, callback)
-            self.run.engine.threads.execute(job, self._thread_ended)
-        else:
-            self._drive(callback)
-
-    def _thread_ended(self, value: Any, error: BaseException | None, cpu: int) -> None:
-        self.cpu += cpu
-        self._release_thread()
-        if isinstance(error, KeyboardInterrupt):
-            raise error
-        if self.over:
-            if inspect.iscoroutine(value):
-                value.close()
-        elif error is None and inspect.isawaitable(value):
-            self._drive(lambda: value)
-        else:
-            self._end(value, error)
-
-    def _drive(self, callback: Callable[[], Awaitable[Any]]) -> None:
-        loop, carriers = self.run.loop, self.run.engine.carriers
-        carrier = carriers.pop() if carriers else Carrier(loop)
-        caller = asyncio.current_task()
+    async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """What the callback returned or raised, or what else became of it."""
+        self.task = asyncio.current_task()
+        cancelled = self.task.cancelling()
+        context = contextvars.copy_context()
+        context.run(_attempt.set, self)
         value: Any = None
         error: BaseException | None = None
-        if caller is not None:
-            _leave_task(loop, caller)
-        _enter_task(loop, carrier.task)
         try:
-            made = self.context.run(callback)
-            self.coroutine = made if isinstance(made, types.CoroutineType) else _awaited(made)
-            awaited = self.resume(None, None)
-        except StopIteration as stop:
-            value = stop.value
+            if self.slot:
+                self.suspended()
+                value = await self._in_thread(functools.partial(context.run, callback))
+                if inspect.isawaitable(value):
+                    value = await self._metered(context, _awaited(value))
+            else:
+                value = await self._metered(context, context.run(callback))
         except KeyboardInterrupt:
             raise
         except BaseException as raised:
             error = raised
-        else:
-            self.carrier = carrier
-            carrier.carry(self, awaited)
         finally:
-            _leave_task(loop, carrier.task)
-            if caller is not None:
-                _enter_task(loop, caller)
-        if self.carrier is None:
-            if not carrier.task.done() and not carrier.task.cancelling():
-                carriers.append(carrier)
-            self.context = self.coroutine = None
-            self._end(value, error)
-        else:
-            self.suspended()
+            if self.timer is not None:
+                self.timer.cancel()
+            self.run.engine.store.cpu_ns += self.cpu
+        if self.undo:
+            for _ in range(self.undo):
+                self.task.uncancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # one that the callback has not waited for
+        if self.task.cancelling() > cancelled or self.run.dead:
+            raise asyncio.CancelledError  # by others, whatever the callback made of it
+        return value, self.verdict or self._excess() or error
 
-    def resume(self, value: Any, error: BaseException | None) -> Any:
-        """Runs the callback to its next suspension, and adds up its CPU time."""
-        began = time.thread_time_ns()
-        self.run.engine.activity += 1
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        self.reply = self.run.engine.threads.execute(function)
         try:
-            if error is None:
-                return self.context.run(self.coroutine.send, value)
-            return self.context.run(self.coroutine.throw, error)
+            value, error, cpu = await self.reply
         finally:
-            self.cpu += time.thread_time_ns() - began
+            self.free_slot()
+        self.cpu += cpu
+        if error is not None:
+            raise error
+        return value
 
-    def carry_on(self, value: Any, error: BaseException | None) -> Any:
-        """One more step of the carrier: returns what to wait for, or ends it."""
-        try:
-            awaited = self.resume(value, error)
-        except StopIteration as stop:
-            self._end(stop.value, None)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as raised:
-            if isinstance(raised, asyncio.CancelledError) and not (self.verdict or self.over):
-                # Not our doing; but if the loop is torn down, this run is about to be unloaded.
-                self.run.loop.call_soon(self._end, None, raised)
-            else:
-                self._end(None, raised)
-        else:
+    def free_slot(self) -> None:
+        if self.slot:
+            self.slot = False
+            self.run.engine.threads.slots.release()
+
+    @types.coroutine
+    def _metered(self, context: contextvars.Context, coroutine: Any) -> Generator[Any, Any, Any]:
+        """Awaits it in its own context, and adds up its CPU time. A task's cancellation may be the
+        callback's own (`asyncio.timeout` inside takes its back), ours, or somebody else's: so all
+        are passed on, and counted afterwards."""
+        value: Any = None
+        error: BaseException | None = None
+        while True:
+            self.run.engine.activity += 1
+            cancelled = self.task.cancelling()
+            began = time.thread_time_ns()
+            try:
+                if error is None:
+                    awaited = context.run(coroutine.send, value)
+                else:
+                    awaited = context.run(coroutine.throw, error)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self.cpu += time.thread_time_ns() - began
+                self.undo += max(0, self.task.cancelling() - cancelled)  # by its own code
             self.suspended()
-            return awaited
-        self.context = self.coroutine = None
-        raise StopIteration
+            error = None
+            try:
+                value = yield awaited
+            except BaseException as raised:
+                if self.overdue:
+                    coroutine.close()
+                    raise
+                error = raised
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
         timeout runs. (A plain one counts as suspended from the start.)"""
-        engine = self.run.engine
+        clock = self.run.engine.clock
         if not self.recorded:
             self.run.record_start(self, _ignore)
         if self.timer is None:
-            ms, spent = self.config.timeout, engine.clock.now() - self.started
-            expire = functools.partial(self._expire, self.timeout_error())
-            self.timer = engine.clock.call_later(max(0, ms - spent), expire)
+            left = max(0, self.config.timeout - (clock.now() - self.started))
+            self.timer = clock.call_later(left, lambda: self._expire(self.timeout_error()))
         if (excess := self._excess()) is not None:
             self._expire(excess)
 
@@ -2170,100 +2125,24 @@ class Attempt:
 
     def _expire(self, verdict: BaseException) -> None:
         """Decides that the attempt has failed, whatever its callback does from now on."""
-        if self.over or self.verdict is not None:
+        if self.verdict is not None:
             return
         self.verdict = verdict
-        if self.carrier is None:
-            self._release_thread()
-            self._end(None, None)
+        if self.reply is not None and self.slot:
+            _resolve(self.reply, (None, None, 0))
         else:
-            self.carrier.task.cancel()
+            self._cancel()
             self.timer.cancel()
-            self.timer = self.run.loop.call_later(GRACE, self._overdue)
+            self.timer = self.run.loop.call_later(GRACE, self._give_up)
 
-    def _overdue(self) -> None:
+    def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
-        self._end(None, None)
+        self.overdue = True
+        self._cancel()
 
-    def _end(self, value: Any, error: BaseException | None) -> None:
-        """The one way in which an attempt ends by itself: its outcome goes into the journal."""
-        if not self.over:
-            self._close()
-            self.run.engine.store.cpu_ns += self.cpu
-            if not self.run.dead:
-                self.run.conclude(self, value, self.verdict or self._excess() or error)
-
-    def stop(self) -> None:
-        """Ends it from outside: nothing is recorded, and what it still does is ignored."""
-        self._close()
-        self._release_thread()
-        if self.carrier is not None:
-            self.carrier.task.cancel()
-
-    def _close(self) -> None:
-        self.over = True
-        if self.timer is not None:
-            self.timer.cancel()
-
-    def _release_thread(self) -> None:
-        if self.threaded:
-            self.threaded = False
-            self.run.engine.threads.release()
-
-    def stored(self, seq: int | None, refused: BaseException | None) -> None:
-        """The store's answer to its end: recorded, refused (over a limit), or outdated (None)."""
-        if self.run.dead:
-            return
-        if refused is not None:
-            self.run.conclude(self, None, refused)
-        elif seq is None:
-            self.run.unload()
-        else:
-            self.run.concluded(self, seq)
-
-
-class Carrier(Coroutine[Any, Any, None]):
-    """What a callback's task runs: nothing until the callback has suspended for the first time,
-    then the rest of it. A state machine and not an `async def`, since it may be cancelled before
-    its first step, and must pass that on."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._attempt: Attempt | None = None
-        self._awaited: Any = None  # what the callback waits for, and the task does not yet
-        self._untouched = True
-        self._job: asyncio.Future[None] = loop.create_future()
-        self._idle = self._job.__await__()
-        self.task = asyncio.Task(self, loop=loop, name="workflows:callback")
-
-    def carry(self, attempt: Attempt, awaited: Any) -> None:
-        self._attempt, self._awaited = attempt, awaited
-        _resolve(self._job)
-        attempt.run.tasks.add(self.task)
-        self.task.add_done_callback(attempt.run.tasks.discard)
-
-    def send(self, value: Any) -> Any:
-        if self._attempt is None:
-            return next(self._idle)
-        if self._untouched:
-            self._untouched = False
-            return self._awaited
-        return self._attempt.carry_on(value, None)
-
-    def throw(self, *thrown: Any) -> Any:
-        error = thrown[0] if isinstance(thrown[0], BaseException) else thrown[1]
-        if self._attempt is None:
-            raise error
-        if self._untouched:
-            self._untouched = False
-            if self._awaited is not None and self._awaited.cancel():
-                return self._awaited  # as `Task.cancel` does it
-        return self._attempt.carry_on(None, error)
-
-    def close(self) -> None:
-        raise NotImplementedError  # abstract in Coroutine; a task calls only `send` and `throw`
-
-    def __await__(self) -> Any:
-        raise NotImplementedError
+    def _cancel(self) -> None:
+        self.undo += 1
+        self.task.cancel()
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
@@ -2293,9 +2172,7 @@ class Run:
         self.successor: Instance | None = None
         self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
         self._attempts: dict[str, Attempt] = {}  # by step; in flight until their end is committed
-        self._retries: dict[str, Attempt] = {}  # the next attempts of steps in a retry delay
-        self._gate: list[Attempt] = []  # attempts that may not begin yet
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self._gate: dict[str, Step] = {}  # steps whose next attempt may not begin yet
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self._held = 0  # replayed calls that wait for `run` to cancel them again
         self._steps_left = bound.step_limit
@@ -2329,7 +2206,8 @@ class Run:
     # -- step calls
 
     async def perform(self, call: StepCall) -> Any:
-        """The way of every step call: look it up, begin it if need be, wait for its turn."""
+        """The way of every step call: look it up, carry it out if need be, wait for its turn."""
+        step: Step | None = None
         try:
             if self.dead:
                 await self._leave()
@@ -2341,23 +2219,31 @@ class Run:
                 if self._steps_left < 0:
                     limit = self.bound.step_limit
                     raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
+            carry_out: Work | None = None
             if step is None or step.state in ("new", "pending"):
-                begin = self._plan(call, step)
+                carry_out = self._plan(call, step)
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
                 if step is None:
                     step = self.steps[call.key] = Step(call.key)
-                begin(step)
             elif step.state == "cancelled":
                 self._held += 1  # until `run` cancels it again
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
-            step.called = True
+            step.called, step.task = True, asyncio.current_task()
+            if carry_out is not None:
+                await carry_out(step)
             if step.queued or step.state in ("pending", "cancelled"):
-                await self._turn(step)
+                await self._wait(step)
             return self._value(step, call)
+        except asyncio.CancelledError:
+            if step is not None and not self.dead:
+                self._abandon_call(step)
+            raise
         finally:
             self.open_calls.discard(call)
+            if step is not None:
+                step.task = None
 
     def _is_alone(self) -> bool:
         """Whether nothing of the run can happen before the task that calls a step goes on: it is
@@ -2369,17 +2255,13 @@ class Run:
             and asyncio.current_task() is self.task
         )
 
-    async def _turn(self, step: Step) -> None:
+    async def _wait(self, step: Step) -> None:
+        """Suspends a call until something has happened to its step."""
         step.waiter = self.loop.create_future()
         step.alone = self._is_alone()
-        step.task = asyncio.current_task()
         self._arm()
         try:
             await step.waiter
-        except asyncio.CancelledError:
-            if not self.dead:
-                self._abandon_call(step)
-            raise
         finally:
             step.waiter = None
         if self.dead:
@@ -2412,10 +2294,10 @@ class Run:
 
     # -- what a call asks for
 
-    def _plan(self, call: StepCall, step: Step | None) -> Callable[[Step], None]:
-        """Checks a call that has no result yet; the answer begins it. Nothing is stored for one
-        that is refused: wrong arguments are wrong as for any Python function."""
-        plan: Callable[..., Callable[[Step], None]] = getattr(self, f"_plan_{call.kind}")
+    def _plan(self, call: StepCall, step: Step | None) -> Work:
+        """Checks a call that has no result yet; the answer carries it out. Nothing is stored for
+        one that is refused: wrong arguments are wrong as for any Python function."""
+        plan: Callable[..., Work] = getattr(self, f"_plan_{call.kind}")
         try:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
@@ -2423,7 +2305,7 @@ class Run:
             what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
-    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Callable[[Step], None]:
+    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
         if len(args) == 1 and args[0] is not None and not isinstance(args[0], Mapping):
             args = (options.pop("config", None), *args)
         given, callback = _do_arguments(*args, **options)
@@ -2438,24 +2320,10 @@ class Run:
             config = _DEFAULT_CONFIG
             if given is not None:
                 config = StepConfig(given, self.engine.limits.max_sleep)
-        return Attempt(call, config, callback).begin
+        wants = _wants_context(call.name, callback)
+        return functools.partial(self._try, call, config, callback, wants)
 
-    def begin_attempt(self, attempt: Attempt, step: Step) -> None:
-        """The way of an attempt whose call has come: now, after its delay, or not at all."""
-        step.state = "pending"
-        if step.open:  # and no end: the engine died
-            attempt.number, attempt.recorded = step.attempts, True
-            self._attempts[step.key] = attempt
-            died = WorkflowInternalError("attempt failed: the engine stopped")
-            self.conclude(attempt, None, died)
-        elif step.key in self._waiting:
-            self._retries[step.key] = attempt
-        else:
-            self._try(attempt)
-
-    def _plan_sleep(
-        self, call: StepCall, parse: Callable[[Any], int], given: Any
-    ) -> Callable[[Step], None]:
+    def _plan_sleep(self, call: StepCall, parse: Callable[[Any], int], given: Any) -> Work:
         fixed = parse is _parse_moment
         moment = parse(given)
         ms = max(0, moment - self.engine.clock.now()) if fixed else moment
@@ -2463,7 +2331,7 @@ class Run:
 
     def _plan_wait_for_event(
         self, call: StepCall, type: Any = None, timeout: Any = "24 hours", **options: Any
-    ) -> Callable[[Step], None]:
+    ) -> Work:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
@@ -2476,7 +2344,7 @@ class Run:
 
     def _begin_wait(
         self, call: StepCall, what: tuple[str, str | None], ms: int, until: int | None = None
-    ) -> Callable[[Step], None]:
+    ) -> Work:
         longest = self.engine.limits.max_sleep
         if ms > longest:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
@@ -2484,7 +2352,7 @@ class Run:
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
 
-        def begin(step: Step) -> None:
+        async def begin(step: Step) -> None:
             if step.state == "new":
                 step.state = "pending"
                 self._waiting.add(step.key)
@@ -2504,42 +2372,78 @@ class Run:
 
     # -- attempts
 
-    def _try(self, attempt: Attempt) -> None:
-        """Begins an attempt as soon as callbacks may start, and a plain one when it has a
-        thread."""
-        if not self._may_start(attempt):
-            self._gate.append(attempt)
-            if self.status == "waiting":
-                self._post(self.engine.store.poke, then=_ignore)
+    async def _try(
+        self, call: StepCall, config: StepConfig, callback: Any, wants: Any, step: Step
+    ) -> None:
+        """A step's attempts, up to the last one, whose end is on its way to the store then."""
+        plain = not _is_async(callback)
+        step.state = "pending"
+        final = False
+        while not final:
+            attempt = Attempt(self, call, step, config)
+            value: Any = None
+            error: BaseException | None
+            if step.open:  # and no end: the engine died
+                self._attempts[step.key] = attempt
+                attempt.recorded = True
+                error = WorkflowInternalError("attempt failed: the engine stopped")
+            else:
+                try:
+                    while (
+                        step.key in self._waiting
+                        or not self._may_start(step)
+                        or attempt.slot is not plain
+                    ):
+                        await self._hold(attempt)
+                    self._attempts[step.key] = attempt
+                    attempt.number = step.attempts = step.attempts + 1
+                    attempt.started = self.engine.clock.now()
+                    if self.careful:
+                        self.record_start(attempt, lambda *_: self._poke(step))
+                        await self._wait(step)
+                    value, error = await attempt.execute(self._bind(attempt, callback, wants))
+                finally:
+                    attempt.free_slot()
+            final = self._conclude(attempt, value, error)
+
+    async def _hold(self, attempt: Attempt) -> None:
+        """Waits for one of the things that an attempt needs to begin: the end of its retry delay,
+        an instance that doesn't pause, and if it's plain, a thread."""
+        step = attempt.step
+        if step.key in self._waiting:
+            await self._wait(step)
             return
-        self._attempts[attempt.step.key] = attempt
-        if attempt.plain:
-            self.engine.threads.acquire(functools.partial(self._start, attempt))
-        else:
-            self._start(attempt)
+        self._gate[step.key] = step
+        try:
+            if self._may_start(step):
+                await self.engine.threads.slots.acquire()
+                attempt.slot = True
+            else:
+                if self.status == "waiting":
+                    self._post(self.engine.store.poke, then=_ignore)
+                await self._wait(step)
+        finally:
+            del self._gate[step.key]
 
-    def _may_start(self, attempt: Attempt) -> bool:
-        if self.status == "waitingForPause" and attempt.step.nested:
+    def _may_start(self, step: Step) -> bool:
+        if self.status == "waitingForPause" and step.nested:
             return True  # or the outer callback could not finish
-        return self.status == "running" and not self.dead
+        return self.status == "running"
 
-    def _start(self, attempt: Attempt) -> bool:
-        if attempt.over:
-            return False
-        if not self._may_start(attempt):
-            del self._attempts[attempt.step.key]
-            self._gate.append(attempt)
-            return False
-        attempt.threaded = attempt.plain
-        attempt.begun = True
-        attempt.step.attempts += 1
-        attempt.number = attempt.step.attempts
-        attempt.started = self.engine.clock.now()
-        if self.careful:
-            self.record_start(attempt, lambda *_: attempt.launch())
-        else:
-            attempt.launch()
-        return True
+    def _bind(self, attempt: Attempt, callback: Callable[..., Any], wants: Any) -> Any:
+        """The callback with the argument that it wants, or what a test has put in its place."""
+        for block in reversed(self.engine.store.introspections):
+            if (mock := block.substitute(attempt)) is not None:
+                return mock
+        if not wants:
+            return callback
+        info = WorkflowStepInfo(attempt.call.name, attempt.call.count)
+        ctx = WorkflowStepContext(info, attempt.number, copy.deepcopy(attempt.config.raw))
+        return functools.partial(
+            callback,
+            *(() if wants == "ctx" else (ctx,)),
+            **({"ctx": ctx} if wants == "ctx" else {}),
+        )
 
     def record_start(self, attempt: Attempt, then: Then) -> None:
         attempt.recorded = True
@@ -2547,18 +2451,18 @@ class Run:
         row = ("start", attempt.step.key, attempt.number, None, None, config)
         self._post(self.engine.store.record, [row], then=then)
 
-    def conclude(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+    def _conclude(self, attempt: Attempt, value: Any, error: BaseException | None) -> bool:
         """Hands the end of an attempt to the store: a result, a failure and the wait before the
-        next attempt, or the failure of the step."""
+        next attempt, or the failure of the step. Says whether that is the step's end."""
         step, number, name = attempt.step, attempt.number, attempt.call.name
         store, limits = self.engine.store, self.engine.limits
+        attempt.ended, step.open = True, False
         started = None if attempt.recorded else attempt.started
         extra = None if attempt.recorded or number > 1 else attempt.config.text
-        size = 0
         if error is None:
             try:
-                attempt.text, attempt.fresh = encode(value)
-                size = size_of(attempt.text)
+                text, fresh = encode(value)
+                size = size_of(text)
                 if limits.step_bytes is not None and size > limits.step_bytes:
                     what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
                     error = _fatal("limit.step_output", f"step {name!r} returned {what}")
@@ -2568,40 +2472,45 @@ class Run:
         final = isinstance(error, (NonRetryableError, WorkflowFatalError))
         if error is not None:
             log.info("%s: attempt %d of step %r failed", self, number, name, exc_info=error)
-        if error is None:
-            attempt.state = "done"
-        elif final or number > attempt.config.limit:
-            attempt.state, attempt.text, attempt.fresh = "error", encode_error(error), error
-            size = 0
-        else:
-            attempt.state = "pending"
+        if error is not None and not final and number <= attempt.config.limit:
             longest = 0 if self._is_skipped("retry", attempt.call) else limits.max_sleep
             delay = attempt.config.delay_after(number, longest)
             text = encode_error(error, retry_delay_ms=delay)
             wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
             self._waiting.add(step.key)
-            self._retries[step.key] = attempt.again()
             row = ("failed", step.key, number, started, text, extra)
-            store.post(store.begin_wait, self.key, self.generation, row, wait, then=attempt.stored)
-            return
-        row = (attempt.state, step.key, number, started, attempt.text, extra)
-        args = (self.key, self.generation, [row], size, True)
-        store.post(store.record, *args, then=attempt.stored)
+            then = functools.partial(self._stored, attempt, "pending", None, None)
+            store.post(store.begin_wait, self.key, self.generation, row, wait, then=then)
+            return False
+        state = "done"
+        if error is not None:
+            state, text, fresh, size = "error", encode_error(error), error, 0
+        row = (state, step.key, number, started, text, extra)
+        then = functools.partial(self._stored, attempt, state, text, fresh)
+        store.post(store.record, self.key, self.generation, [row], size, True, then=then)
+        return True
 
-    def concluded(self, attempt: Attempt, seq: int) -> None:
-        """The end of an attempt is stored."""
+    def _stored(
+        self, attempt: Attempt, state: str, data: str | None, fresh: Any, seq: Any, refused: Any
+    ) -> None:
+        """The store's answer to an end: recorded, refused (over a limit), or outdated (None)."""
         step = attempt.step
-        self.seq = max(self.seq, seq)
-        self.careful = self.careful and attempt.state == "pending"
-        if self._attempts.get(step.key) is attempt:
-            del self._attempts[step.key]
-        if step.state == "pending":
-            step.open = False
-            if attempt.state != "pending":
-                step.state, step.data, step.fresh = attempt.state, attempt.text, attempt.fresh
+        if self.dead:
+            return
+        if refused is not None:
+            self._conclude(attempt, None, refused)
+        elif seq is None:
+            self.unload()
+        else:
+            self.seq = max(self.seq, seq)
+            self.careful = self.careful and state == "pending"
+            if self._attempts.get(step.key) is attempt:
+                del self._attempts[step.key]
+            if step.state == "pending" != state:
+                step.state, step.data, step.fresh = state, data, fresh
                 self._finished(step)
-        self._check_pause()
-        self._arm()
+            self._check_pause()
+            self._arm()
 
     # -- results, one at a time
 
@@ -2609,7 +2518,11 @@ class Run:
         if not step.nested:
             self._inbox.append(step)
             step.queued = True
-        elif step.waiter is not None:
+        else:
+            self._poke(step)
+
+    def _poke(self, step: Step | None) -> None:
+        if step is not None and step.waiter is not None:
             _resolve(step.waiter)
 
     def _arm(self) -> None:
@@ -2647,8 +2560,7 @@ class Run:
         step = self._inbox.popleft()
         step.queued = False
         self.last_move = self.engine.turn
-        assert step.waiter is not None
-        _resolve(step.waiter)
+        self._poke(step)
 
     def _may_be_idle(self) -> bool:
         return bool(
@@ -2679,9 +2591,7 @@ class Run:
         for row in rows:
             self._waiting.discard(row.step or "")
             if row.type == "due":
-                attempt = self._retries.pop(row.step or "", None)
-                if attempt is not None:
-                    self._try(attempt)
+                self._poke(self.steps.get(row.step or ""))
             elif step := apply(self.steps, row):
                 self._finished(step)
         self._become(inst.status)
@@ -2693,14 +2603,13 @@ class Run:
         if status != "waiting" and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        gate, self._gate = self._gate, []
-        for attempt in gate:
-            self._try(attempt)
+        for step in self._gate.values():
+            self._poke(step)
         self._check_pause()
         self._arm()
 
     def _check_pause(self) -> None:
-        if self.status == "waitingForPause" and not any(a.begun for a in self._attempts.values()):
+        if self.status == "waitingForPause" and not self._attempts:
             self._post(self.engine.store.pause_now, then=_ignore)
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
@@ -2725,13 +2634,8 @@ class Run:
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
         self.last_move = self.engine.turn
-        attempt = self._attempts.pop(step.key, None)
-        if attempt is not None:
-            attempt.stop()
-        self._gate = [attempt for attempt in self._gate if attempt.step is not step]
-        self._retries.pop(step.key, None)
+        step.open = self._attempts.pop(step.key, None) is not None
         self._waiting.discard(step.key)
-        step.open = attempt is not None and attempt.begun
         if step.nested and step.state == "pending":
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
@@ -2784,20 +2688,18 @@ class Run:
                     log.warning(f"%s: {what}", self, step_label(step.key))
 
     def unload(self) -> None:
-        """Ends this life: cancels the run, then the tasks of its calls, then its callbacks.
-        Whatever they do is ignored; `ended` is done when they are, or after a second."""
+        """Ends this life: cancels the run, then the tasks of its calls. Whatever they do is
+        ignored; `ended` is done when they are, or after a second."""
         if self.dead:
             return
         self.dead = True
         if self._timer is not None:
             self._timer.cancel()
-        waiting = (step.task for step in self.steps.values() if step.waiter and step.task)
-        tasks = [self.task, *waiting, *self.tasks]
+        calling = (step.task for step in self.steps.values() if step.task is not None)
+        tasks = dict.fromkeys((self.task, *calling))
         self._left = {task for task in tasks if not task.done()}
         for task in tasks:
             task.cancel()
-        for attempt in list(self._attempts.values()):
-            attempt.stop()
         for task in self._left:
             task.add_done_callback(self._task_ended)
         self._deadline = self.loop.call_later(GRACE, self._give_up_on_tasks)
@@ -2805,7 +2707,7 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.state]
+        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.ended]
         return cut_off + [key for key in self._cancelled if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
@@ -2958,7 +2860,6 @@ class Engine:
         self._settling: deque[tuple[int, Run]] = deque()
         self.ticking = False
         self.activity = 0  # counts what callbacks do
-        self.carriers: list[Carrier] = []  # idle ones
         self.runs: dict[int, Run] = {}  # by the instance's key
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
@@ -3060,8 +2961,6 @@ class Engine:
         await self.store.closed
         self.store.thread.join()
         self.threads.close()
-        for carrier in self.carriers:
-            carrier.task.cancel()
         self._wake(list(self._watchers))
 
     def _hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
