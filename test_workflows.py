@@ -4278,6 +4278,14 @@ class Limiting(Case):
 HOURLY = {"retries": {"limit": 5, "delay": "1 hour", "backoff": "constant"}}
 
 
+async def failures(instance: Any) -> list[Any]:
+    """The failed attempts so far."""
+    workflow, history = instance.workflow, workflows.History(instance.id)
+    _, rows = await workflow.engine.call("look", workflow.name, instance.id, 0, 0)
+    events = [event for row in rows for event in history.events(row)]
+    return [event for event in events if event.type == "attempt_errored"]
+
+
 class Introspected(Case):
     """A patient workflow: a sleep of 30 days, five retries, an approval."""
 
@@ -4396,10 +4404,7 @@ class Modifications(Introspected):
             await self.workflow.create(id="x")
             await self.clock.advance(0)
             self.assertEqual(self.attempts, [1, 2, 3, 1])
-            rows = await (await self.workflow.get("x")).history()
-            delays = [
-                workflows.decode(r.data)["retry_delay_ms"] for r in rows if r.type == "failed"
-            ]
+            delays = [e.retry_delay_ms for e in await failures(await self.workflow.get("x"))]
             self.assertEqual(delays, [0, 0, 3_600_000])
 
     async def test_a_mocked_result_replaces_async_and_plain_callbacks_of_that_count_only(
@@ -4436,8 +4441,8 @@ class Modifications(Introspected):
             await one.modify(prepare)
             await self.workflow.create(id="x")
             self.assertEqual(await one.wait_for_step_result("charge"), "paid")
-            rows = await (await self.workflow.get("x")).history()
-            failed = [workflows.decode(r.data)["message"] for r in rows if r.type == "failed"]
+            errors = await failures(await self.workflow.get("x"))
+            failed = [e.error["message"] for e in errors if e.retry_delay_ms is not None]
             self.assertEqual((failed, self.attempts), (["'lost'"] * 2, []))
 
     async def test_a_mocked_error_without_times_fails_every_attempt(self) -> None:

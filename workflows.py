@@ -51,6 +51,7 @@ import copy
 import dataclasses
 import decimal
 import functools
+import importlib.util
 import inspect
 import json
 import keyword
@@ -72,6 +73,7 @@ import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import (
+    AsyncGenerator,
     Awaitable,
     Callable,
     Coroutine,
@@ -86,10 +88,11 @@ from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 __all__ = [
     *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
-    *("Workflow", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent", "WorkflowFatalError"),
-    *("WorkflowInstance", "WorkflowInstanceIntrospector", "WorkflowInstanceModifier"),
-    *("WorkflowInternalError", "WorkflowIntrospector", "WorkflowStep", "WorkflowStepContext"),
-    *("WorkflowStepEvent", "WorkflowTimeoutError", "parse_duration"),
+    *("Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent"),
+    *("WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance"),
+    *("WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError"),
+    *("WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext"),
+    *("WorkflowStepEvent", "WorkflowTimeoutError", "install_workers_shim", "parse_duration"),
 ]
 
 log = logging.getLogger("workflows")
@@ -235,6 +238,26 @@ class WorkflowStepContext(_Record):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowDelayContext(_Record):
+    """What a function for `retries.delay` gets: the context of the attempt that failed, and its
+    error."""
+
+    ctx: WorkflowStepContext
+    error: BaseException
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorkflowRollbackContext(_Record):
+    """What a step's rollback handler gets: the context of the step's last attempt, the error that
+    started the rollback, the step's output (None if it failed), and `<name>-<count>`."""
+
+    ctx: WorkflowStepContext
+    error: Exception
+    output: Any
+    step_name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class InstanceStatus(_Record):
     """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
     `{"name", "message"}` (when errored)."""
@@ -256,6 +279,21 @@ class Usage(_Record):
     cpu_ms: float
     storage_bytes: int
     cost_usd: float
+
+
+class _Attributes(dict[str, Any]):
+    """A dict whose keys can also be read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            kind = type(self).__name__
+            raise AttributeError(f"{kind} has no {name!r}; it has {', '.join(self) or 'nothing'}")
+        return self[name]
+
+
+class WorkflowHistoryEvent(_Attributes):
+    """Something that happened to an instance, as `subscribe` tells it: `type`, `event_id`,
+    `timestamp`, `instance_id`, and what the type brings (`step_name`, `output`, `error`, …)."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -641,6 +679,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "retries": {"limit": 5, "delay": 10_000, "backoff": "exponential"},
     "timeout": "10 minutes",
 }
+DYNAMIC = "[dynamic]"  # stands for a function as the delay
 _BACKOFF: dict[str, Callable[[int], int]] = {
     "constant": lambda attempts: 1,
     "linear": lambda attempts: attempts,
@@ -649,15 +688,23 @@ _BACKOFF: dict[str, Callable[[int], int]] = {
 
 
 class StepConfig:
-    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in.
+    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in;
+    `rollback` the configuration of its rollback handler, if it has one.
 
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
-    __slots__ = ("backoff", "delay", "limit", "raw", "text", "timeout")
+    __slots__ = ("backoff", "delay", "limit", "raw", "rollback", "text", "timeout")
+    text: str | None
 
-    def __init__(self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR) -> None:
-        given = _options({} if config is None else config, ("retries", "timeout"), "config")
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None,
+        max_sleep: int = _YEAR,
+        rollback: StepConfig | None = None,
+    ) -> None:
+        keys = ("retries", "timeout", "sensitive")
+        given = _options({} if config is None else config, keys, "config")
         retries = given.get("retries", {})
         retries = _options(retries, ("limit", "delay", "backoff"), "config['retries']")
         self.raw = DEFAULT_CONFIG | given
@@ -665,9 +712,9 @@ class StepConfig:
         for part, key in ((merged, "delay"), (self.raw, "timeout")):
             if isinstance(part[key], timedelta):
                 part[key] = parse_duration(part[key])  # as it is stored
-        limit, backoff = merged["limit"], merged["backoff"]
+        limit, backoff, delay = merged["limit"], merged["backoff"], merged["delay"]
         self.limit: float = limit
-        self.delay = _config_ms(merged, "delay")
+        self.delay: Any = delay if callable(delay) else _config_ms(merged, "delay")
         self.timeout = _config_ms(self.raw, "timeout")
         whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
         if not whole or isinstance(limit, bool) or limit < 0:
@@ -677,24 +724,40 @@ class StepConfig:
         if not isinstance(backoff, str) or backoff not in _BACKOFF:
             known = ", ".join(_BACKOFF)
             raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
+        if given.get("sensitive", "output") != "output":
+            wrong = _show(given["sensitive"])
+            raise ValueError(f"config key 'sensitive': {wrong}: expected 'output'")
         self.backoff = _BACKOFF[backoff]
+        self.rollback = rollback
         # What is stored; None for the defaults, which most steps have. JSON knows no infinity.
-        stored = {"retries": merged | {"limit": None if limit == math.inf else limit}}
-        self.text = None if not given else encode(stored | {"timeout": self.raw["timeout"]})[0]
+        stored = self.raw | {"retries": merged | {"limit": None if limit == math.inf else limit}}
+        if callable(delay):
+            stored["retries"]["delay"] = DYNAMIC
+            self.raw["retries"] = {key: merged[key] for key in ("limit", "backoff")}
+        if rollback is not None:
+            stored["rollback"] = decode(rollback.text or "{}")
+        self.text = encode(stored)[0] if given or rollback else None
 
     @classmethod
-    def load(cls, text: str) -> StepConfig:
-        """The configuration that a step was started with."""
+    def load(cls, text: str, given: Any = None, given_rollback: Any = None) -> StepConfig:
+        """The configuration that a step was started with. A function for a delay is not stored: it
+        is that of the present call."""
         if not text:
             return _DEFAULT_CONFIG
-        config = decode(text)
-        if config["retries"]["limit"] is None:
-            config["retries"]["limit"] = math.inf
-        return cls(config)
+        config, rollback = decode(text), None
+        if "rollback" in config:
+            rollback = cls.load(encode(config.pop("rollback"))[0], given_rollback)
+        retries = config.setdefault("retries", {})
+        if retries.get("limit", 0) is None:
+            retries["limit"] = math.inf
+        if retries.get("delay") == DYNAMIC:
+            present = given if isinstance(given, Mapping) else {}
+            retries["delay"] = present.get("retries", {}).get("delay", 10_000)
+        return cls(config, rollback=rollback)
 
-    def delay_after(self, attempts: int, longest: int) -> int:
+    def delay_after(self, attempts: int, delay: int, longest: int) -> int:
         """Milliseconds to wait when so many attempts have failed."""
-        return min(self.delay * self.backoff(attempts), longest)
+        return min(delay * self.backoff(attempts), longest)
 
 
 def _config_ms(part: Mapping[str, Any], key: str) -> int:
@@ -716,6 +779,7 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
 
 
 _DEFAULT_CONFIG = StepConfig(None)
+_ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 
 # --------------------------------------------------------------------------------------------------
 # Journal: what a recorded history means. The journal of an instance is append-only; its rows are
@@ -735,6 +799,10 @@ _DEFAULT_CONFIG = StepConfig(None)
 #     cancel                             any     `run` itself cancelled the call: never again
 #     stop                               any     interrupted by a clean stop: as if not begun
 #     due                                do      its retry delay is over
+#     rollback                           –       `run` has failed: from here on only rollback
+#                                                handlers run; the error that started it
+#
+# A rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
 
 
 class Row(NamedTuple):
@@ -750,6 +818,8 @@ class Row(NamedTuple):
     extra: str | None
 
 
+STEP_KINDS = ("do", "sleep", "wait_for_event")
+ROLLBACK = "rollback\n"  # what the key of a rollback handler begins with
 SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
 
 
@@ -833,6 +903,105 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     return steps, inbox
 
 
+class History:
+    """Shows journal rows as the events of `subscribe`: one or more for a row, none for the
+    engine's own affairs. Their ids grow in journal order.
+
+    developers.cloudflare.com/workflows/build/events-and-parameters/"""
+
+    def __init__(self, instance_id: str) -> None:
+        self._instance_id = instance_id
+        self._configs: dict[str, Any] = {}  # of the steps that have begun
+
+    def events(self, row: Row) -> list[WorkflowHistoryEvent]:
+        told: list[WorkflowHistoryEvent] = []
+
+        def tell(type: str, at: int | None = None, **more: Any) -> None:
+            when = _to_datetime(row.at if at is None else at)
+            head = {"type": type, "event_id": row.seq * 10 + len(told), "timestamp": when}
+            told.append(WorkflowHistoryEvent(head, instance_id=self._instance_id, **more))
+
+        data = None if row.data is None else decode(row.data)
+        if row.step is None:
+            self._tell_status(tell, row, data)
+        elif row.attempt is not None:
+            self._tell_attempt(tell, row, data)
+        else:
+            self._tell_wait(tell, row, data)
+        return told
+
+    def _tell_status(self, tell: Callable[..., None], row: Row, data: Any) -> None:
+        if row.extra is not None:  # how the rollback went
+            failure = decode(row.extra)
+            tell("rollback_completed") if failure is None else tell(
+                "rollback_errored", error=_brief(failure)
+            )
+        if row.type == "rollback":
+            tell("rollback_started", error=_brief(data))
+        elif row.type == "complete":
+            tell("workflow_completed", output=data)
+        elif row.type == "errored":
+            tell("workflow_errored", error=_brief(data))
+        else:
+            tell("workflow_" + re.sub("[A-Z]", lambda upper: "_" + upper[0].lower(), row.type))
+            if row.type == "queued" and data is not None:  # a first life, or a new one
+                self._configs.clear()
+
+    def _tell_attempt(self, tell: Callable[..., None], row: Row, data: Any) -> None:
+        key = row.step or ""
+        step = {"step_name": step_label(key)}
+        attempt = step | {"attempt": row.attempt}
+        prefix = "rollback_" if key.startswith(ROLLBACK) else ""
+        if key not in self._configs:
+            self._configs[key] = decode(row.extra or "{}")
+            tell(prefix + "step_started", row.started, **step)
+        if row.type == "start" or row.started is not None:
+            tell(prefix + "attempt_started", row.started, **attempt)
+        if row.type == "done":
+            tell(prefix + "attempt_completed", **attempt)
+            sensitive = "sensitive" in self._configs[key]
+            tell(prefix + "step_completed", **step, output="[REDACTED]" if sensitive else data)
+        elif row.type in ("failed", "error"):
+            error, delay = _brief(data), data.get("retry_delay_ms")
+            tell(prefix + "attempt_errored", **attempt, error=error, retry_delay_ms=delay)
+            if row.type == "error":
+                tell(prefix + "step_errored", **step, error=error)
+
+    def _tell_wait(self, tell: Callable[..., None], row: Row, data: Any) -> None:
+        step = {"step_name": step_label(row.step)}
+        if row.type == "sleep":
+            tell("sleep_started", **step, duration_ms=data)
+        elif row.type == "slept":
+            tell("sleep_completed", **step)
+        elif row.type == "wait":
+            tell("wait_started", **step, event_type=data["type"])
+        elif row.type == "event":
+            tell("wait_completed", **step, output=data)
+        elif row.type == "timeout":
+            tell("wait_timed_out", **step, error=_brief(data))
+
+
+def _brief(error: dict[str, Any]) -> dict[str, str]:
+    """What users see of a recorded error."""
+    return {"name": error["name"], "message": error["message"]}
+
+
+_STATES = ("queued", "started", "running", "waiting", "waiting_for_pause", "paused", "completed")
+EVENT_TYPES = frozenset(
+    [
+        *(f"workflow_{state}" for state in (*_STATES, "errored", "terminated")),
+        *("sleep_started", "sleep_completed", "wait_started", "wait_completed", "wait_timed_out"),
+        *("rollback_started", "rollback_completed", "rollback_errored"),
+    ]
+)
+EVENT_TYPES |= {
+    f"{prefix}{what}_{end}"
+    for prefix in ("", "rollback_")
+    for what in ("step", "attempt")
+    for end in ("started", "completed", "errored")
+}
+
+
 class Wait(NamedTuple):
     """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
     an event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
@@ -901,7 +1070,9 @@ CREATE TABLE instances (
     created INTEGER NOT NULL, modified INTEGER NOT NULL, started INTEGER, ended INTEGER,
     paused INTEGER,
     success_retention INTEGER, error_retention INTEGER,
-    trigger TEXT NOT NULL, termination TEXT, rollback TEXT,
+    trigger TEXT NOT NULL,
+    termination TEXT,              -- who has terminated it
+    rollback TEXT,                 -- begun, complete or failed
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
@@ -948,6 +1119,8 @@ class Instance(NamedTuple):
     paused: int | None
     success_retention: int | None
     error_retention: int | None
+    termination: str | None
+    rollback: str | None
 
     def expiry(self) -> int | None:
         """When a finished instance is deleted."""
@@ -1010,6 +1183,7 @@ class Store:
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
         self._look_again = False  # something may be due, or a slot free
+        self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         self._heads: dict[int, Head] = {}
@@ -1132,6 +1306,7 @@ class Store:
                 results.append((then, None, refused))
         if self.owner and self._is_due():
             self._schedule()
+        self._note_queued()
         self._flush()
         self._count_usage()
         self._db.execute("COMMIT")
@@ -1295,7 +1470,7 @@ class Store:
             due += self._of_bound("wake <= ? ORDER BY wake DESC LIMIT ?", now, BATCH)
         for inst in dict.fromkeys(due):
             self._look_at(inst, now)
-        self._admit(now)
+        self._admit()
         wakes = [inst.wake for inst in self._of_bound("wake IS NOT NULL ORDER BY wake LIMIT 1")]
         self.next_wake = min(wake for wake in (*wakes, math.inf) if wake is not None)
 
@@ -1316,7 +1491,9 @@ class Store:
                 self._enqueue(inst)
             (due,) = self._one("SELECT min(due) FROM waits WHERE instance = ?", inst.key)
             inst = self._change(inst.key, wake=due)
-        self._news.append(News(inst, rows))
+        # A rollback is another life: of a running instance, whose slot it keeps.
+        begun = inst.status == "running" and inst.rollback == "begun"
+        self._news.append(News(inst, rows, admitted=begun))
 
     def _end_waits(self, inst: Instance, now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same
@@ -1350,8 +1527,9 @@ class Store:
             rows.append(Row(seq, now, *row))
         return rows
 
-    def _admit(self, now: int) -> None:
+    def _admit(self) -> None:
         """Gives free slots to the queue: woken instances first, then first come first served."""
+        now = self.clock.now()
         queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
@@ -1402,7 +1580,17 @@ class Store:
         ones."""
         now = self.clock.now()
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
-        self._move(inst, "queued", place=place, **columns)
+        self._change(inst.key, status="queued", place=place, **columns)
+        self._woken.append(inst.key)
+        self._look_again = True
+
+    def _note_queued(self) -> None:
+        """Says in the journal which woken instances have to wait for a slot."""
+        if self._woken:
+            where = "key IN (SELECT value FROM json_each(?)) AND status = 'queued'"
+            for inst in self._instances(where, str(self._woken)):
+                self._change(inst.key, [("queued", None, None, None, None, None)])
+            self._woken.clear()
 
     def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
         """A run that was pausing: on `resume` it goes on ahead of all new ones."""
@@ -1473,11 +1661,17 @@ class Store:
         return inst
 
     def _move(
-        self, inst: Instance, status: str, data: str | None = None, size: int = 0, **columns: Any
+        self,
+        inst: Instance,
+        status: str,
+        data: str | None = None,
+        extra: str | None = None,
+        size: int = 0,
+        **columns: Any,
     ) -> Instance:
         """Changes the status, and says so in the journal."""
         self._look_again = True
-        rows = [(status, None, None, None, data, None)]
+        rows = [(status, None, None, None, data, extra)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
     def _append(self, key: int, seq: int, now: int, rows: Sequence[RowTail]) -> None:
@@ -1591,9 +1785,6 @@ class Store:
         sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
         return inst.key, inst.status, self._one(sql, inst.key, inst.seq)[0]
 
-    def history(self, workflow: str, id: str) -> list[Row]:
-        return self._journal(self._get(workflow, id).key)
-
     def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
         rows."""
@@ -1626,6 +1817,8 @@ class Store:
     def pause(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
+        if inst.rollback == "begun":
+            return
         if inst.status == "running":
             self._move(inst, "waitingForPause", wake=now)
         elif inst.status in ("waiting", "queued"):
@@ -1637,35 +1830,98 @@ class Store:
         if inst.status == "waitingForPause":
             self._move(inst, "running", wake=now)
         elif inst.status == "paused":
-            # What fell due before the pause, and wasn't noticed, stays due: only the rest stood
-            # still.
-            paused = inst.paused or now
-            sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
-            self._db.execute(sql, (now - paused, inst.key, paused))
+            self._unpause(inst)
             status = "waiting" if inst.place is None else "queued"
             self._move(inst, status, paused=None, wake=now)
 
-    def terminate(self, workflow: str, id: str, source: str) -> None:
+    def _unpause(self, inst: Instance) -> None:
+        """What fell due before the pause, and wasn't noticed, stays due: only the rest stood
+        still."""
+        if inst.paused is not None:
+            sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
+            self._db.execute(sql, (self.clock.now() - inst.paused, inst.key, inst.paused))
+
+    def terminate(self, workflow: str, id: str, source: str, rollback: bool = False) -> None:
         inst = self._get(workflow, id)
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
             raise WorkflowError(message, code="instance.cannot_terminate")
+        ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
+        if rollback:
+            message = f"instance {id!r} was terminated"
+            error = WorkflowError(message, code="instance.terminated", name="Terminated")
+            if self._roll_back(inst, encode_error(error), **ended):
+                return
         now = self.clock.now()
-        ended: dict[str, Any] = {"ended": now, "wake": now, "place": None, "termination": source}
-        self._move(inst, "terminated", generation=inst.generation + 1, **ended)
+        self._move(inst, "terminated", ended=now, wake=now, place=None, **ended)
 
-    def restart(self, workflow: str, id: str) -> None:
+    def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
+        """Begins a rollback, if it hasn't begun, and a step that has started has a handler."""
+        sql = """SELECT EXISTS (SELECT 1 FROM journal
+                 WHERE instance = ? AND attempt IS NOT NULL AND instr(extra, '"rollback":'))"""
+        self._flush()
+        if inst.rollback is not None or self._one(sql, inst.key) == (0,):
+            return False
+        self._db.execute("DELETE FROM waits WHERE instance = ?", (inst.key,))
+        columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
+        row = ("rollback", None, None, None, error, None)
+        if inst.status in ("running", "waitingForPause"):
+            self._change(inst.key, [row], status="running", **columns)
+        else:
+            self._enqueue(self._change(inst.key, [row], **columns))
+        self._look_again = True
+        return True
+
+    def restart(self, workflow: str, id: str, start: tuple[str, int, str | None] | None) -> None:
+        """From the top, or from a step: then what started before that step is kept."""
         inst = self._get(workflow, id)
-        now = self.clock.now()
-        sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
-        (params,) = self._one(sql, inst.key)
-        self._erase(inst.key)
-        fresh: dict[str, Any] = dict.fromkeys(
-            ("started", "ended", "paused", "termination", "rollback")
-        )
-        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": now}
+        fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
+        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
         fresh["place"] = self._last_place() + 1
-        self._move(inst, "queued", params, size=size_of(params) - inst.state_bytes, **fresh)
+        params = None
+        if start is None:
+            sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
+            (params,) = self._one(sql, inst.key)
+            self._erase(inst.key)
+            fresh["started"] = None
+            size = size_of(params)
+        else:
+            size = self._cut(inst, *start)
+        self._move(inst, "queued", params, size=size - inst.state_bytes, **fresh)
+
+    def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
+        """Drops a step and all that began after it; returns the bytes of the state that is
+        left."""
+        began: dict[str, int] = {}  # steps, and the rows with which they began
+        rows = self._journal(inst.key)
+        for row in rows:
+            if row.step is not None:
+                began.setdefault(row.step, row.seq)
+        kinds = STEP_KINDS if kind is None else (kind,)
+        keys = [f"{kind}{SEPARATOR}{name}{SEPARATOR}{count}" for kind in kinds]
+        cut = next((began[key] for key in keys if key in began), None)
+        if cut is None:
+            message = (
+                f"instance {inst.id!r} has no step {name!r} with count {count} to restart from"
+            )
+            raise WorkflowError(message, code="instance.cannot_restart")
+        kept = [key for key, seq in began.items() if seq < cut]
+        where = """instance = ? AND seq >= ?
+                   AND (step IS NULL OR step NOT IN (SELECT value FROM json_each(?)))"""
+        for table in ("journal", "waits"):
+            self._db.execute(f"DELETE FROM {table} WHERE {where}", (inst.key, cut, _to_json(kept)))
+        self._unpause(inst)
+        # What it had in flight is as after a clean stop.
+        rows = [row for row in rows if row.seq < cut or row.step in kept]
+        steps, _ = fold(rows)
+        stopped = [
+            ("stop", step.key, None, None, None, None) for step in steps.values() if step.open
+        ]
+        self._change(inst.key, stopped)
+        sql = "SELECT payload FROM events WHERE instance = ?"
+        sizes = [size_of(payload) for (payload,) in self._db.execute(sql, (inst.key,))]
+        stateful = ("queued", "done", "event")
+        return sum(sizes) + sum(size_of(row.data or "") for row in rows if row.type in stateful)
 
     def delete(self, workflow: str, id: str) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
@@ -1674,6 +1930,19 @@ class Store:
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
         self._touched.add(inst.key)
+
+    def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
+        known = {id for id in ids if self._find(workflow, id) is not None}
+        for id in known:
+            self.delete(workflow, id)
+        message = "workflows.api.error.instance.not_found"
+        return {
+            "deleted": [{"id": id} for id in ids if id in known],
+            "errors": [
+                {"id": id, "code": 10400, "message": message} for id in ids if id not in known
+            ],
+        }
 
     def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
         """Buffers an event; the owner's next look, usually in this very transaction, delivers
@@ -1783,15 +2052,30 @@ class Store:
             self._enqueue(inst)
         return True
 
-    def finish(self, key: int, generation: int, status: str, data: str, size: int) -> None:
+    def finish(
+        self, key: int, generation: int, status: str, data: str | None, size: int = 0
+    ) -> None:
+        """`run` has ended, or (then `data` is what failed, if anything) its rollback."""
         if inst := self._mine(key, generation):
+            now = self.clock.now()
+            outcome: str | None = None
+            if inst.rollback == "begun":
+                sql = "SELECT data FROM journal WHERE instance = ? AND type = 'rollback'"
+                outcome, (data,) = data, self._one(sql, key)
+                status = "errored"
+                if inst.termination is not None:
+                    status, data = "terminated", None
             try:
                 self._check_state(inst.state_bytes, size, WorkflowFatalError)
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
-            now = self.clock.now()
+            if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
+                return
             expiry = inst._replace(status=status, ended=now).expiry()
-            self._move(inst, status, data, size=size, ended=now, wake=expiry, place=None)
+            columns: dict[str, Any] = {"ended": now, "wake": expiry, "place": None}
+            if outcome is not None:
+                columns["rollback"] = "complete" if outcome == "null" else "failed"
+            self._move(inst, status, data, outcome, size, **columns)
 
     def hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
@@ -1912,12 +2196,16 @@ _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workf
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
 
-    __slots__ = ("_coroutine", "args", "attempt", "count", "key", "kind", "name", "options", "run")
+    __slots__ = (
+        *("_coroutine", "args", "attempt", "count", "function", "key", "kind", "name", "options"),
+        "run",
+    )
 
     def __init__(
         self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         self.run, self.kind, self.name, self.args, self.options = run, kind, name, args, options
+        self.function: StepFunction | None = None  # whose call it is, in the decorator form
         attempt = _attempt.get()
         self.attempt = attempt if attempt is not None and attempt.run is run else None
         if self.attempt is None:
@@ -1935,7 +2223,8 @@ class StepCall(Coroutine[Any, Any, Any]):
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
-            self._coroutine = self.run.perform(self)
+            performer = self.run if self.function is None else self.function
+            self._coroutine = performer.perform(self)
         return self._coroutine
 
     def __await__(self) -> Any:
@@ -1966,12 +2255,21 @@ class WorkflowStep:
 
         The callback is async, or plain, which runs in a thread; if it has one required parameter,
         or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
-        (`limit`, `delay`, `backoff`), each attempt bounded by `config["timeout"]`; then its last
-        error is raised. Names are up to 256 characters.
+        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
+        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
+        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
+
+        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
+        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
+
+        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
+        function: see `StepFunction`.
 
         Errors: `step.invalid_name`, `step.invalid_config`, `step.invalid_callback`,
         `step.not_serializable`, `limit.steps`, `limit.step_output`, `limit.instance_state`."""
-        return StepCall(self._run, "do", name, args, options)
+        if "callback" in options or any(callable(given) for given in args):
+            return StepCall(self._run, "do", name, args, options)
+        return StepDecorator(self._run, name, args, options)
 
     def sleep(self, name: Any = None, duration: float | str | timedelta | None = None) -> StepCall:
         """Waits for a duration, at most 365 days, across restarts.
@@ -2153,9 +2451,15 @@ class Run:
     """One life of one instance."""
 
     def __init__(
-        self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], waits: list[str]
+        self,
+        engine: Engine,
+        bound: Workflow,
+        inst: Instance,
+        rows: list[Row],
+        waits: list[str],
+        previous: Run | None,
     ) -> None:
-        self.engine, self.bound = engine, bound
+        self.engine, self.bound, self.instance = engine, bound, inst
         self.loop = engine.loop
         self.key, self.generation = inst.key, inst.generation
         self.seq, self.status = inst.seq, inst.status
@@ -2181,6 +2485,13 @@ class Run:
         self._settling = self._idling = False
         self._timer: Any = None
         self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self.functions: dict[str, StepFunction] = {}  # of the decorator form, by name
+        # By step: its rollback handler, and the configuration of that as it was given.
+        self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
+        self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
+        self.searching = False
+        if self._started_rollback is not None and not (previous and previous.searching):
+            self.searching = any(step.key not in self.handlers for step in self._undoable())
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2188,9 +2499,13 @@ class Run:
         self.task = asyncio.Task(self._main(), loop=self.loop, name=name)
         self.task.add_done_callback(self._main_ended)
         self._check_pause()
+        if self.searching:
+            self._search()
 
     async def _main(self) -> tuple[Any, BaseException | None]:
         try:
+            if self._started_rollback is not None and not self.searching:
+                return await self._roll_back(self._started_rollback), None
             context = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
             result = self.bound.cls(context, self.engine.env).run(self.event, WorkflowStep(self))
             return (await result if inspect.isawaitable(result) else result), None
@@ -2219,8 +2534,13 @@ class Run:
                 if self._steps_left < 0:
                     limit = self.bound.step_limit
                     raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
+            if call.kind == "do" and (call.options or len(call.args) > 1):
+                self._note_handler(call)
             carry_out: Work | None = None
-            if step is None or step.state in ("new", "pending"):
+            if self.searching and (step is None or step.state in ("new", "pending")):
+                step = self.steps[call.key] = Step(call.key)  # beyond the history: it stays so
+                step.state = "pending"
+            elif step is None or step.state in ("new", "pending"):
                 carry_out = self._plan(call, step)
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
@@ -2290,7 +2610,7 @@ class Run:
             raise error.with_traceback(None if fresh is None else fresh.__traceback__)
         if fresh is not None or data is None:
             return fresh
-        return decode(data) if call.kind == "do" else _step_event(data, step.extra)
+        return _step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
 
     # -- what a call asks for
 
@@ -2306,22 +2626,31 @@ class Run:
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
-        if len(args) == 1 and args[0] is not None and not isinstance(args[0], Mapping):
-            args = (options.pop("config", None), *args)
-        given, callback = _do_arguments(*args, **options)
+        given, callback, handler, given_rollback = _do_arguments(*args, **options)
         if not callable(callback):
             what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
             message = f"step {call.name!r}: {what}: expected an async or plain function"
             raise _fatal("step.invalid_callback", message)
         step = self.steps.get(call.key)
+        longest = self.engine.limits.max_sleep
         if step is not None and step.config is not None:
-            config = StepConfig.load(step.config)
-        else:
+            config = StepConfig.load(step.config, given)
+        elif given is None and handler is None:
             config = _DEFAULT_CONFIG
-            if given is not None:
-                config = StepConfig(given, self.engine.limits.max_sleep)
+        else:
+            rollback = None if handler is None else StepConfig(given_rollback, longest)
+            config = StepConfig(given, longest, rollback)
         wants = _wants_context(call.name, callback)
         return functools.partial(self._try, call, config, callback, wants)
+
+    def _plan_rollback(self, call: StepCall, undone: Step, _: WorkflowRollbackContext) -> Work:
+        handler, given = self.handlers.get(undone.key, (None, None))
+        if handler is None:
+            message = f"the rollback handler of step {call.name!r} was not found by replay"
+            raise _fatal("workflow.fatal", message)
+        config = StepConfig.load(undone.config or "", None, given).rollback or _DEFAULT_CONFIG
+        wants = _wants_context(call.name, handler)
+        return functools.partial(self._try, call, config, handler, wants)
 
     def _plan_sleep(self, call: StepCall, parse: Callable[[Any], int], given: Any) -> Work:
         fixed = parse is _parse_moment
@@ -2404,7 +2733,10 @@ class Run:
                     value, error = await attempt.execute(self._bind(attempt, callback, wants))
                 finally:
                     attempt.free_slot()
-            final = self._conclude(attempt, value, error)
+            delay = 0
+            if error is not None and not _is_final(attempt, error):
+                delay, error = await self._delay(attempt, error)
+            final = self._conclude(attempt, value, error, delay)
 
     async def _hold(self, attempt: Attempt) -> None:
         """Waits for one of the things that an attempt needs to begin: the end of its retry delay,
@@ -2437,13 +2769,40 @@ class Run:
                 return mock
         if not wants:
             return callback
-        info = WorkflowStepInfo(attempt.call.name, attempt.call.count)
-        ctx = WorkflowStepContext(info, attempt.number, copy.deepcopy(attempt.config.raw))
-        return functools.partial(
-            callback,
-            *(() if wants == "ctx" else (ctx,)),
-            **({"ctx": ctx} if wants == "ctx" else {}),
-        )
+        argument: Any
+        if attempt.call.kind == "do":
+            argument = _context(attempt.call, attempt.number, attempt.config)
+        else:
+            argument = attempt.call.args[1]
+        if wants == "ctx":
+            return functools.partial(callback, ctx=argument)
+        return functools.partial(callback, argument)
+
+    async def _delay(self, attempt: Attempt, error: BaseException) -> tuple[int, BaseException]:
+        """How long to wait before the next attempt: a function may say that. Its failure is that of
+        the step."""
+        delay = attempt.config.delay
+        if not callable(delay):
+            return delay, error
+        asked = Attempt(self, attempt.call, attempt.step, _ASKING)
+        asked.recorded, asked.started = True, self.engine.clock.now()
+        if not _is_async(delay):
+            await self.engine.threads.slots.acquire()
+            asked.slot = True
+        info = _context(attempt.call, attempt.number, attempt.config)
+        failure: BaseException | None
+        try:
+            context = WorkflowDelayContext(info, error)
+            answer, failure = await asked.execute(functools.partial(delay, context))
+            if failure is None:
+                return parse_duration(answer), error
+        except ValueError as wrong:
+            failure = wrong
+        finally:
+            asked.free_slot()
+        what = f"{type(failure).__name__}: {_message(failure)}"
+        message = f"the delay function of step {attempt.call.name!r} failed: {what}"
+        return 0, WorkflowFatalError(message, name="NonRetryableDelayError")
 
     def record_start(self, attempt: Attempt, then: Then) -> None:
         attempt.recorded = True
@@ -2451,7 +2810,9 @@ class Run:
         row = ("start", attempt.step.key, attempt.number, None, None, config)
         self._post(self.engine.store.record, [row], then=then)
 
-    def _conclude(self, attempt: Attempt, value: Any, error: BaseException | None) -> bool:
+    def _conclude(
+        self, attempt: Attempt, value: Any, error: BaseException | None, delay: int = 0
+    ) -> bool:
         """Hands the end of an attempt to the store: a result, a failure and the wait before the
         next attempt, or the failure of the step. Says whether that is the step's end."""
         step, number, name = attempt.step, attempt.number, attempt.call.name
@@ -2461,7 +2822,7 @@ class Run:
         extra = None if attempt.recorded or number > 1 else attempt.config.text
         if error is None:
             try:
-                text, fresh = encode(value)
+                text, fresh = encode(None if attempt.call.kind == "rollback" else value)
                 size = size_of(text)
                 if limits.step_bytes is not None and size > limits.step_bytes:
                     what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
@@ -2469,12 +2830,11 @@ class Run:
             except _Unserializable as bad:
                 what = f"step {name!r} returned a value that can't be stored: {bad}"
                 error = _fatal("step.not_serializable", what)
-        final = isinstance(error, (NonRetryableError, WorkflowFatalError))
         if error is not None:
             log.info("%s: attempt %d of step %r failed", self, number, name, exc_info=error)
-        if error is not None and not final and number <= attempt.config.limit:
+        if error is not None and not _is_final(attempt, error):
             longest = 0 if self._is_skipped("retry", attempt.call) else limits.max_sleep
-            delay = attempt.config.delay_after(number, longest)
+            delay = attempt.config.delay_after(number, delay, longest)
             text = encode_error(error, retry_delay_ms=delay)
             wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
             self._waiting.add(step.key)
@@ -2566,6 +2926,7 @@ class Run:
         return bool(
             self.status == "running"
             and self._waiting
+            and self._started_rollback is None
             and not (self._attempts or self._held or self._writing or self._idling or self._gate)
             and any(key in self.steps and self.steps[key].waiter for key in self._waiting)
         )
@@ -2633,6 +2994,8 @@ class Run:
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
+        if self.searching:
+            return
         self.last_move = self.engine.turn
         step.open = self._attempts.pop(step.key, None) is not None
         self._waiting.discard(step.key)
@@ -2657,11 +3020,15 @@ class Run:
     def _main_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
             return
+        if self.searching:
+            self._end_search()
+            return
         if task.cancelled() or task.exception() is not None:
             self.engine.orphaned(self)  # the loop is being torn down
             return
         output, error = task.result()
-        self._warn_about_calls()
+        if self._started_rollback is None:
+            self._warn_about_calls()
         if self._cancelled:
             self._record_cancelled()
         text = ""
@@ -2676,6 +3043,53 @@ class Run:
         store = self.engine.store
         store.post(store.finish, self.key, self.generation, *end, then=_ignore)
         self.unload()
+
+    # -- rollback: another life, which begins when `run` has failed, or is told to. It knows the
+    #    handlers from the life before, if that was in this process; otherwise a replay comes first,
+    #    a life that only searches for them.
+
+    def _undoable(self) -> list[Step]:
+        """The steps that have started, in that order, and have a rollback handler."""
+        return [step for step in self.steps.values() if '"rollback":' in (step.config or "")]
+
+    def _note_handler(self, call: StepCall) -> None:
+        with contextlib.suppress(TypeError, ValueError):  # which `_plan` refuses, if need be
+            *_, handler, config = _do_arguments(*call.args, **call.options)
+            if handler is not None:
+                self.handlers[call.key] = handler, config
+        if self.searching:
+            self._search()
+
+    def _search(self) -> None:
+        """Goes on until every handler has been seen, `run` has ended, or is idle for 5 s."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.engine.clock.call_later(5000, self._end_search)
+        if all(step.key in self.handlers for step in self._undoable()):
+            self._end_search()
+
+    def _end_search(self) -> None:
+        self.successor = self.instance
+        self.unload()
+
+    async def _roll_back(self, started: str) -> Any:
+        """Runs the handlers, the last step's first; returns the record of what failed, if
+        anything."""
+        error = rebuild_error(decode(started))
+        for step in reversed(self._undoable()):
+            *_, name, count = step.key.split(SEPARATOR)
+            call = StepCall(self, "rollback", name, (), {})
+            call.key, call.count = ROLLBACK + step.key, int(count)
+            ctx = _context(call, step.attempts, StepConfig.load(step.config or ""))
+            output = decode(step.data) if step.state == "done" and step.data else None
+            info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
+            call.args = (step, info)
+            try:
+                await call
+            except Exception as failure:
+                log.warning("%s: a rollback handler failed", self, exc_info=failure)
+                return decode(encode_error(failure))
+        return None
 
     def _warn_about_calls(self) -> None:
         for call in self.open_calls:
@@ -2744,6 +3158,16 @@ def _ignore(*_: Any) -> None:
     pass
 
 
+def _is_final(attempt: Attempt, error: BaseException) -> bool:
+    fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
+    return fatal or attempt.number > attempt.config.limit
+
+
+def _context(call: StepCall, number: int, config: StepConfig) -> WorkflowStepContext:
+    info = WorkflowStepInfo(call.name, call.count)
+    return WorkflowStepContext(info, number, copy.deepcopy(config.raw))
+
+
 def _fatal(code: str, message: str) -> WorkflowFatalError:
     return WorkflowFatalError(message, code=code)
 
@@ -2767,8 +3191,29 @@ def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
     raise error(message, code="event.invalid_type")
 
 
-def _do_arguments(config: Any = None, callback: Any = None) -> tuple[Any, Any]:
-    return config, callback  # Python itself refuses what doesn't fit
+def _do_arguments(*args: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """Config, callback, rollback handler and its config, of any form of `step.do`."""
+    alone = len(args) == 1 and not isinstance(args[0], (Mapping, type(None)))
+    if alone or (args and callable(args[0])):
+        args = (options.pop("config", None), *args)
+    return _in_order(*args, **options)
+
+
+def _in_order(  # Python itself refuses what doesn't fit
+    config: Any = None,
+    callback: Any = None,
+    options: Any = None,
+    *,
+    rollback: Any = None,
+    rollback_config: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    if options is not None:
+        options = _options(options, ("rollback", "rollbackConfig"), "options")
+        rollback = options.get("rollback", rollback)
+        rollback_config = options.get("rollbackConfig", rollback_config)
+    if not callable(rollback) and (options, rollback, rollback_config) != (None, None, None):
+        raise ValueError(f"rollback is {_show(rollback)}: expected a function")
+    return config, callback, rollback, rollback_config
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -2802,13 +3247,8 @@ def _wants_context(name: str, function: Callable[..., Any]) -> Any:
 # the next one recovers).
 
 
-class Env(dict[str, Any]):
+class Env(_Attributes):
     """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(f"env has no {name!r}; it has {', '.join(self) or 'nothing'}")
-        return self[name]
 
 
 class WorkflowEntrypoint(Generic[Params]):
@@ -3030,21 +3470,25 @@ class Engine:
         elif news.admitted:
             self._load(inst)
 
-    def _load(self, inst: Instance) -> None:
-        if self._state != "open":
-            self._hand_back(inst.key, inst.generation, [])
-            return
+    def _load(self, inst: Instance, previous: Run | None = None) -> None:
         life = (inst.key, inst.generation)
-        self._loading.add(life)
-        self.store.post(self.store.load, *life, then=functools.partial(self._begin, life))
+        if self._state != "open":
+            self._hand_back(*life, [])
+        elif life not in self._loading:
+            self._loading.add(life)
+            then = functools.partial(self._begin, life, previous)
+            self.store.post(self.store.load, *life, then=then)
 
-    def _begin(self, life: tuple[int, int], loaded: Any, _: BaseException | None) -> None:
+    def _begin(
+        self, life: tuple[int, int], previous: Run | None, loaded: Any, _: BaseException | None
+    ) -> None:
         self._loading.discard(life)
         if self._state != "open":
             self._hand_back(*life, [])
         elif loaded is not None:
             inst, rows, waits, workflow = loaded
-            self.runs[inst.key] = run = Run(self, self._workflows[workflow], inst, rows, waits)
+            bound = self._workflows[workflow]
+            self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
             run.begin()
 
     def unloaded(self, run: Run) -> None:
@@ -3052,7 +3496,7 @@ class Engine:
         if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
             if run.successor is not None:
-                self._load(run.successor)
+                self._load(run.successor, run)
 
     def orphaned(self, run: Run) -> None:
         """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes
@@ -3161,10 +3605,7 @@ class Workflow:
             self._entry(_options(options, _CREATE, f"batch[{n}]"), f"batch[{n}]: ")
             for n, options in enumerate(batch)
         ]
-        limit = self.engine.limits.batch
-        if not 0 < len(entries) <= limit:
-            message = f"the batch has {len(entries)} entries: expected 1 to {limit} (limit batch)"
-            raise WorkflowError(message, code="limit.batch_size")
+        self._check_batch(entries)
         return [WorkflowInstance(self, id) for id in await self._create(entries)]
 
     def _entry(self, options: dict[str, Any], where: str) -> Entry:
@@ -3202,6 +3643,25 @@ class Workflow:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
         await self.engine.call("status", self.name, self._check_id(id))
         return WorkflowInstance(self, id)
+
+    async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
+        [{"id", "code", "message"}]}`, with one entry for each id.
+
+        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
+        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids is {type(ids).__name__}: expected a list of ids")
+        checked = [self._check_id(id, f"ids[{n}]: ") for n, id in enumerate(ids)]
+        self._check_batch(checked)
+        answer: dict[str, list[dict[str, Any]]]
+        answer = await self.engine.call("delete_batch", self.name, checked)
+        return answer
+
+    def _check_batch(self, batch: list[Any]) -> None:
+        limit = self.engine.limits.batch
+        if not 0 < len(batch) <= limit:
+            message = f"the batch has {len(batch)} entries: expected 1 to {limit} (limit batch)"
+            raise WorkflowError(message, code="limit.batch_size")
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -3250,6 +3710,22 @@ def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
     return text
 
 
+_KINDS = {_camel(kind): kind for kind in STEP_KINDS}
+
+
+def _start(given: Any) -> tuple[str, int, str | None]:
+    """The step that a restart begins from: name, count, and kind if that is given."""
+    step = _options(given, ("name", "count", "type"), "from")
+    name, count, type_ = step.get("name"), step.get("count", 1), step.get("type")
+    if not isinstance(name, str):
+        raise TypeError(f"from: the name is {_show(name)}: expected the name of a step")
+    if type(count) is not int or count < 1:
+        raise ValueError(f"from: the count is {_show(count)}: expected a whole number from 1")
+    if type_ is not None and type_ not in _KINDS:
+        raise ValueError(f"from: the type is {_show(type_)}: expected one of {', '.join(_KINDS)}")
+    return name, count, type_ and _KINDS[type_]
+
+
 class WorkflowInstance:
     """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible
     to `status()` in every process when it returns. Every method may raise `instance.not_found`.
@@ -3276,10 +3752,51 @@ class WorkflowInstance:
             return InstanceStatus(status, None, {key: record[key] for key in ("name", "message")})
         return InstanceStatus(status)
 
-    async def history(self) -> list[Row]:
-        """Its journal, in order: what happened, and when."""
-        rows: list[Row] = await self._call("history")
-        return rows
+    async def subscribe(
+        self, cursor: int | None = None, filter: Iterable[str] | None = None
+    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+        """`async for event in instance.subscribe()`: its history, then live what happens, until the
+        instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
+        list of the types to show. Each event comes once, in order."""
+        if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
+            raise TypeError(f"cursor is {_show(cursor)}: expected an event_id or None")
+        if isinstance(filter, str) or not isinstance(filter, (Iterable, type(None))):
+            raise TypeError(f"filter is {_show(filter)}: expected a list of event types or None")
+        shown = EVENT_TYPES if filter is None else frozenset(filter)
+        if unknown := shown - EVENT_TYPES:
+            known = ", ".join(sorted(EVENT_TYPES))
+            raise ValueError(f"filter has {_show(min(unknown))}: expected some of {known}")
+        history, key = History(self.id), None
+        async with contextlib.aclosing(self.follow()) as news:
+            async for inst, rows in news:
+                if inst is None or key not in (None, inst.key):
+                    message = (
+                        f"workflow {self.workflow.name!r} has no instance {self.id!r} (any more)"
+                    )
+                    raise WorkflowError(message, code="instance.not_found")
+                key = inst.key
+                for row in rows:
+                    for event in history.events(row):
+                        if event.event_id > (cursor or -1) and event.type in shown:
+                            yield event
+                if inst.status in FINISHED:
+                    return
+
+    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+        """The instance with this id, if there is one, and the rows that are new: now, and again
+        whenever something has changed."""
+        engine, key, seq = self.workflow.engine, NEW, 0
+        while True:
+            engine.store.followed.append(key)
+            try:
+                changed = engine.watch(key)  # before the look, so that nothing is missed
+                inst, rows = await engine.call("look", self.workflow.name, self.id, key, seq)
+                yield inst, rows
+                if key == (NEW if inst is None else inst.key):
+                    await asyncio.wait({changed})
+            finally:
+                engine.store.followed.remove(key)
+            key, seq = (NEW, 0) if inst is None else (inst.key, inst.seq)
 
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
@@ -3291,13 +3808,26 @@ class WorkflowInstance:
         """Goes on from a pause, or cancels one that hasn't taken effect."""
         await self._call("resume")
 
-    async def terminate(self) -> None:
-        """Stops it for good, at once. Error: `instance.cannot_terminate` if it has finished."""
-        await self._call("terminate", "binding")
+    async def terminate(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+        """Stops it for good, at once; with `rollback=True` (or a dict with that) after the rollback
+        handlers of its steps have run: then it returns when that is recorded.
 
-    async def restart(self) -> None:
-        """Begins again with the same id, params and timestamp; everything else is erased."""
-        await self._call("restart")
+        Error: `instance.cannot_terminate` if it has finished."""
+        rollback = _merge(options, given, ("rollback",), "terminate").get("rollback", False)
+        if not isinstance(rollback, bool):
+            raise TypeError(f"rollback is {_show(rollback)}: expected True or False")
+        await self._call("terminate", "binding", rollback)
+
+    async def restart(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+        """Begins again with the same id, params and timestamp; everything else is erased. With
+        `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
+        that step: what started before it is kept, and so are buffered events.
+
+        Error: `instance.cannot_restart` if its history has no such step."""
+        options = _merge(options, given, ("from",), "restart")
+        await self._call(
+            "restart", None if options.get("from") is None else _start(options["from"])
+        )
 
     async def delete(self) -> None:
         """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
@@ -3335,6 +3865,141 @@ class WorkflowInstance:
         if status == "errored":
             raise rebuild_error(decode(data))
         raise WorkflowError(f"instance {self.id!r} was terminated", code="instance.terminated")
+
+
+# --------------------------------------------------------------------------------------------------
+# Cloudflare's Python dialect: the decorator form of `step.do`, and the modules that a workflow
+# written for Cloudflare's SDK imports.
+
+
+class StepDecorator(StepCall):
+    """`step.do(…)` without a callback: it awaits a function to decorate. If it is itself awaited,
+    the callback was forgotten, which the call says then."""
+
+    __slots__ = ("_declared",)
+
+    def __init__(self, *declared: Any) -> None:
+        self._declared = declared
+        self._coroutine = None
+
+    def __call__(self, function: Callable[..., Any]) -> StepFunction:
+        return StepFunction(function, *self._declared)
+
+    def _begin(self) -> Coroutine[Any, Any, Any]:
+        if self._coroutine is None:
+            run, name, args, options = self._declared
+            known = {key: options[key] for key in options if key not in ("depends", "concurrent")}
+            super().__init__(run, "do", name, args, known)
+        return super()._begin()
+
+
+class StepFunction:
+    """What the decorator form of `step.do` makes of a function: called without arguments, it is the
+    step. Other steps may depend on it; then it runs at most once.
+
+    developers.cloudflare.com/workflows/python/"""
+
+    def __init__(
+        self, function: Callable[..., Any], run: Run, name: Any, args: Any, options: Any
+    ) -> None:
+        self._function, self._run, self._options = function, run, dict(options)
+        own = getattr(function, "__name__", "step")
+        self.__name__ = own if name is None else name
+        if args and not (args[0] is None or isinstance(args[0], Mapping)):
+            # Cloudflare's first form: (name, depends, concurrent, config)
+            names = ("depends", "concurrent", "config")
+            self._options |= zip(names, args, strict=False)
+            args = args[3:]
+        self._args = args
+        self._depends = self._options.pop("depends", None)
+        self._concurrent = self._options.pop("concurrent", False)
+        self._known = dict(run.functions)  # the earlier ones
+        run.functions |= {own: self, self.__name__: self} if isinstance(name, str) else {own: self}
+        self._outcome: asyncio.Future[Any] | None = None  # of the last call
+
+    def __call__(self) -> StepCall:
+        call = StepCall(self._run, "do", self.__name__, self._args, self._options)
+        call.function = self
+        return call
+
+    async def perform(self, call: StepCall) -> Any:
+        """The dependencies, then the step itself."""
+        outcome = self._outcome = self._run.loop.create_future()
+        try:
+            callback = await self._bind(call)
+            call.options = call.options | {"callback": callback}
+            value = await self._run.perform(call)
+        except asyncio.CancelledError:
+            outcome.cancel()
+            self._outcome = None
+            raise
+        except Exception as error:
+            outcome.set_exception(error)
+            outcome.exception()  # whether or not anybody depends on it
+            raise
+        outcome.set_result(copy.deepcopy(value))
+        return value
+
+    async def _result(self) -> Any:
+        """For a step that depends on this one."""
+        if self._outcome is None:
+            return await self()
+        return copy.deepcopy(await asyncio.shield(self._outcome))
+
+    async def _bind(self, call: StepCall) -> Callable[..., Any]:
+        """The function, with the results of its dependencies as arguments."""
+        try:
+            parameters = inspect.signature(self._function).parameters
+        except (TypeError, ValueError):
+            return self._function
+        names = [name for name in parameters if name != "ctx"]
+        needed = [name for name in names if parameters[name].default is inspect.Parameter.empty]
+        depends = self._depends
+        if depends is None:
+            found = {name: self._known[name] for name in names if name in self._known}
+        elif isinstance(depends, (list, tuple)) and len(depends) <= len(names):
+            found = dict(zip(names, depends, strict=False))
+        else:
+            message = f"depends is {_show(depends)}: expected a list of at most {len(names)} steps"
+            raise _fatal("step.invalid_config", f"step {call.name!r}: {message}")
+        for name in needed:
+            if name not in found:
+                what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
+                raise _fatal("step.invalid_callback", f"step {call.name!r}: {what}")
+        for given in found.values():
+            if not isinstance(given, StepFunction):
+                what = f"depends on {_show(given)}: expected functions decorated with step.do"
+                raise _fatal("step.invalid_config", f"step {call.name!r}: {what}")
+        if self._concurrent:
+            results = await asyncio.gather(*(other._result() for other in found.values()))
+        else:
+            results = [await other._result() for other in found.values()]
+        return functools.partial(self._function, **dict(zip(found, results, strict=True)))
+
+
+def install_workers_shim() -> None:
+    """Makes `from workers import WorkflowEntrypoint` and `from workers.workflows import
+    NonRetryableError` find this module, unless a real `workers` package is there. What a Worker
+    has beside workflows imports as an inert placeholder.
+
+    developers.cloudflare.com/workflows/python/"""
+    if "workers" in sys.modules or importlib.util.find_spec("workers") is not None:
+        return
+    package, module = types.ModuleType("workers"), types.ModuleType("workers.workflows")
+    inert = ("DurableObject", "Request", "Response", "WorkerEntrypoint", "fetch", "handler")
+    for name in inert:
+        setattr(package, name, type(name, (_Placeholder,), {}))
+    names: dict[str, Any] = {"WorkflowEntrypoint": WorkflowEntrypoint, "workflows": module}
+    vars(package).update(names, __path__=[])
+    vars(module).update(NonRetryableError=NonRetryableError)
+    sys.modules |= {"workers": package, "workers.workflows": module}
+
+
+class _Placeholder:
+    """Takes anything, does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3443,7 +4108,7 @@ class WorkflowInstanceModifier:
         """What runs instead of the callback, if anything does."""
         run, step = attempt.run, (attempt.call.name, attempt.call.count)
         mocks = [mock for mock in self._mocks.get(step, {}).values() if attempt.number <= mock[0]]
-        if not mocks or not self.covers(run.bound.name, run):
+        if not mocks or attempt.call.kind != "do" or not self.covers(run.bound.name, run):
             return None
         _, end = min(mocks, key=lambda mock: mock[0])
         return functools.partial(_give, end(attempt))
@@ -3532,24 +4197,23 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
         """The first row of these types, of a step or (without a label) of the instance. Of its past
         statuses, only the present one counts."""
-        engine, key, seq, present = self.workflow.engine, NEW, 0, not label
-        while True:
-            engine.store.followed.append(key)
-            try:
-                changed = engine.watch(key)  # before the look, so that nothing is missed
-                inst, news = await engine.call("look", self.workflow.name, self.id, key, seq)
-                rows: list[Row] = [row for row in news if step_label(row.step) == label]
+        present = not label
+        async with contextlib.aclosing(
+            WorkflowInstance(self.workflow, self.id or "").follow()
+        ) as news:
+            async for inst, rows in news:
+                rows = [row for row in rows if _is_of(row, label)]
                 for row in rows[-1:] if present else rows:
                     if row.type in types:
                         return row
                 if inst is not None and inst.status in FINISHED:
                     raise WorkflowError(f"{self.id!r} is {inst.status} before {what}")
                 present = False
-                if key == (NEW if inst is None else inst.key):
-                    await asyncio.wait({changed})
-            finally:
-                engine.store.followed.remove(key)
-            key, seq = (NEW, 0) if inst is None else (inst.key, inst.seq)
+        raise AssertionError  # it is followed until we go
+
+
+def _is_of(row: Row, label: str) -> bool:
+    return step_label(row.step) == label and not (row.step or "").startswith(ROLLBACK)
 
 
 class WorkflowIntrospector(_Introspector):
@@ -3654,11 +4318,13 @@ class ManualClock(Clock):
 
 # Cloudflare's own spellings.
 Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
+Workflow.deleteBatch = Workflow.delete_batch  # type: ignore[attr-defined]
 WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
 WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
 WorkflowStep.waitForEvent = WorkflowStep.wait_for_event  # type: ignore[attr-defined]
 WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
 WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
+WorkflowRollbackContext.stepName = property(lambda info: info.step_name)  # type: ignore[attr-defined]
 WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[attr-defined]
 for _class in (WorkflowInstanceIntrospector, WorkflowInstanceModifier):
     for _name in [name for name in vars(_class) if "_" in name.strip("_") and name[0] != "_"]:
@@ -3690,21 +4356,21 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
         return result | {"approved": approval.approved}
 
 
-def timeline(rows: Iterable[Row]) -> Iterator[str]:
-    """A journal as lines of text: when, what, and what came of it."""
+def timeline(events: Iterable[WorkflowHistoryEvent]) -> Iterator[str]:
+    """A history as lines of text: when, what, and what came of it."""
     began = None
-    for row in rows:
-        began = row.at if began is None else began
-        data: Any = None if row.data is None else decode(row.data)
-        what = row.type
-        if row.type in ("failed", "error", "errored", "timeout"):
-            what += f"   {data['name']}: {data['message']}"
-            if "retry_delay_ms" in data:
-                what += f"; again in {data['retry_delay_ms']} ms"
-        elif data is not None:
-            what += f"   {data!r}"
-        attempt = "" if row.attempt is None else f"#{row.attempt}"
-        yield f"{(row.at - began) / 1000:9.3f} s   {step_label(row.step):25} {attempt:3} {what}"
+    for event in events:
+        began = event.timestamp if began is None else began
+        attempt = f"#{event.attempt}" if "attempt" in event else ""
+        what = event.type
+        if event.get("error"):
+            what += f"   {event.error['name']}: {event.error['message']}"
+        if event.get("retry_delay_ms") is not None:
+            what += f"; again in {event.retry_delay_ms} ms"
+        if event.get("output") is not None:
+            what += f"   {event.output!r}"
+        at = (event.timestamp - began).total_seconds()
+        yield f"{at:9.3f} s   {event.get('step_name', ''):25} {attempt:3} {what}"
 
 
 async def _run_demo_engine(database: str) -> None:
@@ -3726,33 +4392,33 @@ async def _run_demo(database: str) -> None:
     async with Engine(database) as client:
         instance = WorkflowInstance(Workflow(client, "my-workflow", _MyWorkflow, 0), "demo")
 
-        async def until(type: str, label: str) -> None:
-            seen = False
-            while not seen:
-                await asyncio.sleep(0.02)
+        async def until(type: str, step: str) -> None:
+            while True:
                 with contextlib.suppress(WorkflowError):  # it has not been created yet
-                    rows = await instance.history()
-                    seen = any(row.type == type and step_label(row.step) == label for row in rows)
+                    async for event in instance.subscribe(filter=[type]):
+                        if event.step_name == step:
+                            return
+                await asyncio.sleep(0.02)
 
         child = start()
         try:
             print(f"process {child.pid} runs the workflow …")
-            await until("start", "process action-1")
+            await until("attempt_started", "process action-1")
             child.kill()
             child.wait()
             print(f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'")
             child = start()
             print(f"process {child.pid} goes on; it gets its approval when it waits for it …\n")
-            await until("wait", "wait for approval-1")
+            await until("wait_started", "wait for approval-1")
             await instance.send_event(type="user_approval", payload={"approved": True})
             output = await instance.result()
             child.wait()
         finally:
             child.kill()
             child.wait()
-        rows = await instance.history()
-        print(*timeline(rows), sep="\n")
-        runs = Counter(step_label(row.step) for row in rows if row.type == "done")
+        events = [event async for event in instance.subscribe()]
+        print(*timeline(events), sep="\n")
+        runs = Counter(event.step_name for event in events if event.type == "step_completed")
         print(f"\noutput: {output}")
         print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
         if set(runs.values()) != {1}:
