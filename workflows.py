@@ -519,10 +519,7 @@ class _FrozenDict(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = _read_only
     clear = pop = popitem = setdefault = update = _read_only
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return {key: copy.deepcopy(item, memo) for key, item in self.items()}
-
-    def __reduce__(self) -> Any:  # also for `copy.copy`
+    def __reduce__(self) -> Any:  # what `copy` and `pickle` go by
         return dict, (dict(self),)
 
 
@@ -531,9 +528,6 @@ class _FrozenList(list[Any]):
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _read_only
     append = clear = extend = insert = pop = remove = reverse = sort = _read_only
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return [copy.deepcopy(item, memo) for item in self]
 
     def __reduce__(self) -> Any:
         return list, (list(self),)
