@@ -376,9 +376,9 @@ class Clock:
 # code.
 #
 # A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
-# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64 of UTF-8,
-# for text that holds surrogate pairs as two characters) or "$dict" (a list of pairs, for a dict
-# that would read as one of these).
+# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64, for text
+# with surrogates, which UTF-8 doesn't have) or "$dict" (a list of pairs, for a dict that has one of
+# these keys, or such text as a key).
 
 DEEPEST = 300  # levels of nesting
 _TAGS: dict[str, Callable[[Any], Any]] = {
@@ -390,7 +390,7 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
 # (`_parse` is json.loads without its search for blanks, which we don't write.)
-_to_ascii_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
 
 
@@ -407,21 +407,19 @@ def encode(value: Any) -> tuple[str, Any]:
             return text, value
         deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
         if '"$' not in text and not deep:
-            size_of(text)  # fails for lone surrogates, which have no UTF-8
+            size_of(text)  # fails for surrogates
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
     except Exception:
         pass  # the slow way finds out what, and where
     try:
-        text = _to_ascii_json(_tagged(value, "$", set()))
+        text = _to_json(_tagged(value, "$", frozenset()))
         return text, decode(text)
     except _Unserializable:
         raise
     except Exception as error:  # the value's own methods may raise anything
-        deep = isinstance(error, RecursionError)
-        what = "nested too deep" if deep else f"{type(error).__name__}: {_message(error)}"
-        raise _Unserializable(f"$: {what}") from None
+        raise _Unserializable(f"$: {type(error).__name__}: {_message(error)}") from None
 
 
 def _is_deep(value: Any) -> bool:
@@ -442,58 +440,43 @@ def decode(text: str) -> Any:
     return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
 
 
-def _is_pairs(text: str) -> bool:
-    """Whether JSON would merge two surrogate characters of this text into one."""
-    return not text.isascii() and bool(re.search("[\ud800-\udbff][\udc00-\udfff]", text))
-
-
-def _tagged(value: Any, path: str, above: set[int]) -> Any:
-    """The same value as plain JSON with tags, or `_Unserializable` with the path of what can't
-    be."""
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, str):
-        text = str.__str__(value)
-        if _is_pairs(text):
-            return {"$str": base64.b64encode(text.encode("utf-8", "surrogatepass")).decode()}
-        return text
+def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
+    """The same value as JSON with tags, or `_Unserializable` with the path of what can't be.
+    `above` is what it lies in: the ids of dicts and lists."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
     if isinstance(value, int):
         try:
             int.__repr__(value)
         except ValueError:
             raise _Unserializable(f"{path}: int with too many digits") from None
-        return int.__int__(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _Unserializable(f"{path}: {float.__repr__(value)}")
-        return float.__float__(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _Unserializable(f"{path}: {float.__repr__(value)}")
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise _Unserializable(f"{path}: datetime without a time zone")
         return {"$datetime": datetime.isoformat(value)}
     if isinstance(value, (bytes, bytearray)):
-        return {"$bytes": base64.b64encode(bytes(value)).decode()}
+        return {"$bytes": base64.b64encode(value).decode()}
     if not isinstance(value, (dict, list, tuple)):
         raise _Unserializable(f"{path}: {type(value).__name__}")
     if id(value) in above:
         raise _Unserializable(f"{path}: a cycle")
     if len(above) >= DEEPEST:
         raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
-    above.add(id(value))
-    try:
-        if not isinstance(value, dict):
-            return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
-        for key in value:
-            if not isinstance(key, str):
-                raise _Unserializable(f"{path}: a key of type {type(key).__name__}")
-        pairs = [
-            (str.__str__(key), _tagged(item, f"{path}.{key}", above)) for key, item in value.items()
-        ]
-        if (len(pairs) == 1 and pairs[0][0] in _TAGS) or any(_is_pairs(key) for key, _ in pairs):
-            return {"$dict": [[_tagged(key, path, above), item] for key, item in pairs]}
-        return dict(pairs)
-    finally:
-        above.discard(id(value))
+    above |= {id(value)}
+    if not isinstance(value, dict):
+        return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
+    pairs = []
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise _Unserializable(f"{path}: a key of type {type(key).__name__}")
+        pairs.append((str.__str__(key), _tagged(item, f"{path}.{key}", above)))
+    if any(key in _TAGS or _SURROGATE.search(key) for key, _ in pairs):
+        return {"$dict": [(_tagged(key, path, above), item) for key, item in pairs]}
+    return dict(pairs)
 
 
 def _untag(pairs: dict[str, Any]) -> Any:
