@@ -422,17 +422,12 @@ def encode(value: Any) -> tuple[str, Any]:
         raise _Unserializable(f"$: {type(error).__name__}: {_message(error)}") from None
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
     """Whether other code, with less of the stack left, could not read it back."""
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, (dict, list, tuple))
-        ]
-    return bool(level)
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list, tuple)) and (levels == 1 or _is_deep(item, levels - 1)):
+            return True
+    return False
 
 
 def decode(text: str) -> Any:
