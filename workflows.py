@@ -535,36 +535,29 @@ def _native(cls: type[BaseException]) -> type[BaseException]:
 def encode_error(error: BaseException, **more: Any) -> str:
     """An error as JSON: where its class is, its name and message, and its args, attributes and
     group members as far as these are allowed values."""
-    cls = type(error)
     try:
         return encode(_describe(error) | more)[0]
     except Exception:  # an error whose attributes or arguments can't even be looked at
-        record = {"module": cls.__module__, "class": "", "name": cls.__name__}
-        return encode(record | {"message": _message(error), **more})[0]
+        return encode_error(WorkflowError(_message(error), name=type(error).__name__), **more)
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
     cls = type(error)
     members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    state: Any = _native(cls).__reduce__(error)  # with OSError.filename, …
-    args = list(state[1]) if isinstance(state, tuple) else list(error.args)
-    attributes = dict(vars(error)) | (dict(state[2]) if len(state) > 2 and state[2] else {})
     message = error.message if isinstance(error, BaseExceptionGroup) else _message(error)
+    # What `pickle` would keep: OSError.filename is among these args, ImportError.name in the state.
+    _, args, state = (*_native(cls).__reduce__(error), None)[:3]
     kept = {}
-    for name, value in attributes.items():
+    for name, value in {**(state or {}), "args": list(args)}.items():
         with contextlib.suppress(_Unserializable):
             kept[name] = encode(value)[1]
-    try:
-        args = [message] if members else encode(args)[1]
-    except _Unserializable:
-        args = [message]
     label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
     return {
         "module": cls.__module__,
         "class": cls.__qualname__,
         "name": label if isinstance(label, str) else cls.__name__,
         "message": message,
-        "args": args,
+        "args": kept.pop("args", [message]),
         "attributes": kept,
         "members": [_describe(member) for member in members],
     }
@@ -575,7 +568,7 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
     is already imported; else a `WorkflowError` with its name."""
     found: Any = sys.modules.get(record["module"])
     for part in record["class"].split("."):
-        found = getattr(found, part, None) if part.isidentifier() else None
+        found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return WorkflowError(record["message"], name=record["name"])
     if issubclass(found, StopIteration):  # a coroutine can't raise it
