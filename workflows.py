@@ -84,7 +84,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
 
 __all__ = [
     *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
@@ -170,13 +170,16 @@ def _camel(name: str) -> str:
     return head + "".join(word.title() for word in tail)
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 class _Record(Mapping[str, Any]):
-    """A dataclass that can also be read as a mapping with Cloudflare's (camelCase) keys."""
+    """Its subclasses are frozen dataclasses that can also be read as mappings with Cloudflare's
+    (camelCase) keys."""
 
     _keys: ClassVar[dict[str, str]]  # Cloudflare's key → attribute
 
     def __init_subclass__(cls) -> None:
-        cls._keys = {_camel(name): name for name in cls.__annotations__ if name[0] != "_"}
+        dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls._keys = {_camel(name): name for name in cls.__annotations__}
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, self._keys[key])
@@ -188,7 +191,6 @@ class _Record(Mapping[str, Any]):
         return len(self._keys)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowEvent(_Record, Generic[Params]):
     """What `run` gets: the params that the instance was created with (read-only, all the way down),
     the time of its creation, its id, and the name of its workflow."""
@@ -199,7 +201,6 @@ class WorkflowEvent(_Record, Generic[Params]):
     workflow_name: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowStepEvent(_Record):
     """What `step.wait_for_event` returns. What it lacks is looked up in its payload, so that
     `event.payload["approved"]`, `event["approved"]` and `event.approved` are one."""
@@ -219,7 +220,6 @@ class WorkflowStepEvent(_Record):
         raise AttributeError(f"neither the event nor its payload has {name!r}")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowStepInfo(_Record):
     """Which step a callback belongs to: its name, and how often that name was used so far."""
 
@@ -227,7 +227,6 @@ class WorkflowStepInfo(_Record):
     count: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowStepContext(_Record):
     """What a callback with one parameter (or one named `ctx`) gets: the step, the number of this
     attempt from 1, and the step's config with the defaults merged in."""
@@ -237,7 +236,6 @@ class WorkflowStepContext(_Record):
     config: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowDelayContext(_Record):
     """What a function for `retries.delay` gets: the context of the attempt that failed, and its
     error."""
@@ -246,7 +244,6 @@ class WorkflowDelayContext(_Record):
     error: BaseException
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class WorkflowRollbackContext(_Record):
     """What a step's rollback handler gets: the context of the step's last attempt, the error that
     started the rollback, the step's output (None if it failed), and `<name>-<count>`."""
@@ -257,7 +254,6 @@ class WorkflowRollbackContext(_Record):
     step_name: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class InstanceStatus(_Record):
     """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
     `{"name", "message"}` (when errored)."""
@@ -267,7 +263,6 @@ class InstanceStatus(_Record):
     error: dict[str, str] | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Usage(_Record):
     """Of the current calendar month (UTC): `requests` (one for each instance created and each
     wake-up) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`, what that comes
