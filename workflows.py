@@ -122,9 +122,7 @@ class WorkflowError(Exception):
 
     code = "workflow.error"
 
-    def __init__(
-        self, message: str = "", *, code: str | None = None, name: str | None = None
-    ) -> None:
+    def __init__(self, message: str = "", *, code: str | None = None, name: str = "") -> None:
         super().__init__(message)
         self.name = name or type(self).__name__
         if code is not None:
@@ -166,8 +164,7 @@ class _Unload(asyncio.CancelledError):
 
 
 def _camel(name: str) -> str:
-    head, *tail = name.split("_")
-    return head + "".join(word.title() for word in tail)
+    return re.sub("_([a-z])", lambda match: match[1].upper(), name)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
