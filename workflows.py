@@ -4199,12 +4199,11 @@ class WorkflowIntrospector(_Introspector):
 class _Timer:
     """A timer of a `ManualClock`; cancelled like any of asyncio's."""
 
-    def __init__(self, due: float, callback: Callable[[], object]) -> None:
-        self.due, self.callback = due, callback
-        self.cancelled = False
+    def __init__(self, clock: ManualClock, due: float, callback: Callable[[], object]) -> None:
+        self.clock, self.due, self.callback = clock, due, callback
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self.clock.timers.pop(self, None)
 
 
 class ManualClock(Clock):
@@ -4220,15 +4219,15 @@ class ManualClock(Clock):
     def __init__(self, start: datetime | float | None = None) -> None:
         super().__init__()
         self._now = Clock.now(self) if start is None else _parse_moment(start)
-        self._timers: list[_Timer] = []
+        self.timers: dict[_Timer, None] = {}  # a set in the order in which they were made
         self._lock = asyncio.Lock()  # one `advance` after the other
 
     def now(self) -> int:
         return self._now
 
     def call_later(self, ms: float, callback: Callable[[], object]) -> Any:
-        timer = _Timer(self._now + ms, callback)
-        self._timers.append(timer)
+        timer = _Timer(self, self._now + ms, callback)
+        self.timers[timer] = None
         return timer
 
     async def advance(self, duration: float | str | timedelta) -> None:
@@ -4239,24 +4238,21 @@ class ManualClock(Clock):
         async with self._lock:
             target = self._now + ms
             await self.settle()
-            while (due := self._next_due()) <= target:
-                self._now = max(self._now, math.ceil(due))
+            while (due := self._next_due()) <= target or self._now < target:
+                self._now = max(self._now, math.ceil(min(due, target)))
                 await self.settle()
                 self._fire()
                 await self.settle()
-            self._now = target
-            await self.settle()
 
     def _next_due(self) -> float:
-        self._timers = [timer for timer in self._timers if not timer.cancelled]
         wakes = (engine.store.next_wake for engine in self.engines if engine.store.owner)
-        return min((*wakes, *(timer.due for timer in self._timers)), default=math.inf)
+        return min((*wakes, *(timer.due for timer in self.timers)), default=math.inf)
 
     def _fire(self) -> None:
-        due = [timer for timer in self._timers if timer.due <= self._now]
-        self._timers = [timer for timer in self._timers if timer.due > self._now]
+        due = [timer for timer in self.timers if timer.due <= self._now]
         for timer in sorted(due, key=lambda timer: timer.due):
-            if not timer.cancelled:
+            if timer in self.timers:  # not cancelled by one before it
+                timer.cancel()
                 timer.callback()
 
     async def settle(self) -> None:
