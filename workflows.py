@@ -4269,19 +4269,15 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# Cloudflare's own spellings.
-Workflow.createBatch = Workflow.create_batch  # type: ignore[attr-defined]
-Workflow.deleteBatch = Workflow.delete_batch  # type: ignore[attr-defined]
-WorkflowInstance.sendEvent = WorkflowInstance.send_event  # type: ignore[attr-defined]
-WorkflowStep.sleepUntil = WorkflowStep.sleep_until  # type: ignore[attr-defined]
-WorkflowStep.waitForEvent = WorkflowStep.wait_for_event  # type: ignore[attr-defined]
+# Cloudflare's own spellings: createBatch, sendEvent, sleepUntil, waitForEvent, getOutput, …
+_api: tuple[type, ...] = (Workflow, WorkflowInstance, WorkflowStep, WorkflowInstanceModifier)
+for _class in (*_api, WorkflowInstanceIntrospector):
+    for _name in [name for name in vars(_class) if "_" in name and name[0] != "_"]:
+        setattr(_class, _camel(_name), getattr(_class, _name))
 WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
 WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
 WorkflowRollbackContext.stepName = property(lambda info: info.step_name)  # type: ignore[attr-defined]
 WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[attr-defined]
-for _class in (WorkflowInstanceIntrospector, WorkflowInstanceModifier):
-    for _name in [name for name in vars(_class) if "_" in name.strip("_") and name[0] != "_"]:
-        setattr(_class, _camel(_name), getattr(_class, _name))  # getOutput, mockStepResult, …
 
 
 # --------------------------------------------------------------------------------------------------
