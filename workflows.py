@@ -860,103 +860,83 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     return steps, inbox
 
 
+_TOLD = {  # by a row's type: the events that it is shown as, beside the beginnings that it implies
+    "queued": ["workflow_queued"],
+    "started": ["workflow_started"],
+    "running": ["workflow_running"],
+    "waiting": ["workflow_waiting"],
+    "waitingForPause": ["workflow_waiting_for_pause"],
+    "paused": ["workflow_paused"],
+    "complete": ["workflow_completed"],
+    "errored": ["workflow_errored"],
+    "terminated": ["workflow_terminated"],
+    "rollback": ["rollback_started"],
+    "done": ["attempt_completed", "step_completed"],
+    "failed": ["attempt_errored"],
+    "error": ["attempt_errored", "step_errored"],
+    "sleep": ["sleep_started"],
+    "slept": ["sleep_completed"],
+    "wait": ["wait_started"],
+    "event": ["wait_completed"],
+    "timeout": ["wait_timed_out"],
+}
+_OF_STEPS = {
+    f"{of}_{how}" for of in ("step", "attempt") for how in ("started", "completed", "errored")
+}
+EVENT_TYPES = {"rollback_completed", "rollback_errored"}.union(*_TOLD.values(), _OF_STEPS)
+EVENT_TYPES |= {f"rollback_{type}" for type in _OF_STEPS}
+
+
 class History:
     """Shows journal rows as the events of `subscribe`: one or more for a row, none for the
-    engine's own affairs. Their ids grow in journal order.
-
-    developers.cloudflare.com/workflows/build/events-and-parameters/"""
+    engine's own affairs. Their ids grow in journal order."""
 
     def __init__(self, instance_id: str) -> None:
         self._instance_id = instance_id
         self._configs: dict[str, Any] = {}  # of the steps that have begun
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
-        told: list[WorkflowHistoryEvent] = []
+        types = list(_TOLD.get(row.type, ()))
+        key, data = row.step or "", None if row.data is None else decode(row.data)
+        if row.attempt is not None:
+            if row.type == "start" or row.started is not None:
+                types.insert(0, "attempt_started")
+            if key not in self._configs:
+                self._configs[key] = decode(row.extra or "{}")
+                types.insert(0, "step_started")
+            if key.startswith(ROLLBACK):
+                types = [f"rollback_{type}" for type in types]
+        elif row.type == "queued" and data is not None:  # a first life, or a new one
+            self._configs.clear()
+        elif not key and row.extra is not None:  # how the rollback went
+            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
+        return [self._event(row, type, n, data) for n, type in enumerate(types)]
 
-        def tell(type: str, at: int | None = None, **more: Any) -> None:
-            when = _to_datetime(row.at if at is None else at)
-            head = {"type": type, "event_id": row.seq * 10 + len(told), "timestamp": when}
-            told.append(WorkflowHistoryEvent(head, instance_id=self._instance_id, **more))
-
-        data = None if row.data is None else decode(row.data)
-        if row.step is None:
-            self._tell_status(tell, row, data)
-        elif row.attempt is not None:
-            self._tell_attempt(tell, row, data)
-        else:
-            self._tell_wait(tell, row, data)
-        return told
-
-    def _tell_status(self, tell: Callable[..., None], row: Row, data: Any) -> None:
-        if row.extra is not None:  # how the rollback went
-            failure = decode(row.extra)
-            tell("rollback_completed") if failure is None else tell(
-                "rollback_errored", error=_brief(failure)
-            )
-        if row.type == "rollback":
-            tell("rollback_started", error=_brief(data))
-        elif row.type == "complete":
-            tell("workflow_completed", output=data)
-        elif row.type == "errored":
-            tell("workflow_errored", error=_brief(data))
-        else:
-            tell("workflow_" + re.sub("[A-Z]", lambda upper: "_" + upper[0].lower(), row.type))
-            if row.type == "queued" and data is not None:  # a first life, or a new one
-                self._configs.clear()
-
-    def _tell_attempt(self, tell: Callable[..., None], row: Row, data: Any) -> None:
-        key = row.step or ""
-        step = {"step_name": step_label(key)}
-        attempt = step | {"attempt": row.attempt}
-        prefix = "rollback_" if key.startswith(ROLLBACK) else ""
-        if key not in self._configs:
-            self._configs[key] = decode(row.extra or "{}")
-            tell(prefix + "step_started", row.started, **step)
-        if row.type == "start" or row.started is not None:
-            tell(prefix + "attempt_started", row.started, **attempt)
-        if row.type == "done":
-            tell(prefix + "attempt_completed", **attempt)
-            sensitive = "sensitive" in self._configs[key]
-            tell(prefix + "step_completed", **step, output="[REDACTED]" if sensitive else data)
-        elif row.type in ("failed", "error"):
-            error, delay = _brief(data), data.get("retry_delay_ms")
-            tell(prefix + "attempt_errored", **attempt, error=error, retry_delay_ms=delay)
-            if row.type == "error":
-                tell(prefix + "step_errored", **step, error=error)
-
-    def _tell_wait(self, tell: Callable[..., None], row: Row, data: Any) -> None:
-        step = {"step_name": step_label(row.step)}
-        if row.type == "sleep":
-            tell("sleep_started", **step, duration_ms=data)
-        elif row.type == "slept":
-            tell("sleep_completed", **step)
-        elif row.type == "wait":
-            tell("wait_started", **step, event_type=data["type"])
-        elif row.type == "event":
-            tell("wait_completed", **step, output=data)
-        elif row.type == "timeout":
-            tell("wait_timed_out", **step, error=_brief(data))
+    def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
+        began = row.started if row.started is not None and type.endswith("_started") else row.at
+        head = {"type": type, "event_id": row.seq * 10 + n, "timestamp": _to_datetime(began)}
+        event = WorkflowHistoryEvent(head, instance_id=self._instance_id)
+        if row.step is not None:
+            event["step_name"] = step_label(row.step)
+        if "attempt_" in type:
+            event["attempt"] = row.attempt
+        if type in ("workflow_completed", "wait_completed") or type.endswith("step_completed"):
+            sensitive = "sensitive" in self._configs.get(row.step or "", ())
+            event["output"] = "[REDACTED]" if sensitive else data
+        if type.endswith(("_errored", "timed_out")) or type == "rollback_started":
+            event["error"] = _brief(decode(row.extra or "") if type == "rollback_errored" else data)
+        if type.endswith("attempt_errored"):
+            event["retry_delay_ms"] = data.get("retry_delay_ms")
+        if type == "sleep_started":
+            event["duration_ms"] = data
+        if type == "wait_started":
+            event["event_type"] = data["type"]
+        return event
 
 
 def _brief(error: dict[str, Any]) -> dict[str, str]:
     """What users see of a recorded error."""
     return {"name": error["name"], "message": error["message"]}
-
-
-_STATES = ("queued", "started", "running", "waiting", "waiting_for_pause", "paused", "completed")
-EVENT_TYPES = frozenset(
-    [
-        *(f"workflow_{state}" for state in (*_STATES, "errored", "terminated")),
-        *("sleep_started", "sleep_completed", "wait_started", "wait_completed", "wait_timed_out"),
-        *("rollback_started", "rollback_completed", "rollback_errored"),
-    ]
-)
-EVENT_TYPES |= {
-    f"{prefix}{what}_{end}"
-    for prefix in ("", "rollback_")
-    for what in ("step", "attempt")
-    for end in ("started", "completed", "errored")
-}
 
 
 class Wait(NamedTuple):
@@ -3705,8 +3685,7 @@ class WorkflowInstance:
         if status == "complete":
             return InstanceStatus(status, decode(data))
         if status == "errored":
-            record = decode(data)
-            return InstanceStatus(status, None, {key: record[key] for key in ("name", "message")})
+            return InstanceStatus(status, None, _brief(decode(data)))
         return InstanceStatus(status)
 
     async def subscribe(
@@ -4144,8 +4123,7 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def get_error(self) -> dict[str, str]:
         """Waits for the end; returns the error, `{"name", "message"}`. `WorkflowError` if there is
         none."""
-        error = await self._reach("errored")
-        return {key: error[key] for key in ("name", "message")}
+        return _brief(await self._reach("errored"))
 
     async def _reach(self, status: str) -> Any:
         types = ("started", status) if status == "running" else (status,)
