@@ -4132,10 +4132,8 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
         """The first row of these types, of a step or (without a label) of the instance. Of its past
         statuses, only the present one counts."""
-        present = not label
-        async with contextlib.aclosing(
-            WorkflowInstance(self.workflow, self.id or "").follow()
-        ) as news:
+        instance, present = WorkflowInstance(self.workflow, self.id or ""), not label
+        async with contextlib.aclosing(instance.follow()) as news:
             async for inst, rows in news:
                 rows = [row for row in rows if _is_of(row, label)]
                 for row in rows[-1:] if present else rows:
