@@ -709,12 +709,16 @@ class StepConfig:
             retries["limit"] = math.inf
         if retries.get("delay") == DYNAMIC:
             present = given if isinstance(given, Mapping) else {}
-            retries["delay"] = present.get("retries", {}).get("delay", 10_000)
+            retries["delay"] = present.get("retries", {}).get("delay", _gone)
         return cls(config, rollback=rollback)
 
     def delay_after(self, attempts: int, delay: int, longest: int) -> int:
         """Milliseconds to wait when so many attempts have failed."""
         return min(delay * self.backoff(attempts), longest)
+
+
+def _gone(_: WorkflowDelayContext) -> NoReturn:
+    raise LookupError("config['retries']['delay'] is no function any more")
 
 
 def _config_ms(part: Mapping[str, Any], key: str) -> int:
@@ -1066,6 +1070,8 @@ class Instance(NamedTuple):
 
 
 _COLUMNS = ", ".join(Instance._fields)
+# While a rollback runs, what else the instance waits for stands still: `restart` may need it.
+OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
 
 
@@ -1426,7 +1432,8 @@ class Store:
             if rows and inst.status == "waiting":
                 self._requests += 1
                 self._enqueue(inst)
-            (due,) = self._one("SELECT min(due) FROM waits WHERE instance = ?", inst.key)
+            sql = f"SELECT min(due) FROM waits WHERE {OPEN_WAITS}"
+            (due,) = self._one(sql, inst.key, inst.rollback is not None)
             inst = self._change(inst.key, wake=due)
         # A rollback is another life: of a running instance, whose slot it keeps.
         begun = inst.status == "running" and inst.rollback == "begun"
@@ -1435,9 +1442,10 @@ class Store:
     def _end_waits(self, inst: Instance, now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same
         transaction."""
-        sql = """SELECT seq, at, kind, step, event, due, fixed FROM waits
-                 WHERE instance = ? AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
-        waits = [Wait._make(row) for row in self._db.execute(sql, (inst.key, now))]
+        sql = f"""SELECT seq, at, kind, step, event, due, fixed FROM waits
+                  WHERE {OPEN_WAITS} AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
+        args = (inst.key, inst.rollback is not None, now)
+        waits = [Wait._make(row) for row in self._db.execute(sql, args)]
         events = {}
         for type in {wait.event for wait in waits if wait.event is not None}:
             sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
@@ -1799,7 +1807,6 @@ class Store:
         self._flush()
         if inst.rollback is not None or self._one(sql, inst.key) == (0,):
             return False
-        self._db.execute("DELETE FROM waits WHERE instance = ?", (inst.key,))
         columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
         row = ("rollback", None, None, None, error, None)
         if inst.status in ("running", "waitingForPause"):
@@ -1991,8 +1998,9 @@ class Store:
 
     def finish(
         self, key: int, generation: int, status: str, data: str | None, size: int = 0
-    ) -> None:
-        """`run` has ended, or (then `data` is what failed, if anything) its rollback."""
+    ) -> Instance | None:
+        """`run` has ended, or (then `data` is what failed, if anything) its rollback. Returns the
+        instance if it isn't finished yet, because a rollback begins."""
         if inst := self._mine(key, generation):
             now = self.clock.now()
             outcome: str | None = None
@@ -2007,12 +2015,13 @@ class Store:
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
             if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
-                return
+                return self._mine(key, generation + 1)
             expiry = inst._replace(status=status, ended=now).expiry()
             columns: dict[str, Any] = {"ended": now, "wake": expiry, "place": None}
             if outcome is not None:
                 columns["rollback"] = "complete" if outcome == "null" else "failed"
             self._move(inst, status, data, outcome, size, **columns)
+        return None
 
     def hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
@@ -2419,7 +2428,7 @@ class Run:
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = self._idling = False
+        self._settling = self._idling = self._finishing = False
         self._timer: Any = None
         self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self.functions: dict[str, StepFunction] = {}  # of the decorator form, by name
@@ -2473,12 +2482,15 @@ class Run:
                     raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
             if call.kind == "do" and (call.options or len(call.args) > 1):
                 self._note_handler(call)
+            if self.searching:
+                self._search()
             carry_out: Work | None = None
             if self.searching and (step is None or step.state in ("new", "pending")):
                 step = self.steps[call.key] = Step(call.key)  # beyond the history: it stays so
                 step.state = "pending"
             elif step is None or step.state in ("new", "pending"):
                 carry_out = self._plan(call, step)
+                _note_attempt()
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
                 if step is None:
@@ -2575,7 +2587,11 @@ class Run:
         elif given is None and handler is None:
             config = _DEFAULT_CONFIG
         else:
-            rollback = None if handler is None else StepConfig(given_rollback, longest)
+            rollback = None
+            if handler is not None:
+                undo = {} if given_rollback is None else given_rollback
+                undo = _options(undo, ("retries", "timeout"), "rollbackConfig")
+                rollback = StepConfig(undo, longest)
             config = StepConfig(given, longest, rollback)
         wants = _wants_context(call.name, callback)
         return functools.partial(self._try, call, config, callback, wants)
@@ -2978,8 +2994,15 @@ class Run:
             log.warning("%s: an error has left run", self, exc_info=error)
             end = ("errored", encode_error(error), 0)
         store = self.engine.store
-        store.post(store.finish, self.key, self.generation, *end, then=_ignore)
+        self._finishing = True
+        store.post(store.finish, self.key, self.generation, *end, then=self._finished_run)
         self.unload()
+
+    def _finished_run(self, successor: Instance | None, _: BaseException | None) -> None:
+        """The end is stored, or (then there is a successor) a rollback has begun."""
+        self._finishing = False
+        self.successor = self.successor or successor
+        self._check_ended()
 
     # -- rollback: another life, which begins when `run` has failed, or is told to. It knows the
     #    handlers from the life before, if that was in this process; otherwise a replay comes first,
@@ -2994,8 +3017,6 @@ class Run:
             *_, handler, config = _do_arguments(*call.args, **call.options)
             if handler is not None:
                 self.handlers[call.key] = handler, config
-        if self.searching:
-            self._search()
 
     def _search(self) -> None:
         """Goes on until every handler has been seen, `run` has ended, or is idle for 5 s."""
@@ -3017,7 +3038,7 @@ class Run:
             *_, name, count = step.key.split(SEPARATOR)
             call = StepCall(self, "rollback", name, (), {})
             call.key, call.count = ROLLBACK + step.key, int(count)
-            ctx = _context(call, step.attempts, StepConfig.load(step.config or ""))
+            ctx = _context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
             output = decode(step.data) if step.state == "done" and step.data else None
             info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
             call.args = (step, info)
@@ -3067,7 +3088,7 @@ class Run:
             self._check_ended()
 
     def _check_ended(self) -> None:
-        if not self._left and not self.ended.done():
+        if not (self._left or self._finishing or self.ended.done()):
             self._deadline.cancel()
             self.ended.set_result(None)
             self.engine.unloaded(self)
@@ -3093,6 +3114,13 @@ def _step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 
 def _ignore(*_: Any) -> None:
     pass
+
+
+def _note_attempt() -> None:
+    """Before what a callback does to the history: that it has begun comes first."""
+    attempt = _attempt.get()
+    if attempt is not None and not attempt.recorded:
+        attempt.run.record_start(attempt, _ignore)
 
 
 def _is_final(attempt: Attempt, error: BaseException) -> bool:
@@ -3355,6 +3383,7 @@ class Engine:
     async def call(self, op: str, *args: Any) -> Any:
         """The result of one of the store's operations, once it is committed."""
         self._check_open()
+        _note_attempt()
         future: asyncio.Future[Any] = self.loop.create_future()
         then = functools.partial(_resolve, future)
         self.store.post(getattr(self.store, op), *args, then=then)
