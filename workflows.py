@@ -652,7 +652,6 @@ class StepConfig:
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
     __slots__ = ("backoff", "delay", "limit", "raw", "rollback", "text", "timeout")
-    text: str | None
 
     def __init__(
         self,
@@ -686,14 +685,14 @@ class StepConfig:
             raise ValueError(f"config key 'sensitive': {wrong}: expected 'output'")
         self.backoff = _BACKOFF[backoff]
         self.rollback = rollback
-        # What is stored; None for the defaults, which most steps have. JSON knows no infinity.
+        # What is stored; nothing for the defaults, which most steps have. JSON knows no infinity.
         stored = self.raw | {"retries": merged | {"limit": None if limit == math.inf else limit}}
         if callable(delay):
             stored["retries"]["delay"] = DYNAMIC
             self.raw["retries"] = {key: merged[key] for key in ("limit", "backoff")}
         if rollback is not None:
             stored["rollback"] = decode(rollback.text or "{}")
-        self.text = encode(stored)[0] if given or rollback else None
+        self.text: str = encode(stored)[0] if given or rollback else ""
 
     @classmethod
     def load(cls, text: str, given: Any = None, given_rollback: Any = None) -> StepConfig:
@@ -751,10 +750,11 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     queued started running waiting     –       the instance changed its status; the first
 #       waitingForPause paused complete          `queued` row of a life holds the params,
 #       errored terminated                       `complete` the output, `errored` the error
-#     start                              do      an attempt began; the first has the config
+#     start                              do      an attempt began
 #     done | failed | error              do      it ended: a result, a failure with a retry to
 #                                                follow, one for good. Without a `start` row,
-#                                                it has the time of its start, and the config
+#                                                it has the time of its start. A step's first
+#                                                row has its config in `extra`
 #     sleep → slept                      sleep   sleep_until is a sleep too
 #     wait → event | timeout             wait    the event is consumed in this very row
 #     cancel                             any     `run` itself cancelled the call: never again
@@ -905,13 +905,11 @@ class History:
         if row.attempt is not None:
             if row.type == "start" or row.started is not None:
                 types.insert(0, "attempt_started")
-            if key not in self._configs:
+            if row.extra is not None:
                 self._configs[key] = decode(row.extra or "{}")
                 types.insert(0, "step_started")
             if key.startswith(ROLLBACK):
                 types = [f"rollback_{type}" for type in types]
-        elif row.type == "queued" and data is not None:  # a first life, or a new one
-            self._configs.clear()
         elif not key and row.extra is not None:  # how the rollback went
             types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
@@ -2006,7 +2004,7 @@ class Store:
             outcome: str | None = None
             if inst.rollback == "begun":
                 sql = "SELECT data FROM journal WHERE instance = ? AND type = 'rollback'"
-                outcome, (data,) = data, self._one(sql, key)
+                outcome, (data,), size = data, self._one(sql, key), 0
                 status = "errored"
                 if inst.termination is not None:
                     status, data = "terminated", None
@@ -2247,7 +2245,18 @@ class Attempt:
     the step calls that the callback makes."""
 
     __slots__ = (
-        *("call", "config", "counts", "cpu", "ended", "number", "overdue", "recorded", "reply"),
+        *(
+            "call",
+            "config",
+            "counts",
+            "cpu",
+            "ended",
+            "extra",
+            "number",
+            "overdue",
+            "recorded",
+            "reply",
+        ),
         *("run", "slot", "started", "step", "task", "timer", "undo", "verdict"),
     )
 
@@ -2257,6 +2266,7 @@ class Attempt:
         self.started = self.cpu = 0  # ms, ns
         self.counts: dict[str, int] | None = None  # of nested calls
         self.recorded = self.ended = False  # its start, its end has been handed to the writer
+        self.extra: str | None = None  # the config, with which a step's first row begins
         self.slot = False  # it has one of the threads' slots
         self.reply: asyncio.Future[Any] | None = None  # of its thread
         self.timer: Any = None
@@ -2539,8 +2549,10 @@ class Run:
     async def _leave(self) -> None:
         """Ends the task that called a step of a dead run. If it comes back after that, it ignores
         everything: it is left suspended, and nobody will look for it."""
-        task = asyncio.current_task()
+        attempt, task = _attempt.get(), asyncio.current_task()
         assert task is not None
+        if attempt is not None and attempt.run is not self:
+            raise _fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
         if task in self._told:
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -2680,6 +2692,8 @@ class Run:
                     self._attempts[step.key] = attempt
                     attempt.number = step.attempts = step.attempts + 1
                     attempt.started = self.engine.clock.now()
+                    if step.config is None:
+                        step.config = attempt.extra = config.text
                     if self.careful:
                         self.record_start(attempt, lambda *_: self._poke(step))
                         await self._wait(step)
@@ -2759,8 +2773,7 @@ class Run:
 
     def record_start(self, attempt: Attempt, then: Then) -> None:
         attempt.recorded = True
-        config = attempt.config.text if attempt.number == 1 else None
-        row = ("start", attempt.step.key, attempt.number, None, None, config)
+        row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
     def _conclude(
@@ -2771,12 +2784,11 @@ class Run:
         step, number, name = attempt.step, attempt.number, attempt.call.name
         store, limits = self.engine.store, self.engine.limits
         attempt.ended, step.open = True, False
-        started = None if attempt.recorded else attempt.started
-        extra = None if attempt.recorded or number > 1 else attempt.config.text
+        started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
         if error is None:
             try:
                 text, fresh = encode(None if attempt.call.kind == "rollback" else value)
-                size = size_of(text)
+                size = 0 if attempt.call.kind == "rollback" else size_of(text)
                 if limits.step_bytes is not None and size > limits.step_bytes:
                     what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
                     error = _fatal("limit.step_output", f"step {name!r} returned {what}")
