@@ -1001,8 +1001,8 @@ CREATE TABLE instances (
     id TEXT,                       -- NULL once deleted, until the owner has cleared it away
     status TEXT NOT NULL,
     generation INTEGER NOT NULL,   -- raised by restart, terminate, delete: older runs can't write
-    seq INTEGER NOT NULL,          -- of the newest journal row or event
-    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events
+    seq INTEGER NOT NULL,          -- of the newest journal row or event; and
+    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: but see `Head`
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
     place INTEGER,                 -- in the queue
     wake INTEGER,                  -- when the owner must look
@@ -1077,15 +1077,15 @@ RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]
 
 
 class Head:
-    """What the guard of a run's writes needs of its instance. Read once for all writes of a
-    transaction, which holds the write lock, and written back at its end: so a step costs no
-    statement of its own, only its part of a few that are run for the whole batch."""
+    """What the guard of a run's writes needs of its instance. Kept in memory until anything else
+    than steps touches the instances, in this process or another, and written back then, or within
+    a tick: so a step costs one row in the journal, and what that says beyond `row_seq` is true."""
 
-    __slots__ = ("careful", "generation", "key", "seq", "state_bytes")
+    __slots__ = ("careful", "generation", "key", "row_bytes", "row_seq", "seq", "state_bytes")
 
-    def __init__(self, key: int, generation: int, seq: int, state_bytes: int, careful: int) -> None:
-        self.key, self.generation, self.seq = key, generation, seq
-        self.state_bytes, self.careful = state_bytes, careful
+    def __init__(self, *row: int) -> None:
+        self.key, self.generation, self.careful, self.row_seq, self.row_bytes, *newest = row
+        self.seq, self.state_bytes = newest
 
 
 class News(NamedTuple):
@@ -1188,7 +1188,7 @@ class Store:
             asked = len(batch)
             try:
                 if self.failure is None:
-                    self._turn(batch)
+                    self._turn(batch, stop)
                 elif batch:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
@@ -1213,18 +1213,17 @@ class Store:
         except queue.Empty:
             return batch, False
 
-    def _turn(self, batch: list[Op]) -> None:
+    def _turn(self, batch: list[Op], stop: bool) -> None:
         """One round of the thread: a transaction if there is reason for one, then the regular
         looks."""
         moment = time.monotonic()
-        if not batch or moment > self._looked + TICK:
-            self._looked = moment
-            version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
-            self._others_wrote = self._others_wrote or version != self._version
-            self._look_again = self._look_again or self._others_wrote
         due = self.owner and self._is_due() and not self.clock.exact
-        if batch or self._others_wrote or due:
-            self._transact(batch)
+        behind = self._heads or self.cpu_ns != self._cpu_counted
+        tick = stop or moment > self._looked + TICK
+        if tick:
+            self._looked = moment
+        if batch or due or (tick and behind) or (not batch and self._see_others()):
+            self._transact(batch, tick)
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
             self._contend()
@@ -1235,11 +1234,21 @@ class Store:
     def _is_due(self) -> bool:
         return not self.closing and (self._look_again or self.next_wake <= self.clock.now())
 
-    def _transact(self, batch: list[Op]) -> None:
+    def _see_others(self) -> bool:
+        """Whether another process wrote since we last looked: then our heads are worth nothing."""
+        version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
+        if version != self._version:
+            self._others_wrote = self._look_again = True
+        return self._others_wrote
+
+    def _transact(self, batch: list[Op], tick: bool = True) -> None:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
-        if records := [args[0] for op, args, _ in batch if op == self.record]:
-            self._read_heads(records)
+        if self._see_others():
+            heads, self._heads = self._heads, {}
+            self._read_heads(list(heads))
+        records = [args[0] for op, args, _ in batch if op == self.record]
+        self._read_heads([key for key in records if key not in self._heads])
         for op, args, then in batch:
             try:
                 results.append((then, op(*args), None))
@@ -1248,8 +1257,11 @@ class Store:
         if self.owner and self._is_due():
             self._schedule()
         self._note_queued()
-        self._flush()
-        self._count_usage()
+        if tick:
+            self._flush()
+        self._write()
+        if tick or self._requests or self._storage:
+            self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()  # committed: an error from here on must not reject them
         outside, self._others_wrote = self._others_wrote, False
@@ -1273,6 +1285,7 @@ class Store:
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
+        self._flush()
         self._count_usage()
         sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = ?1), 0),
                  coalesce(sum(cpu_ms) FILTER (WHERE month = ?1), 0.0),
@@ -1403,6 +1416,7 @@ class Store:
         self._look_again = False
         for workflow in self._inherited:  # from an owner that died
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
+            self._read_heads([inst.key for inst in self._instances(where, workflow)])
             for inst in self._instances(where, workflow):
                 self._stop(inst, careful=1)
         self._inherited.clear()
@@ -1567,8 +1581,11 @@ class Store:
             self._purge(inst)
         return None
 
-    def _get(self, workflow: str, id: str) -> Instance:
+    def _get(self, workflow: str, id: str, reading: bool = False) -> Instance:
         inst = self._find(workflow, id)
+        if inst is not None and not reading:
+            self._read_heads([inst.key])  # its owner may have died, or not be up to date yet
+            inst = self._find(workflow, id)
         if inst is None:
             message = f"workflow {workflow!r} has no instance {id!r}"
             raise WorkflowError(message, code="instance.not_found")
@@ -1623,14 +1640,19 @@ class Store:
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
 
-    def _flush(self) -> None:
-        """Writes what was put aside: before anything else reads it, and before the commit."""
+    def _write(self) -> None:
         rows, self._rows = self._rows, []
         self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
+
+    def _flush(self) -> None:
+        """Writes what was put aside, before anything else reads it."""
+        self._write()
         if self._heads:
             now = self.clock.now()
-            heads = [(h.key, h.seq, h.state_bytes, h.careful, now) for h in self._heads.values()]
+            changed = [head for head in self._heads.values() if head.seq != head.row_seq]
             self._heads.clear()
+            self._storage += sum(head.state_bytes - head.row_bytes for head in changed)
+            heads = [(h.key, h.seq, h.state_bytes, h.careful, now) for h in changed]
             sql = """UPDATE instances SET seq = v.column2, state_bytes = v.column3,
                      careful = v.column4, modified = v.column5 FROM (VALUES """
             self._bulk(sql, "(?, ?, ?, ?, ?)", ") AS v WHERE key = v.column1", heads)
@@ -1722,7 +1744,7 @@ class Store:
 
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
         """(key, status, data of the row that ended it)."""
-        inst = self._get(workflow, id)
+        inst = self._get(workflow, id, reading=True)
         if inst.status not in FINISHED:
             return inst.key, inst.status, None
         sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
@@ -1922,23 +1944,24 @@ class Store:
             return None
         self._check_state(head.state_bytes, size, WorkflowFatalError)
         head.state_bytes += size
-        self._storage += size
         head.seq += len(rows)
         head.careful = head.careful and not ended
         self._append(key, head.seq, self.clock.now(), rows)
         return head.seq
 
     def _read_heads(self, keys: list[int]) -> None:
-        """For many, in one row: see `_bulk`."""
-        columns, live = "key, generation, seq, state_bytes, careful", f"status IN {LIVE}"
-        if len(keys) == 1:
-            sql = f"SELECT {columns} FROM instances WHERE key = ? AND {live}"
-            rows = self._db.execute(sql, keys).fetchall()
-        else:
-            sql = f"""SELECT json_group_array(json_array({columns})) FROM instances
-                      WHERE key IN (SELECT value FROM json_each(?)) AND {live}"""
+        """In one row: see `_bulk`."""
+        if keys:
+            sql = f"""SELECT json_group_array(json(head)) FROM (SELECT json_array(
+                        i.key, generation, careful, i.seq, state_bytes, coalesce(max(j.seq), i.seq),
+                        state_bytes + coalesce(sum(length(CAST(data AS BLOB)))
+                                               FILTER (WHERE type = 'done'), 0)) AS head
+                      FROM instances AS i LEFT JOIN journal AS j
+                      ON j.instance = i.key AND j.seq > i.seq
+                      WHERE i.key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}
+                      GROUP BY i.key)"""
             rows = json.loads(self._one(sql, str(keys))[0])
-        self._heads |= {row[0]: Head(*row) for row in rows}
+            self._heads |= {row[0]: Head(*row) for row in rows}
 
     def begin_wait(
         self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
