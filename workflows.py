@@ -1081,11 +1081,15 @@ class Head:
     than steps touches the instances, in this process or another, and written back then, or within
     a tick: so a step costs one row in the journal, and what that says beyond `row_seq` is true."""
 
-    __slots__ = ("careful", "generation", "key", "row_bytes", "row_seq", "seq", "state_bytes")
+    __slots__ = (
+        *("key", "generation", "status", "careful", "row_seq", "row_bytes", "seq", "state_bytes"),
+        "look",
+    )
 
-    def __init__(self, *row: int) -> None:
-        self.key, self.generation, self.careful, self.row_seq, self.row_bytes, *newest = row
-        self.seq, self.state_bytes = newest
+    def __init__(self, *row: Any) -> None:
+        self.key, self.generation, self.status, self.careful, *sums = row
+        self.row_seq, self.row_bytes, self.seq, self.state_bytes = sums
+        self.look: int | None = None  # a wake to come
 
 
 class News(NamedTuple):
@@ -1247,8 +1251,9 @@ class Store:
         if self._see_others():
             heads, self._heads = self._heads, {}
             self._read_heads(list(heads))
-        records = [args[0] for op, args, _ in batch if op == self.record]
-        self._read_heads([key for key in records if key not in self._heads])
+        frequent = (self.record, self.begin_wait, self.go_idle)
+        keys = [args[0] for op, args, _ in batch if op in frequent]
+        self._read_heads([key for key in keys if key not in self._heads])
         for op, args, then in batch:
             try:
                 results.append((then, op(*args), None))
@@ -1257,8 +1262,8 @@ class Store:
         if self.owner and self._is_due():
             self._schedule()
         self._note_queued()
-        if tick:
-            self._flush()
+        if tick or any(op != self.record for op, _, _ in batch):
+            self._write_back()
         self._write()
         if tick or self._requests or self._storage:
             self._count_usage()
@@ -1476,6 +1481,7 @@ class Store:
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
             elif wait.event is not None:
                 kind = "timeout"
+                self._write()
                 sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
                 ms = json.loads(self._one(sql, inst.key, wait.seq)[0])["timeout"]
                 data = encode_error(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
@@ -1516,7 +1522,7 @@ class Store:
         return max(self.clock.now(), *places, 0)
 
     def _count(self, status: str) -> int:
-        self._flush()
+        self._write_back()
         sql = "SELECT count(*) FROM instances WHERE workflow = ? AND status = ?"
         return sum(self._one(sql, workflow, status)[0] for workflow in self.bound)
 
@@ -1562,7 +1568,7 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        self._flush()
+        self._write_back()
         sql = f"SELECT {_COLUMNS} FROM instances WHERE {where}"
         return [Instance._make(row) for row in self._db.execute(sql, args)]
 
@@ -1608,7 +1614,7 @@ class Store:
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
         """Appends journal rows, and changes columns of the instance with them."""
-        self._flush()
+        self._write_back()
         now = self.clock.now()
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
@@ -1647,15 +1653,21 @@ class Store:
     def _flush(self) -> None:
         """Writes what was put aside, before anything else reads it."""
         self._write()
+        self._write_back()
+
+    def _write_back(self) -> None:
         if self._heads:
             now = self.clock.now()
             changed = [head for head in self._heads.values() if head.seq != head.row_seq]
             self._heads.clear()
             self._storage += sum(head.state_bytes - head.row_bytes for head in changed)
-            heads = [(h.key, h.seq, h.state_bytes, h.careful, now) for h in changed]
+            rows = [
+                (h.key, h.seq, h.state_bytes, h.careful, now, h.status, h.look) for h in changed
+            ]
             sql = """UPDATE instances SET seq = v.column2, state_bytes = v.column3,
-                     careful = v.column4, modified = v.column5 FROM (VALUES """
-            self._bulk(sql, "(?, ?, ?, ?, ?)", ") AS v WHERE key = v.column1", heads)
+                     careful = v.column4, modified = v.column5, status = v.column6,
+                     wake = coalesce(min(wake, v.column7), wake, v.column7) FROM (VALUES """
+            self._bulk(sql, f"(?{', ?' * 6})", ") AS v WHERE key = v.column1", rows)
 
     def _bulk(self, before: str, row: str, after: str, rows: list[tuple[Any, ...]]) -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
@@ -1747,6 +1759,7 @@ class Store:
         inst = self._get(workflow, id, reading=True)
         if inst.status not in FINISHED:
             return inst.key, inst.status, None
+        self._write()
         sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
         return inst.key, inst.status, self._one(sql, inst.key, inst.seq)[0]
 
@@ -1844,6 +1857,7 @@ class Store:
         fresh["place"] = self._last_place() + 1
         params = None
         if start is None:
+            self._write()
             sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
             (params,) = self._one(sql, inst.key)
             self._erase(inst.key)
@@ -1953,7 +1967,8 @@ class Store:
         """In one row: see `_bulk`."""
         if keys:
             sql = f"""SELECT json_group_array(json(head)) FROM (SELECT json_array(
-                        i.key, generation, careful, i.seq, state_bytes, coalesce(max(j.seq), i.seq),
+                        i.key, generation, status, careful, i.seq, state_bytes,
+                        coalesce(max(j.seq), i.seq),
                         state_bytes + coalesce(sum(length(CAST(data AS BLOB)))
                                                FILTER (WHERE type = 'done'), 0)) AS head
                       FROM instances AS i LEFT JOIN journal AS j
@@ -1974,8 +1989,8 @@ class Store:
             sql = f"INSERT INTO waits VALUES (?{', ?' * 7})"
             self._db.execute(sql, (key, seq, now, kind, step, event, due, fixed))
             look = due if event is None else now  # its event may be here already
-            sql = "UPDATE instances SET wake = min(coalesce(wake, ?), ?) WHERE key = ?"
-            self._db.execute(sql, (look, look, key))
+            head = self._heads[key]
+            head.look = look if head.look is None else min(look, head.look)
             self.next_wake = min(self.next_wake, look)
         return seq
 
@@ -1999,10 +2014,14 @@ class Store:
 
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
-        inst = self._mine(key, generation, "running")
-        if inst is None or inst.seq != seq:
+        if key not in self._heads:
+            self._read_heads([key])
+        head = self._heads.get(key)
+        if head is None or (head.generation, head.status, head.seq) != (generation, "running", seq):
             return False
-        self._move(inst, "waiting")
+        head.status = "waiting"
+        self._look_again = True
+        self.record(key, generation, [("waiting", None, None, None, None, None)])
         return True
 
     def pause_now(self, key: int, generation: int) -> bool:
