@@ -1085,6 +1085,7 @@ class Head:
         *("key", "generation", "status", "careful", "row_seq", "row_bytes", "seq", "state_bytes"),
         "look",
     )
+    seq: int
 
     def __init__(self, *row: Any) -> None:
         self.key, self.generation, self.status, self.careful, *sums = row
@@ -2448,6 +2449,14 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
 class Run:
     """One life of one instance."""
 
+    __slots__ = (
+        *("engine", "bound", "loop", "key", "generation", "seq", "status", "id", "careful"),
+        *("steps", "event", "counts", "open_calls", "task", "dead", "orphan", "ended", "successor"),
+        *("last_move", "_inbox", "_waiting", "_attempts", "_gate", "_cancelled", "_held", "_timer"),
+        *("_steps_left", "_writing", "_settling", "_idling", "_left", "_deadline", "__weakref__"),
+        *("instance", "functions", "handlers", "searching", "_started_rollback"),
+    )
+
     def __init__(
         self,
         engine: Engine,
@@ -2482,7 +2491,6 @@ class Run:
         self.last_move = 0  # the turn of the loop in which it last did something
         self._settling = self._idling = self._finishing = False
         self._timer: Any = None
-        self._told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self.functions: dict[str, StepFunction] = {}  # of the decorator form, by name
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
@@ -2595,12 +2603,12 @@ class Run:
         assert task is not None
         if attempt is not None and attempt.run is not self:
             raise _fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
-        if task in self._told:
+        if task in self.engine.told:
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             self._task_ended(task)
             await self.loop.create_future()
-        self._told.add(task)
+        self.engine.told.add(task)
         raise _Unload
 
     def _value(self, step: Step, call: StepCall) -> Any:
@@ -3320,6 +3328,7 @@ class Engine:
         self.ticking = False
         self.activity = 0  # counts what callbacks do
         self.runs: dict[int, Run] = {}  # by the instance's key
+        self.told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # that their run is dead
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
