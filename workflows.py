@@ -1102,6 +1102,7 @@ class News(NamedTuple):
     admitted: bool = False
 
 
+Life = tuple[int, int]  # key, generation
 Then = Callable[[Any, BaseException | None], None]
 Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
@@ -1938,15 +1939,21 @@ class Store:
     #    callback, until one more step has finished, so that a step which kills its process is
     #    noticed.
 
-    def load(self, key: int, generation: int) -> tuple[Instance, list[Row], list[str], str] | None:
-        """What a life begins with: the instance, its whole journal (in one query), the steps that
-        wait, and the workflow's name."""
-        inst = self._mine(key, generation, "running", "waitingForPause")
-        if inst is None:
-            return None
+    def load(self, lives: list[Life]) -> list[tuple[Instance, list[Row], list[str], str]]:
+        """What lives begin with: the instance, its whole journal (in one query), the steps that
+        wait, and the workflow's name. Those that are outdated are left out."""
+        where = """key IN (SELECT value FROM json_each(?))
+                   AND status IN ('running', 'waitingForPause')"""
         sql = "SELECT step FROM waits WHERE instance = ?"
-        waits = self._db.execute(sql, (key,)).fetchall() if inst.wake is not None else ()
-        return inst, self._journal(key), [step for (step,) in waits], self.bound[inst.workflow]
+        loaded = []
+        present = self._instances(where, str([key for key, _ in lives]))
+        found = {(inst.key, inst.generation): inst for inst in present}
+        for life in lives:
+            if (inst := found.get(life)) is not None:
+                waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
+                steps = [step for (step,) in waits]
+                loaded.append((inst, self._journal(inst.key), steps, self.bound[inst.workflow]))
+        return loaded
 
     def record(
         self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
@@ -1995,7 +2002,7 @@ class Store:
             self.next_wake = min(self.next_wake, look)
         return seq
 
-    def give_up(self, key: int, generation: int, kind: str, steps: list[str]) -> int | None:
+    def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
         """Records that calls were cancelled or interrupted. An event that one of them had been
         given but `run` never saw goes back to its place in the buffer."""
         seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
@@ -2064,7 +2071,7 @@ class Store:
             self._move(inst, status, data, outcome, size, **columns)
         return None
 
-    def hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
+    def hand_back(self, key: int, generation: int, interrupted: Sequence[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         if inst := self._mine(key, generation):
             self.give_up(key, generation, "stop", interrupted)
@@ -3332,7 +3339,7 @@ class Engine:
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
-        self._loading: set[tuple[int, int]] = set()  # (key, generation)
+        self._loading: set[Life] = set()
         self._watchers: weakref.WeakValueDictionary[int, asyncio.Future[None]]
         self._watchers = weakref.WeakValueDictionary()  # by instance
 
@@ -3420,19 +3427,19 @@ class Engine:
             run.unload()
         await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
         for run in runs:
-            self._hand_back(run.key, run.generation, run.interrupted())
+            self._hand_back([(run.key, run.generation)], run.interrupted())
             if run.successor is not None:
-                self._hand_back(run.successor.key, run.successor.generation, [])
-        for life in self._loading:
-            self._hand_back(*life, [])
+                self._hand_back([(run.successor.key, run.successor.generation)])
+        self._hand_back(self._loading)
         self.store.ops.put(None)
         await self.store.closed
         self.store.thread.join()
         self.threads.close()
         self._wake(list(self._watchers))
 
-    def _hand_back(self, key: int, generation: int, interrupted: list[str]) -> None:
-        self.store.post(self.store.hand_back, key, generation, interrupted, then=_ignore)
+    def _hand_back(self, lives: Iterable[Life], interrupted: Sequence[str] = ()) -> None:
+        for life in lives:
+            self.store.post(self.store.hand_back, *life, interrupted, then=_ignore)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -3477,8 +3484,7 @@ class Engine:
                 then(result, error)
             except Exception:
                 log.exception("a bug in workflows.py: please report it")
-        for item in news:
-            self._hear(item)
+        self._load([(item[0].key, item[0].generation) for item in news if self._hear(item)])
         if touched:
             self._wake(touched)
         elif touched is None and self._watchers:  # another process wrote; but what?
@@ -3488,34 +3494,35 @@ class Engine:
                 then=lambda keys, _: self._wake(keys or ()),
             )
 
-    def _hear(self, news: News) -> None:
+    def _hear(self, news: News) -> bool:
+        """Tells a run; says whether a life must be loaded."""
         inst = news.instance
         run = self.runs.get(inst.key)
-        if run is not None and not run.dead and run.generation == inst.generation:
+        if run is None:
+            return news.admitted
+        if not run.dead and run.generation == inst.generation:
             run.on_news(inst, news.rows)
-        elif run is not None:
+        else:
             run.unload()
             run.successor = inst if news.admitted else run.successor
-        elif news.admitted:
-            self._load(inst)
+        return False
 
-    def _load(self, inst: Instance, previous: Run | None = None) -> None:
-        life = (inst.key, inst.generation)
+    def _load(self, lives: list[Life], previous: Run | None = None) -> None:
         if self._state != "open":
-            self._hand_back(*life, [])
-        elif life not in self._loading:
-            self._loading.add(life)
-            then = functools.partial(self._begin, life, previous)
-            self.store.post(self.store.load, *life, then=then)
+            self._hand_back(lives)
+        elif lives := [life for life in dict.fromkeys(lives) if life not in self._loading]:
+            self._loading.update(lives)
+            then = functools.partial(self._begin, lives, previous)
+            self.store.post(self.store.load, lives, then=then)
 
     def _begin(
-        self, life: tuple[int, int], previous: Run | None, loaded: Any, _: BaseException | None
+        self, lives: list[Life], previous: Run | None, loaded: Any, _: BaseException | None
     ) -> None:
-        self._loading.discard(life)
+        self._loading.difference_update(lives)
         if self._state != "open":
-            self._hand_back(*life, [])
-        elif loaded is not None:
-            inst, rows, waits, workflow = loaded
+            self._hand_back(lives)
+            return
+        for inst, rows, waits, workflow in loaded or ():
             bound = self._workflows[workflow]
             self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
             run.begin()
@@ -3525,7 +3532,7 @@ class Engine:
         if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
             if run.successor is not None:
-                self._load(run.successor, run)
+                self._load([(run.successor.key, run.successor.generation)], run)
 
     def orphaned(self, run: Run) -> None:
         """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes
@@ -3536,7 +3543,7 @@ class Engine:
         def go_on() -> None:
             if self._state == "open":
                 run.orphan = False
-                self._hand_back(run.key, run.generation, run.interrupted())
+                self._hand_back([(run.key, run.generation)], run.interrupted())
                 self.unloaded(run)
 
         self.loop.call_later(1, go_on)
