@@ -1134,6 +1134,7 @@ class Store:
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         self._heads: dict[int, Head] = {}
+        self._changed: set[int] = set()  # of these, the ones that must be written back
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
@@ -1199,7 +1200,7 @@ class Store:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
                 self._fail(error, [then for _, _, then in batch])
-            if asked:
+            if asked and self.clock.exact:
                 self._answered.release(asked)
 
     def _gather(self) -> tuple[list[Op], bool]:
@@ -1224,7 +1225,7 @@ class Store:
         looks."""
         moment = time.monotonic()
         due = self.owner and self._is_due() and not self.clock.exact
-        behind = self._heads or self.cpu_ns != self._cpu_counted
+        behind = self._changed or self.cpu_ns != self._cpu_counted
         tick = stop or moment > self._looked + TICK
         if tick:
             self._looked = moment
@@ -1251,8 +1252,8 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         if self._see_others():
-            heads, self._heads = self._heads, {}
-            self._read_heads(list(heads))
+            self._heads.clear()
+            self._read_heads(list(self._changed))
         frequent = (self.record, self.begin_wait, self.go_idle)
         keys = [args[0] for op, args, _ in batch if op in frequent]
         self._read_heads([key for key in keys if key not in self._heads])
@@ -1266,7 +1267,9 @@ class Store:
         self._note_queued()
         if tick or any(op != self.record for op, _, _ in batch):
             self._write_back()
-        self._write()
+        if tick:
+            self._heads.clear()
+        self._flush()
         if tick or self._requests or self._storage:
             self._count_usage()
         self._db.execute("COMMIT")
@@ -1292,7 +1295,7 @@ class Store:
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
-        self._flush()
+        self._write_back()
         self._count_usage()
         sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = ?1), 0),
                  coalesce(sum(cpu_ms) FILTER (WHERE month = ?1), 0.0),
@@ -1483,7 +1486,7 @@ class Store:
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
             elif wait.event is not None:
                 kind = "timeout"
-                self._write()
+                self._flush()
                 sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
                 ms = json.loads(self._one(sql, inst.key, wait.seq)[0])["timeout"]
                 data = encode_error(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
@@ -1506,6 +1509,7 @@ class Store:
                  started = coalesce(started, ?) WHERE key IN (SELECT value FROM json_each(?))"""
         if free:
             self._db.execute(sql, (now, now, str([inst.key for inst in queued[:free]])))
+            self._heads.clear()
         for inst in queued[:free]:
             first, inst = inst.started is None, inst._replace(status="running", seq=inst.seq + 1)
             for block in self.introspections if first else ():
@@ -1624,6 +1628,7 @@ class Store:
         sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?
                   {sets} WHERE key = ? RETURNING {_COLUMNS}"""
         self._storage += size
+        self._heads.pop(key, None)
         inst = Instance._make(self._one(sql, len(rows), now, size, *columns.values(), key))
         self._append(key, inst.seq, now, rows)
         return inst
@@ -1648,20 +1653,18 @@ class Store:
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
 
-    def _write(self) -> None:
+    def _flush(self) -> None:
+        """Writes the journal rows that were put aside: before anything else reads them, and before
+        the commit."""
         rows, self._rows = self._rows, []
         self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
 
-    def _flush(self) -> None:
-        """Writes what was put aside, before anything else reads it."""
-        self._write()
-        self._write_back()
-
     def _write_back(self) -> None:
-        if self._heads:
+        """The same for what heads say of their instances."""
+        if self._changed:
             now = self.clock.now()
-            changed = [head for head in self._heads.values() if head.seq != head.row_seq]
-            self._heads.clear()
+            changed = [self._heads[key] for key in self._changed]
+            self._changed.clear()
             self._storage += sum(head.state_bytes - head.row_bytes for head in changed)
             rows = [
                 (h.key, h.seq, h.state_bytes, h.careful, now, h.status, h.look) for h in changed
@@ -1670,6 +1673,8 @@ class Store:
                      careful = v.column4, modified = v.column5, status = v.column6,
                      wake = coalesce(min(wake, v.column7), wake, v.column7) FROM (VALUES """
             self._bulk(sql, f"(?{', ?' * 6})", ") AS v WHERE key = v.column1", rows)
+            for head in changed:
+                head.row_seq, head.row_bytes, head.look = head.seq, head.state_bytes, None
 
     def _bulk(self, before: str, row: str, after: str, rows: list[tuple[Any, ...]]) -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
@@ -1684,6 +1689,7 @@ class Store:
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
         self._storage -= inst.state_bytes
+        self._heads.pop(inst.key, None)
         self._erase(inst.key)
         self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
@@ -1761,7 +1767,7 @@ class Store:
         inst = self._get(workflow, id, reading=True)
         if inst.status not in FINISHED:
             return inst.key, inst.status, None
-        self._write()
+        self._flush()
         sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
         return inst.key, inst.status, self._one(sql, inst.key, inst.seq)[0]
 
@@ -1859,7 +1865,7 @@ class Store:
         fresh["place"] = self._last_place() + 1
         params = None
         if start is None:
-            self._write()
+            self._flush()
             sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
             (params,) = self._one(sql, inst.key)
             self._erase(inst.key)
@@ -1967,6 +1973,7 @@ class Store:
         self._check_state(head.state_bytes, size, WorkflowFatalError)
         head.state_bytes += size
         head.seq += len(rows)
+        self._changed.add(key)
         head.careful = head.careful and not ended
         self._append(key, head.seq, self.clock.now(), rows)
         return head.seq
@@ -1984,7 +1991,10 @@ class Store:
                       WHERE i.key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}
                       GROUP BY i.key)"""
             rows = json.loads(self._one(sql, str(keys))[0])
-            self._heads |= {row[0]: Head(*row) for row in rows}
+            heads = [Head(*row) for row in rows]
+            self._heads |= {head.key: head for head in heads}
+            self._changed.difference_update(keys)
+            self._changed.update(head.key for head in heads if head.seq != head.row_seq)
 
     def begin_wait(
         self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
