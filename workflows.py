@@ -1224,12 +1224,12 @@ class Store:
         """One round of the thread: a transaction if there is reason for one, then the regular
         looks."""
         moment = time.monotonic()
-        due = self.owner and self._is_due() and not self.clock.exact
-        behind = self._changed or self.cpu_ns != self._cpu_counted
-        tick = stop or moment > self._looked + TICK
+        tick = stop or not batch or moment > self._looked + TICK
         if tick:
             self._looked = moment
-        if batch or due or (tick and behind) or (not batch and self._see_others()):
+        behind = tick and (self._changed or self.cpu_ns != self._cpu_counted or self._see_others())
+        due = self.owner and self._is_due() and not self.clock.exact
+        if batch or behind or due:
             self._transact(batch, tick)
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
@@ -1242,7 +1242,7 @@ class Store:
         return not self.closing and (self._look_again or self.next_wake <= self.clock.now())
 
     def _see_others(self) -> bool:
-        """Whether another process wrote since we last looked: then our heads are worth nothing."""
+        """Whether another process wrote: then our heads are worth nothing."""
         version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
         if version != self._version:
             self._others_wrote = self._look_again = True
@@ -1274,7 +1274,8 @@ class Store:
             self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()  # committed: an error from here on must not reject them
-        outside, self._others_wrote = self._others_wrote, False
+        outside = tick and self._others_wrote  # not more often: those who hear it look, too
+        self._others_wrote = self._others_wrote and not tick
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
         if results or news or touched or outside:
