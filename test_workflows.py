@@ -3682,6 +3682,37 @@ class Processes(Real):
             await reach(busy, "paused")
             self.assertLess(time.monotonic() - began, 1)
 
+    async def test_rows_add_up_whoever_writes_between_the_steps_of_an_owner_that_dies(self) -> None:
+        """An owner writes rows of `instances` a tick late; others see by the journal what lacks."""
+        script = """
+            async def run(event, step):
+                while True: await step.do("s", lambda: value("ten bytes!"))
+            async def main(w):
+                await get(w, "busy")
+                say("up")
+                await asyncio.sleep(60)
+            go(limits=dataclasses.replace(Limits(), steps=25_000))
+            """
+        async with self.client(one_event, script) as bound:
+            busy = await bound.get("busy")
+            for _ in range(20):
+                await busy.send_event(type="x", payload="four")
+                await asyncio.sleep(0.003)
+            self.owner.kill()
+            await until(lambda: bound.engine.store.owner)
+            await busy.pause()
+            await reach(busy, "paused")
+            numbers = "SELECT seq FROM journal UNION ALL SELECT seq FROM events"
+            ((rows, highest),) = self.rows(f"SELECT count(DISTINCT seq), max(seq) FROM ({numbers})")
+            self.assertEqual([(rows,)], self.rows(f"SELECT count(*) FROM ({numbers})"))
+            stored = "SELECT (SELECT sum(length(payload)) FROM events), sum(length(data))"
+            ((events, data),) = self.rows(f"{stored} FROM journal WHERE type IN ('done', 'queued')")
+            self.assertGreater(data, 100)
+            self.assertEqual((await bound.engine.usage()).storage_bytes, events + data)
+            self.assertEqual(
+                self.rows("SELECT seq, state_bytes FROM instances"), [(highest, events + data)]
+            )
+
     async def test_another_process_takes_over_within_a_second_after_sigkill(self) -> None:
         async with self.client() as bound:
             self.owner.kill()
