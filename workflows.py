@@ -2064,6 +2064,7 @@ class Store:
             now = self.clock.now()
             outcome: str | None = None
             if inst.rollback == "begun":
+                self._flush()
                 sql = "SELECT data FROM journal WHERE instance = ? AND type = 'rollback'"
                 outcome, (data,), size = data, self._one(sql, key), 0
                 status = "errored"
@@ -2471,7 +2472,16 @@ class Run:
         *("engine", "bound", "loop", "key", "generation", "seq", "status", "id", "careful"),
         *("steps", "event", "counts", "open_calls", "task", "dead", "orphan", "ended", "successor"),
         *("last_move", "_inbox", "_waiting", "_attempts", "_gate", "_cancelled", "_held", "_timer"),
-        *("_steps_left", "_writing", "_settling", "_idling", "_left", "_deadline", "__weakref__"),
+        *(
+            "_steps_left",
+            "_writing",
+            "_settling",
+            "_idling",
+            "_finishing",
+            "_left",
+            "_deadline",
+            "__weakref__",
+        ),
         *("instance", "functions", "handlers", "searching", "_started_rollback"),
     )
 
@@ -2853,10 +2863,13 @@ class Run:
         store, limits = self.engine.store, self.engine.limits
         attempt.ended, step.open = True, False
         started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
-        if error is None:
+        row: RowTail
+        text: str | None = None
+        fresh, size = None, 0
+        if error is None and attempt.call.kind == "do":
             try:
-                text, fresh = encode(None if attempt.call.kind == "rollback" else value)
-                size = 0 if attempt.call.kind == "rollback" else size_of(text)
+                text, fresh = encode(value)
+                size = size_of(text)
                 if limits.step_bytes is not None and size > limits.step_bytes:
                     what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
                     error = _fatal("limit.step_output", f"step {name!r} returned {what}")
