@@ -53,6 +53,7 @@ import decimal
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import keyword
 import logging
@@ -2307,19 +2308,9 @@ class Attempt:
     the step calls that the callback makes."""
 
     __slots__ = (
-        *(
-            "call",
-            "config",
-            "counts",
-            "cpu",
-            "ended",
-            "extra",
-            "number",
-            "overdue",
-            "recorded",
-            "reply",
-        ),
-        *("run", "slot", "started", "step", "task", "timer", "undo", "verdict"),
+        *("call", "config", "counts", "cpu", "ended", "extra", "number", "outcomes", "overdue"),
+        *("recorded", "reply", "run", "slot", "started", "step", "task", "timer", "undo"),
+        "verdict",
     )
 
     def __init__(self, run: Run, call: StepCall, step: Step, config: StepConfig) -> None:
@@ -2327,6 +2318,7 @@ class Attempt:
         self.number = step.attempts
         self.started = self.cpu = 0  # ms, ns
         self.counts: dict[str, int] | None = None  # of nested calls
+        self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         self.recorded = self.ended = False  # its start, its end has been handed to the writer
         self.extra: str | None = None  # the config, with which a step's first row begins
         self.slot = False  # it has one of the threads' slots
@@ -2482,7 +2474,8 @@ class Run:
             "_deadline",
             "__weakref__",
         ),
-        *("instance", "functions", "handlers", "searching", "_started_rollback"),
+        *("instance", "functions", "declarations", "outcomes", "handlers", "searching"),
+        "_started_rollback",
     )
 
     def __init__(
@@ -2519,7 +2512,10 @@ class Run:
         self.last_move = 0  # the turn of the loop in which it last did something
         self._settling = self._idling = self._finishing = False
         self._timer: Any = None
-        self.functions: dict[str, StepFunction] = {}  # of the decorator form, by name
+        # Of the decorator form: what is declared, and what has come of it.
+        self.functions: dict[tuple[str, str], list[StepFunction]] = {}
+        self.declarations = itertools.count()
+        self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
@@ -2807,11 +2803,14 @@ class Run:
             return True  # or the outer callback could not finish
         return self.status == "running"
 
-    def _bind(self, attempt: Attempt, callback: Callable[..., Any], wants: Any) -> Any:
+    def _bind(self, attempt: Attempt, callback: Any, wants: Any) -> Any:
         """The callback with the argument that it wants, or what a test has put in its place."""
         for block in reversed(self.engine.store.introspections):
             if (mock := block.substitute(attempt)) is not None:
                 return mock
+        if attempt.call.function is not None:  # each attempt has its own arguments
+            args, named = copy.deepcopy((callback.args, callback.keywords))
+            callback = functools.partial(callback.func, *args, **named)
         if not wants:
             return callback
         argument: Any
@@ -3947,34 +3946,37 @@ class StepDecorator(StepCall):
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
             run, name, args, options = self._declared
-            known = {key: options[key] for key in options if key not in ("depends", "concurrent")}
-            super().__init__(run, "do", name, args, known)
+            legal = (Mapping, list, tuple, bool, type(None))
+            odd = tuple(given for given in args if not isinstance(given, legal))
+            more = {key: options[key] for key in options if key not in _DECORATION}
+            super().__init__(run, "do", "" if name is None else name, odd, more)
         return super()._begin()
+
+
+_DECORATION = ("depends", "concurrent", "config", "rollback", "rollback_config")
 
 
 class StepFunction:
     """What the decorator form of `step.do` makes of a function: called without arguments, it is the
-    step. Other steps may depend on it; then it runs at most once.
+    step. Other steps may depend on it: they get its last result, and run it only if there is none.
 
     developers.cloudflare.com/workflows/python/"""
 
     def __init__(
         self, function: Callable[..., Any], run: Run, name: Any, args: Any, options: Any
     ) -> None:
-        self._function, self._run, self._options = function, run, dict(options)
+        self._function, self._run, self._args, self._options = function, run, args, dict(options)
         own = getattr(function, "__name__", "step")
         self.__name__ = own if name is None else name
-        if args and not (args[0] is None or isinstance(args[0], Mapping)):
+        if args and not isinstance(args[0], Mapping) and (args[0] is not None or len(args) > 1):
             # Cloudflare's first form: (name, depends, concurrent, config)
-            names = ("depends", "concurrent", "config")
-            self._options |= zip(names, args, strict=False)
-            args = args[3:]
-        self._args = args
+            self._options |= zip(("depends", "concurrent", "config"), args, strict=False)
+            self._args = args[3:]
         self._depends = self._options.pop("depends", None)
         self._concurrent = self._options.pop("concurrent", False)
-        self._known = dict(run.functions)  # the earlier ones
-        run.functions |= {own: self, self.__name__: self} if isinstance(name, str) else {own: self}
-        self._outcome: asyncio.Future[Any] | None = None  # of the last call
+        self._number = next(run.declarations)
+        for key in (("step", str(self.__name__)), ("function", own)):
+            run.functions.setdefault(key, []).append(self)
 
     def __call__(self) -> StepCall:
         call = StepCall(self._run, "do", self.__name__, self._args, self._options)
@@ -3982,58 +3984,85 @@ class StepFunction:
         return call
 
     async def perform(self, call: StepCall) -> Any:
-        """The dependencies, then the step itself."""
-        outcome = self._outcome = self._run.loop.create_future()
+        """The dependencies, then the step itself. What it gives is kept for those that depend on
+        it in the same scope: that of `run`, or of an attempt whose callback calls steps."""
+        outcomes = (call.attempt or self._run).outcomes
+        before = outcomes.get(self)
+        outcome = outcomes[self] = self._run.loop.create_future()
         try:
             callback = await self._bind(call)
             call.options = call.options | {"callback": callback}
             value = await self._run.perform(call)
-        except asyncio.CancelledError:
-            outcome.cancel()
-            self._outcome = None
+        except BaseException as error:
+            if before is not None and before.done() and not before.exception():
+                outcomes[self] = before
+            elif isinstance(error, asyncio.CancelledError):
+                del outcomes[self]
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # whether or not anybody depends on it
+            else:
+                outcome.cancel()
             raise
-        except Exception as error:
-            outcome.set_exception(error)
-            outcome.exception()  # whether or not anybody depends on it
-            raise
+        finally:
+            self._run.open_calls.discard(call)
         outcome.set_result(copy.deepcopy(value))
         return value
 
-    async def _result(self) -> Any:
+    async def _result(self, scope: Attempt | Run) -> Any:
         """For a step that depends on this one."""
-        if self._outcome is None:
-            return await self()
-        return copy.deepcopy(await asyncio.shield(self._outcome))
+        while (outcome := scope.outcomes.get(self)) is not None:
+            try:
+                return copy.deepcopy(await asyncio.shield(outcome))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not outcome.cancelled() or (task is not None and task.cancelling()):
+                    raise  # it was us, and not the one who had called it
+        return await self()
 
     async def _bind(self, call: StepCall) -> Callable[..., Any]:
         """The function, with the results of its dependencies as arguments."""
-        try:
-            parameters = inspect.signature(self._function).parameters
-        except (TypeError, ValueError):
-            return self._function
+        parameters = inspect.signature(self._function).parameters
         names = [name for name in parameters if name != "ctx"]
-        needed = [name for name in names if parameters[name].default is inspect.Parameter.empty]
-        depends = self._depends
-        if depends is None:
-            found = {name: self._known[name] for name in names if name in self._known}
-        elif isinstance(depends, (list, tuple)) and len(depends) <= len(names):
-            found = dict(zip(names, depends, strict=False))
+        if self._depends is None:
+            found = {name: step for name in names if (step := self._earlier(name)) is not None}
+        elif isinstance(self._depends, (list, tuple)) and len(self._depends) <= len(names):
+            found = dict(zip(names, self._depends, strict=False))
         else:
-            message = f"depends is {_show(depends)}: expected a list of at most {len(names)} steps"
-            raise _fatal("step.invalid_config", f"step {call.name!r}: {message}")
-        for name in needed:
-            if name not in found:
+            expected = f"a list of at most {len(names)} steps"
+            raise self._wrong(call, "config", f"depends is {_show(self._depends)}: not {expected}")
+        if not isinstance(self._concurrent, bool):
+            raise self._wrong(
+                call, "config", f"concurrent is {_show(self._concurrent)}: not a bool"
+            )
+        for name in names:
+            if name not in found and parameters[name].default is inspect.Parameter.empty:
                 what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
-                raise _fatal("step.invalid_callback", f"step {call.name!r}: {what}")
-        for given in found.values():
-            if not isinstance(given, StepFunction):
-                what = f"depends on {_show(given)}: expected functions decorated with step.do"
-                raise _fatal("step.invalid_config", f"step {call.name!r}: {what}")
+                raise self._wrong(call, "callback", what)
+        for step in found.values():
+            if not isinstance(step, StepFunction):
+                what = f"depends on {_show(step)}: expected functions decorated with step.do"
+                raise self._wrong(call, "config", what)
+        scope = call.attempt or self._run
         if self._concurrent:
-            results = await asyncio.gather(*(other._result() for other in found.values()))
+            results = await asyncio.gather(*(step._result(scope) for step in found.values()))
         else:
-            results = [await other._result() for other in found.values()]
-        return functools.partial(self._function, **dict(zip(found, results, strict=True)))
+            results = [await step._result(scope) for step in found.values()]
+        named = dict(zip(found, results, strict=True))
+        only = inspect.Parameter.POSITIONAL_ONLY
+        args = [named.pop(name) for name in list(named) if parameters[name].kind is only]
+        return functools.partial(self._function, *args, **named)
+
+    def _earlier(self, name: str) -> StepFunction | None:
+        """The last one with this name that was declared before: of the step, or of the function."""
+        for key in (("step", name), ("function", name)):
+            for step in reversed(self._run.functions.get(key, ())):
+                if step._number < self._number:
+                    return step
+        return None
+
+    def _wrong(self, call: StepCall, what: str, message: str) -> WorkflowFatalError:
+        return _fatal(f"step.invalid_{what}", f"step {call.name!r}: {message}")
 
 
 def install_workers_shim() -> None:
@@ -4042,11 +4071,11 @@ def install_workers_shim() -> None:
     has beside workflows imports as an inert placeholder.
 
     developers.cloudflare.com/workflows/python/"""
-    if "workers" in sys.modules or importlib.util.find_spec("workers") is not None:
-        return
+    found = None if "workers" in sys.modules else importlib.util.find_spec("workers")
+    if "workers" in sys.modules or (found is not None and found.origin is not None):
+        return  # (one without an origin is just a folder of that name)
     package, module = types.ModuleType("workers"), types.ModuleType("workers.workflows")
-    inert = ("DurableObject", "Request", "Response", "WorkerEntrypoint", "fetch", "handler")
-    for name in inert:
+    for name in _INERT.split():
         setattr(package, name, type(name, (_Placeholder,), {}))
     names: dict[str, Any] = {"WorkflowEntrypoint": WorkflowEntrypoint, "workflows": module}
     vars(package).update(names, __path__=[])
@@ -4054,11 +4083,15 @@ def install_workers_shim() -> None:
     sys.modules |= {"workers": package, "workers.workflows": module}
 
 
+_INERT = """Blob DurableObject FetchResponse File FormData Headers Request Response WorkerEntrypoint
+    env fetch handler patch_env python_from_rpc python_to_rpc waitUntil wait_until"""
+
+
 class _Placeholder:
     """Takes anything, does nothing."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, ctx: Any = None, env: Any = None, *_: Any, **__: Any) -> None:
+        self.ctx, self.env = ctx, env
 
 
 # --------------------------------------------------------------------------------------------------
