@@ -4758,6 +4758,611 @@ class BadInput(Introspected):
 
 
 # --------------------------------------------------------------------------------------------------
+# The newest API: step context, rollback, restart from a step, delete_batch, dynamic delay, sensitive
+# outputs, subscribe.
+
+
+class Undoing(Case):
+    """Steps that write into a log when they run and when they are undone."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log: list[str] = []
+
+    def undo(self, word: str, error: BaseException | None = None) -> Callable[..., Any]:
+        async def handler(info: Any) -> None:
+            self.log.append(f"undo {word}")
+            if error is not None:
+                raise error
+
+        return handler
+
+    async def told(self, instance: Any, **options: Any) -> list[str]:
+        return [brief(event) async for event in instance.subscribe(**options)]
+
+    async def fails(self, run: Callable[..., Any], **options: Any) -> BaseException:
+        with self.assertRaises(Exception) as caught:
+            await self.outcome(run, **options)
+        return caught.exception
+
+
+def brief(event: Any) -> str:
+    """An event in few words: `attempt_errored pay-1 2`."""
+    words = (event.type, event.get("step_name", ""), event.get("attempt", ""))
+    return " ".join(str(word) for word in words if word != "")
+
+
+class StepContext(Undoing):
+    async def test_the_context_has_name_count_attempt_and_config(self) -> None:
+        seen = []
+
+        async def callback(ctx: Any) -> None:
+            seen.append((ctx.step.name, ctx.step.count, ctx.attempt, ctx["step"]["name"]))
+            if ctx.attempt == 1:
+                raise ValueError
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", constant(1), callback)
+            await step.do("a", callback)
+
+        await self.outcome(run)
+        self.assertEqual(
+            seen, [("a", 1, 1, "a"), ("a", 1, 2, "a"), ("a", 2, 1, "a"), ("a", 2, 2, "a")]
+        )
+
+    async def test_the_contexts_config_has_the_defaults_and_values_as_they_were_written(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            given = {"retries": {"delay": "1 second"}, "timeout": "2 minutes"}
+            return [
+                await step.do("given", given, lambda ctx: dict(ctx.config)),
+                await step.do("defaults", lambda ctx: dict(ctx.config)),
+            ]
+
+        given, defaults = await self.outcome(run)
+        retries = {"limit": 5, "delay": "1 second", "backoff": "exponential"}
+        self.assertEqual(given, {"retries": retries, "timeout": "2 minutes"})
+        self.assertEqual(defaults, workflows.DEFAULT_CONFIG)
+
+    async def test_changing_the_contexts_config_changes_nothing(self) -> None:
+        limits = []
+
+        async def callback(ctx: Any) -> None:
+            limits.append(ctx.config["retries"]["limit"])
+            ctx.config["retries"]["limit"] = 0
+            if ctx.attempt == 1:
+                raise ValueError
+
+        await self.outcome(lambda event, step: step.do("s", constant(3), callback))
+        self.assertEqual(limits, [3, 3])
+
+
+class Rollback(Undoing):
+    async def test_handlers_run_in_reverse_order_of_start_before_the_instance_is_errored(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for name in "abc":
+                await step.do(name, value, rollback=self.undo(name))
+            raise ValueError("original")
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            with self.assertRaisesRegex(ValueError, "original"):
+                await self.finish(instance)
+            status = await instance.status()
+        self.assertEqual(self.log, ["undo c", "undo b", "undo a"])
+        self.assertEqual((status.status, status.error["message"]), ("errored", "original"))
+
+    async def test_the_order_is_that_of_the_start_also_in_parallel(self) -> None:
+        gates = {name: asyncio.Event() for name in "abc"}
+
+        async def run(event: Any, step: Any) -> None:
+            await asyncio.gather(*(step.do(n, gates[n].wait, rollback=self.undo(n)) for n in "abc"))
+            raise ValueError
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for name in "cab":  # the order in which they end
+                await self.clock.settle()
+                gates[name].set()
+            with self.assertRaises(ValueError):
+                await self.finish(instance)
+        self.assertEqual(self.log, ["undo c", "undo b", "undo a"])
+
+    async def test_finished_failed_and_unfinished_steps_take_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("finished", value, rollback=self.undo("finished"))
+            await asyncio.gather(
+                step.do("unfinished", Gate().open.wait, rollback=self.undo("unfinished")),
+                step.do("failed", ONCE, raises(ValueError()), rollback=self.undo("failed")),
+            )
+
+        self.assertIsInstance(await self.fails(run), ValueError)
+        self.assertEqual(self.log, ["undo failed", "undo unfinished", "undo finished"])
+
+    async def test_a_step_that_has_not_started_takes_no_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            unused = step.do("unused", value, rollback=self.undo("unused"))
+            await step.do("used", value, rollback=self.undo("used"))
+            refused = step.do("refused", {"retries": 1}, value, rollback=self.undo("refused"))
+            await asyncio.gather(refused)
+            await unused
+
+        self.assertEqual((await self.fails(run)).code, "step.invalid_config")
+        self.assertEqual(self.log, ["undo used"])
+
+    async def test_a_step_that_run_has_cancelled_takes_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            task = asyncio.create_task(
+                step.do("gone", Gate().open.wait, rollback=self.undo("gone"))
+            )
+            await step.do("other", value)
+            task.cancel()
+            await step.do("another", value)
+            raise ValueError
+
+        await self.fails(run)
+        self.assertEqual(self.log, ["undo gone"])
+
+    async def test_a_callback_in_flight_has_ended_before_the_handlers_run(self) -> None:
+        async def callback() -> None:
+            try:
+                await Gate().open.wait()
+            finally:
+                self.log.append("cancelled")
+
+        async def run(event: Any, step: Any) -> None:
+            task = asyncio.create_task(step.do("s", callback, rollback=self.undo("s")))
+            await step.do("other", value)
+            raise ValueError(task)
+
+        await self.fails(run)
+        self.assertEqual(self.log, ["cancelled", "undo s"])
+
+    async def test_a_handler_gets_the_context_error_output_and_name(self) -> None:
+        seen = []
+
+        async def undo(info: Any) -> None:
+            mapping = [info["ctx"].step.count, info["error"], info["output"], info["stepName"]]
+            attributes = [info.ctx.step.count, info.error, info.output, info.stepName]
+            self.assertEqual([*map(repr, mapping)], [*map(repr, attributes)])
+            seen.append((info.ctx.step.name, info.ctx.attempt, *mapping))
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", lambda: {"n": 1}, rollback=undo)
+            await step.do("s", constant(2), raises(KeyError("k")), rollback=undo)
+
+        error = await self.fails(run)
+        self.assertEqual(repr(error), "KeyError('k')")
+        self.assertEqual(
+            [(name, attempt, count, repr(e), *more) for name, attempt, count, e, *more in seen],
+            [
+                ("s", 3, 2, "KeyError('k')", None, "s-2"),
+                ("s", 1, 1, "KeyError('k')", {"n": 1}, "s-1"),
+            ],
+        )
+
+    async def test_the_context_of_a_handler_is_that_of_the_step_with_its_config(self) -> None:
+        seen = []
+        plain = {"retries": {"delay": "1 second"}, "timeout": "2 minutes"}
+        dynamic = {"retries": {"limit": 0, "delay": lambda info: 1}}
+
+        async def run(event: Any, step: Any) -> None:
+            for config in (plain, dynamic):
+
+                async def callback(ctx: Any) -> None:
+                    seen.append(ctx.config)
+
+                await step.do(
+                    "s", config, callback, rollback=lambda info: seen.append(info.ctx.config)
+                )
+            raise ValueError
+
+        await self.fails(run)
+        self.assertEqual(seen[3], seen[0])
+        self.assertEqual(seen[2], seen[1])
+
+    async def test_a_plain_handler_runs_in_a_thread_and_may_take_no_parameter(self) -> None:
+        def plain(info: Any) -> None:
+            self.log.append(f"plain {threading.current_thread() is threading.main_thread()}")
+
+        def without() -> None:
+            self.log.append("without")
+
+        async def default(times: int = 2) -> None:
+            self.log.append(f"default {times}")
+
+        async def run(event: Any, step: Any) -> None:
+            for handler in (plain, without, default):
+                await step.do("s", value, rollback=handler)
+            raise ValueError
+
+        await self.fails(run)
+        self.assertEqual(self.log, ["default 2", "without", "plain False"])
+
+    async def test_handlers_are_retried_by_a_config_of_their_own(self) -> None:
+        twice = {"retries": {"limit": 1, "delay": "1 hour", "backoff": "constant"}}
+        for options in (
+            {"rollback_config": twice},
+            {"options": {"rollbackConfig": twice}},
+        ):
+            self.setUp()
+            times: list[float] = []
+
+            async def undo(info: Any, times: list[float] = times) -> None:
+                times.append(self.clock.now())
+                if len(times) == 1:
+                    raise ValueError
+
+            if "options" in options:
+                options["options"] |= {"rollback": undo}
+            else:
+                options |= {"rollback": undo}
+
+            async def run(event: Any, step: Any, options: Any = options) -> None:
+                more = dict(options)
+                args = (more.pop("options"),) if "options" in more else ()
+                await step.do("s", ONCE, value, *args, **more)
+                await step.do("fails", ONCE, raises(OSError()))
+
+            self.assertIsInstance(await self.fails(run), OSError)
+            self.assertEqual(len(times), 2)
+            self.assertGreaterEqual(times[1] - times[0], 3_600_000)
+
+    async def test_handlers_have_the_defaults_of_all_steps_not_those_of_their_step(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", ONCE, value, rollback=self.undo("s", ValueError()))
+            raise OSError
+
+        await self.fails(run)
+        self.assertEqual(len(self.log), 6)
+
+    async def test_a_handlers_timeout_bounds_each_of_its_attempts(self) -> None:
+        async def undo() -> None:
+            self.log.append("undo")
+            await asyncio.Event().wait()
+
+        async def run(event: Any, step: Any) -> None:
+            config = constant(1, timeout="1 minute")
+            await step.do("s", value, {"rollback": undo, "rollbackConfig": config})
+            raise ValueError
+
+        self.assertIsInstance(await self.fails(run), ValueError)
+        self.assertEqual(self.log, ["undo", "undo"])
+
+    async def test_the_first_handler_that_fails_for_good_stops_the_chain(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value, rollback=self.undo("a"))
+            await step.do("b", value, rollback=self.undo("b", NonRetryableError("no")))
+            await step.do("c", value, rollback=self.undo("c"))
+            raise ValueError("original")
+
+        self.assertEqual(str(await self.fails(run)), "original")
+        self.assertEqual(self.log, ["undo c", "undo b"])
+        self.assertEqual(self.rows("SELECT status, rollback FROM instances")[0][1], "failed")
+
+    async def test_what_a_handler_returns_is_ignored(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for result in ({1}, 5):
+                await step.do("s", value, rollback=lambda info, r=result: r)
+            raise ValueError
+
+        self.assertIsInstance(await self.fails(run), ValueError)
+        self.assertEqual(self.rows("SELECT rollback FROM instances"), [("complete",)])
+
+    async def test_a_successful_run_runs_none_nor_does_an_error_that_run_catches(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            await step.do("a", value, rollback=self.undo("a"))
+            await caught(step.do("b", ONCE, raises(ValueError()), rollback=self.undo("b")))
+            return "done"
+
+        self.assertEqual(await self.outcome(run), "done")
+        self.assertEqual(self.log, [])
+
+    async def test_an_output_that_cannot_be_stored_begins_a_rollback_too(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.do("a", value, rollback=self.undo("a"))
+            return {1}
+
+        self.assertEqual((await self.fails(run)).code, "output.not_serializable")
+        self.assertEqual(self.log, ["undo a"])
+
+    async def test_handlers_do_not_count_as_steps(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for _ in range(4):
+                await step.do("s", value, rollback=self.undo("s"))
+
+        limits = dataclasses.replace(FOREVER, steps=3)
+        self.assertEqual((await self.fails(run, limits=limits)).code, "limit.steps")
+        self.assertEqual(self.log, ["undo s"] * 3)
+
+    async def test_nested_steps_take_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def outer() -> None:
+                await step.do("inner", value, rollback=self.undo("inner"))
+
+            await step.do("outer", outer, rollback=self.undo("outer"))
+            raise ValueError
+
+        await self.fails(run)
+        self.assertEqual(self.log, ["undo inner", "undo outer"])
+
+    async def test_a_rollback_of_a_decorated_step(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            @step.do("s", rollback=self.undo("s"))
+            async def s() -> int:
+                return 1
+
+            await s()
+            raise ValueError
+
+        self.assertIsInstance(await self.fails(run), ValueError)
+        self.assertEqual(self.log, ["undo s"])
+
+    async def test_bad_options_are_refused_where_the_step_is_awaited(self) -> None:
+        bad: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+            (({},), {}, "rollback"),
+            (({"rollback": 5},), {}, "rollback is 5"),
+            (({"rollback": None},), {}, "rollback"),
+            (({"rollbackConfig": {}},), {}, "rollback"),
+            ((), {"rollback": "undo"}, "rollback is 'undo'"),
+            ((), {"rollback_config": {}}, "rollback"),
+            (({"rollback": print, "retries": 5},), {}, "retries"),
+            (({"rollback": print, "rollbackConfig": {"retry": 5}},), {}, "retry"),
+            (({"rollback": print, "rollbackConfig": {"retries": {"limit": -1}}},), {}, "limit"),
+            ((), {"rollback": print, "rollback_config": {"sensitive": "output"}}, "sensitive"),
+            ((5,), {}, "options"),
+        ]
+        for args, options, text in bad:
+            self.setUp()
+
+            async def run(event: Any, step: Any, args: Any = args, options: Any = options) -> None:
+                await step.do("s", {}, lambda: self.log.append("ran"), *args, **options)
+
+            with self.subTest(text=text, args=args, options=options):
+                error = await self.fails(run)
+                self.assertEqual(getattr(error, "code", error), "step.invalid_config")
+                self.assertIn(text, str(error))
+                self.assertEqual(self.log, [])
+
+
+class RollbackSteering(Undoing):
+    """What pause, terminate and restart do to a rollback, and terminate(rollback=True)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.gate = Gate()
+
+    async def held(self, info: Any) -> None:
+        self.log.append("undo held")
+        await self.gate.open.wait()
+
+    async def run_held(self, event: Any, step: Any) -> None:
+        await step.do("a", value, rollback=self.undo("a"))
+        await step.do("held", value, rollback=self.held)
+        raise ValueError("original")
+
+    async def test_the_status_stays_running_meanwhile_and_pause_has_no_effect(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.run_held)).create()
+            await self.clock.advance("1 minute")
+            for call in (instance.status, instance.pause, instance.resume):
+                await call()
+                await self.clock.settle()
+                self.assertEqual((await instance.status()).status, "running")
+            self.gate.open.set()
+            with self.assertRaisesRegex(ValueError, "original"):
+                await self.finish(instance)
+        self.assertEqual(self.log, ["undo held", "undo a"])
+
+    async def test_the_status_is_running_also_in_a_handlers_retry_delay(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            config = constant(1, "1 hour")
+            undo = self.undo("s", ValueError())
+            await step.do("s", value, rollback=undo, rollback_config=config)
+            raise ValueError
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("1 minute")
+            await instance.pause()
+            self.assertEqual((await instance.status()).status, "running")
+            await self.clock.advance("1 hour")
+            self.assertEqual((await instance.status()).status, "errored")
+        self.assertEqual(self.log, ["undo s"] * 2)
+
+    async def test_a_pause_that_has_not_taken_effect_is_void_when_the_rollback_begins(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value, rollback=self.undo("a"))
+            await step.do("gate", ONCE, self.gate.open.wait, rollback=self.undo("gate"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.pause()
+            await instance.terminate(rollback=True)
+            self.assertEqual((await instance.status()).status, "running")
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "terminated")
+        self.assertEqual(self.log, ["undo gate", "undo a"])
+
+    async def test_terminate_ends_a_rollback_at_once(self) -> None:
+        for options in ({}, {"rollback": True}):
+            self.setUp()
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(self.run_held)).create()
+                await self.clock.settle()
+                await instance.terminate(**options)
+                self.assertEqual((await instance.status()).status, "terminated")
+                await self.clock.advance("1 hour")
+                self.assertEqual((await instance.status()).status, "terminated")
+            self.assertEqual(self.log, ["undo held"])
+
+    async def test_restart_in_the_middle_of_a_rollback_begins_again(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.run_held)).create()
+            await self.clock.settle()
+            await instance.restart()
+            await self.clock.settle()
+            self.assertEqual(self.log, ["undo held"] * 2)
+            self.gate.open.set()
+            with self.assertRaises(ValueError):
+                await self.finish(instance)
+        self.assertEqual(self.log, ["undo held", "undo held", "undo a"])
+        self.assertEqual(self.rows("SELECT rollback FROM instances"), [("complete",)])
+
+    async def test_a_restart_after_a_rollback_knows_nothing_of_it(self) -> None:
+        lives = []
+
+        async def run(event: Any, step: Any) -> str:
+            lives.append(1)
+            await step.do("a", value, rollback=self.undo("a"))
+            if len(lives) == 1:
+                raise ValueError
+            return "done"
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            with self.assertRaises(ValueError):
+                await self.finish(instance)
+            await instance.restart()
+            self.assertEqual(await self.finish(instance), "done")
+        self.assertEqual(self.log, ["undo a"])
+
+    async def undone(
+        self, tail: Callable[..., Any], *calls: str, hours: int = 0, **engine_options: Any
+    ) -> None:
+        """Terminates, with rollback, an instance that has done one step and then `tail`."""
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("first", value, rollback=self.undo("first"))
+            await tail(event, step)
+
+        async with self.engine(**engine_options) as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(hours * 3_600_000)
+            for call in calls:
+                await getattr(instance, call)()
+            await instance.terminate({"rollback": True})
+            self.assertIn((await instance.status()).status, ("running", "queued"))
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "terminated")
+            await self.assertCode("instance.terminated", instance.result())
+            await self.assertCode("instance.cannot_terminate", instance.terminate(rollback=True))
+
+    async def test_terminate_with_rollback_from_running_cancels_the_callback_first(self) -> None:
+        async def callback() -> None:
+            try:
+                await self.gate.open.wait()
+            finally:
+                self.log.append("cancelled")
+
+        await self.undone(lambda event, step: step.do("s", callback, rollback=self.undo("s")))
+        self.assertEqual(self.log, ["cancelled", "undo s", "undo first"])
+
+    async def test_terminate_with_rollback_from_waiting_also_when_hibernated(self) -> None:
+        for hours in (0, 1):
+            self.setUp()
+            await self.undone(lambda event, step: step.sleep("nap", "1 day"), hours=hours)
+            self.assertEqual(self.log, ["undo first"])
+
+    async def test_terminate_with_rollback_from_paused(self) -> None:
+        await self.undone(lambda event, step: step.sleep("nap", "1 day"), "pause", hours=1)
+        self.assertEqual(self.log, ["undo first"])
+
+    async def test_terminate_with_rollback_while_an_event_is_waited_for(self) -> None:
+        await self.undone(one_event, hours=30 * 0)
+        self.assertEqual(self.log, ["undo first"])
+
+    async def test_terminate_with_rollback_from_queued_waits_for_a_slot(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("first", value, rollback=self.undo("first"))
+            await step.sleep("nap", "1 hour")
+
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.engine(limits=limits) as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            blocker = await engine.bind(workflow(self.gate.run, "Blocker")).create()
+            await self.clock.advance("2 hours")
+            self.assertEqual((await instance.status()).status, "queued")
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            self.assertEqual(self.log, [])
+            self.gate.open.set()
+            await self.finish(blocker)
+            await self.assertCode("instance.terminated", self.finish(instance))
+        self.assertEqual(self.log, ["undo first"])
+
+    async def test_terminate_with_rollback_without_handlers_is_terminate(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, running=0)) as engine:
+            never_started = await engine.bind(workflow(self.run_held)).create()
+            await never_started.terminate(rollback=True)
+            self.assertEqual((await never_started.status()).status, "terminated")
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.gate.run, "Gate")).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            self.assertEqual((await instance.status()).status, "terminated")
+
+    async def test_the_error_of_terminate_with_rollback_is_named_terminated(self) -> None:
+        seen = []
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", self.gate.open.wait, rollback=lambda info: seen.append(info))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            self.assertEqual(await instance.status(), workflows.InstanceStatus("terminated"))
+        (info,) = seen
+        self.assertIs(type(info.error), WorkflowError)
+        self.assertEqual((info.error.name, info.error.code), ("Terminated", "instance.terminated"))
+        self.assertEqual((info.output, info.ctx.attempt), (None, 1))
+
+    async def test_terminated_stays_terminated_when_a_handler_fails(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", value, rollback=self.undo("s", NonRetryableError()))
+            await step.sleep("nap", "1 day")
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "terminated")
+
+    async def test_terminate_takes_no_other_options(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.run_held)).create()
+            for options in ({"rollback": 1}, {"rollback": None}, {"rolback": True}):
+                with self.assertRaisesRegex((TypeError, ValueError), "rol+back"):
+                    await instance.terminate(options)
+                with self.assertRaisesRegex((TypeError, ValueError), "rol+back"):
+                    await instance.terminate(**options)
+
+    async def test_an_instance_can_terminate_itself_with_rollback_from_a_step(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def end() -> None:
+                await instances[0].terminate(rollback=True)
+
+            await step.do("end", end, rollback=self.undo("end"))
+
+        instances: list[Any] = []
+        async with self.engine() as engine:
+            instances.append(await engine.bind(workflow(run)).create())
+            await self.clock.settle()
+            self.assertEqual((await instances[0].status()).status, "terminated")
+        self.assertEqual(self.log, ["undo end"])
+
+
+# --------------------------------------------------------------------------------------------------
 # The README: its programs run, and what it names exists.
 
 
