@@ -5568,7 +5568,7 @@ class RollbackSearch(Undoing):
             await self.clock.settle()
 
         self.assertEqual(await self.search(run, before), "terminated")
-        self.assertEqual(self.log, ["again", "undo a"])
+        self.assertEqual(self.log, ["again", "undo a"])  # BUG 6
 
     async def test_handlers_are_found_in_parallel_branches_and_across_sleeps(self) -> None:
         async def branch(step: Any, n: int) -> None:
@@ -5595,7 +5595,7 @@ class RollbackSearch(Undoing):
             )
 
         self.assertEqual(await self.search(run), "terminated")
-        self.assertEqual(seen, [1])
+        self.assertEqual(seen, [1])  # BUG 7
 
     async def test_a_clean_stop_in_the_middle_counts_no_attempt_of_the_handler(self) -> None:
         gate, errors = Gate(), []
@@ -5660,6 +5660,578 @@ class RollbackSearch(Undoing):
 
         self.assertEqual(await self.search(run), "terminated")
         self.assertEqual(self.log, ["again", "undo s"])
+
+
+class RestartFrom(Undoing):
+    async def work(self, word: str) -> str:
+        self.log.append(word)
+        return word
+
+    async def abc(self, event: Any, step: Any) -> list[str]:
+        return [await step.do(name, lambda name=name: self.work(name)) for name in "abc"]
+
+    async def test_what_started_before_the_step_is_kept_and_the_rest_runs_again(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.abc)).create()
+            await self.finish(instance)
+            await instance.restart({"from": {"name": "b"}})
+            self.assertEqual(await self.finish(instance), ["a", "b", "c"])
+        self.assertEqual(self.log, ["a", "b", "c", "b", "c"])
+
+    async def test_the_count_says_which_of_the_steps_of_that_name(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for n in range(3):
+                await step.do("s", lambda n=n: self.work(str(n)))
+
+        for options, again in (
+            ({"count": 2}, "12"),
+            ({}, "012"),
+            ({"count": 3, "type": "do"}, "2"),
+        ):
+            self.setUp()
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(run)).create()
+                await self.finish(instance)
+                await instance.restart({"from": {"name": "s"} | options})
+                await self.finish(instance)
+            self.assertEqual("".join(self.log), "012" + again)
+
+    async def test_the_type_says_which_of_the_kinds_of_that_name(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.do("s", lambda: self.work("a"))
+            await step.sleep("s", "1 hour")
+            await step.do("after sleep", lambda: self.work("b"))
+            got = (await step.wait_for_event("s", "t")).payload
+            await step.do("after event", lambda: self.work("c"))
+            return got
+
+        for type, again in (("do", "abc"), ("sleep", "bc"), ("waitForEvent", "c"), (None, "abc")):
+            self.setUp()
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(run)).create()
+                for n in range(3):
+                    await instance.send_event(type="t", payload=n)
+                self.assertEqual(await self.finish(instance), 0)
+                more = {} if type is None else {"type": type}
+                await instance.restart({"from": {"name": "s", **more}})
+                self.assertEqual(await self.finish(instance), 1)  # buffered events stay
+                await instance.restart(**{"from": {"name": "s", "type": "waitForEvent"}})
+                self.assertEqual(await self.finish(instance), 2)
+            self.assertEqual("".join(self.log), "abc" + again + "c")
+
+    async def test_in_parallel_what_started_before_is_kept_even_if_it_ended_later(self) -> None:
+        gates = {name: asyncio.Event() for name in "abc"}
+
+        async def held(name: str) -> str:
+            self.log.append(name)
+            await gates[name].wait()
+            return f"{name}{len(self.log)}"
+
+        async def run(event: Any, step: Any) -> Any:
+            return await asyncio.gather(*(step.do(n, lambda n=n: held(n)) for n in "abc"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for name in "cba":
+                await self.clock.settle()
+                gates[name].set()
+            self.assertEqual(await self.finish(instance), ["a3", "b3", "c3"])
+            await instance.restart({"from": {"name": "b"}})
+            self.assertEqual(await self.finish(instance), ["a3", "b5", "c5"])
+        self.assertEqual(self.log, ["a", "b", "c", "b", "c"])
+
+    async def test_a_kept_step_that_was_in_flight_runs_again_with_the_same_attempt(self) -> None:
+        gate = Gate()
+
+        async def held(ctx: Any) -> None:
+            self.log.append(f"held {ctx.attempt}")
+            await gate.open.wait()
+
+        async def run(event: Any, step: Any) -> Any:
+            await asyncio.gather(step.do("held", ONCE, held), step.do("x", lambda: self.work("x")))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.restart({"from": {"name": "x"}})
+            await self.clock.settle()
+            gate.open.set()
+            await self.finish(instance)
+        self.assertEqual(self.log, ["held 1", "x", "held 1", "x"])
+
+    async def sleeps_on(self, *calls: str, **options: Any) -> float:
+        """Hours until a parallel sleep of two hours is over, when after one hour an instance in
+        which something fails 30 minutes after the start is restarted from there."""
+        fail = options.pop("fail", False)
+
+        async def x() -> None:
+            self.log.append("x")
+            if fail and len(self.log) == 1:
+                raise NonRetryableError
+
+        async def failing(step: Any) -> None:
+            await step.sleep("half", "30 minutes")
+            await step.do("x", x, **options)
+
+        async def run(event: Any, step: Any) -> None:
+            await asyncio.gather(step.sleep("nap", "2 hours"), failing(step))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            began = self.clock.now()
+            await self.clock.advance("1 hour")
+            for call in calls:
+                await getattr(instance, call)()
+            await instance.restart({"from": {"name": "x"}})
+            while (await instance.status()).status not in workflows.FINISHED:
+                await self.clock.advance("10 minutes")
+                self.assertLess(self.clock.now() - began, 9e7, "it never ends")
+            self.assertEqual((await instance.status()).status, "complete")
+            self.assertEqual(self.log, ["x", "x"])
+            return (self.clock.now() - began) / 3_600_000
+
+    async def test_a_kept_sleep_goes_on_with_its_time(self) -> None:
+        self.assertEqual(await self.sleeps_on(), 2)
+
+    async def test_a_kept_sleep_goes_on_with_its_time_after_terminate_or_an_error(self) -> None:
+        self.assertEqual(await self.sleeps_on("terminate"), 2)
+        self.setUp()
+        self.assertEqual(await self.sleeps_on(fail=True), 2)
+        self.setUp()
+        self.assertEqual(await self.sleeps_on("pause"), 2)
+
+    async def test_a_kept_sleep_goes_on_with_its_time_after_a_rollback(self) -> None:
+        self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)
+
+    async def undone(self, info: Any) -> None:
+        pass
+
+    async def test_a_kept_event_wait_goes_on_after_a_rollback(self) -> None:
+        async def fail() -> None:
+            self.log.append("x")
+            if len(self.log) == 1:
+                raise NonRetryableError
+
+        async def run(event: Any, step: Any) -> Any:
+            waiting = asyncio.create_task(step.wait_for_event("w", "t", timeout="1 hour"))
+            await step.do("other", value)
+            await step.do("x", fail, rollback=self.undone)
+            return (await waiting).payload
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            with self.assertRaises(NonRetryableError):
+                await self.finish(instance)
+            await instance.restart({"from": {"name": "x"}})
+            await instance.send_event(type="t", payload=5)
+            await self.clock.settle()
+            self.assertEqual(await instance.status(), workflows.InstanceStatus("complete", 5))
+
+    async def test_it_works_from_every_state(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> str:
+            await step.do("a", lambda: self.work("a"))
+            await step.do("b", lambda: self.work("b"))
+            if event.payload == "sleep" and self.log.count("b") == 1:
+                await step.sleep("nap", "1 hour")
+            if event.payload == "gate" and self.log.count("b") == 1:
+                await step.do("gate", gate.open.wait)
+            if event.payload == "fail" and self.log.count("b") == 1:
+                raise ValueError
+            return "done"
+
+        for params, calls, status in (
+            ("sleep", [], "waiting"),
+            ("sleep", ["pause"], "paused"),
+            ("sleep", ["terminate"], "terminated"),
+            ("gate", [], "running"),
+            ("gate", ["pause"], "waitingForPause"),
+            ("fail", [], "errored"),
+            ("", [], "complete"),
+        ):
+            self.setUp()
+            async with self.engine() as engine:
+                instance = await engine.bind(workflow(run)).create(params=params)
+                await self.clock.settle()
+                for call in calls:
+                    await getattr(instance, call)()
+                self.assertEqual((await instance.status()).status, status)
+                await instance.restart({"from": {"name": "b", "type": "do", "count": 1}})
+                await self.clock.settle()
+                self.assertEqual(await instance.status(), ("complete", "done", None))
+            self.assertEqual(self.log, ["a", "b", "b"])
+
+    async def test_a_step_that_is_not_in_the_history_cannot_be_restarted_from(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.abc)).create()
+            await self.finish(instance)
+            for start in (
+                {"name": "x"},
+                {"name": "a", "count": 2},
+                {"name": "a", "type": "sleep"},
+                {"name": "a", "type": "waitForEvent"},
+                {"name": ""},
+            ):
+                await self.assertCode("instance.cannot_restart", instance.restart({"from": start}))
+            self.assertEqual((await instance.status()).output, ["a", "b", "c"])
+
+    async def test_bad_input_is_refused(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(self.abc)).create()
+            for options in (
+                {"form": {"name": "a"}},
+                {"from": "a"},
+                {"from": {}},
+                {"from": {"name": 1}},
+                {"from": {"name": "a", "index": 1}},
+                {"from": {"name": "a", "count": 0}},
+                {"from": {"name": "a", "count": True}},
+                {"from": {"name": "a", "count": 1.0}},
+                {"from": {"name": "a", "type": "event"}},
+                {"from": {"name": "a", "type": ["do"]}},
+            ):
+                with self.subTest(options), self.assertRaises((TypeError, ValueError)):
+                    await instance.restart(options)
+
+    async def test_a_restart_from_a_step_erases_the_rollback_before(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            await step.do("a", lambda: self.work("a"), rollback=self.undo("a"))
+            await step.do("b", lambda: self.work("b"), rollback=self.undo("b"))
+            if self.log.count("b") < 3:
+                raise ValueError
+            return "done"
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for _ in range(2):
+                with self.assertRaises(ValueError):
+                    await self.finish(instance)
+                await instance.restart({"from": {"name": "b"}})
+            self.assertEqual(await self.finish(instance), "done")
+        undone = ["undo b", "undo a"]
+        self.assertEqual(self.log, ["a", "b", *undone, "b", *undone, "b"])
+
+    async def test_a_nested_step_belongs_to_its_outer_step(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def outer() -> None:
+                await step.do("inner", lambda: self.work("inner"))
+                self.log.append("outer")
+
+            await step.do("outer", outer)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.finish(instance)
+            await instance.restart({"from": {"name": "outer"}})
+            await self.finish(instance)
+        self.assertEqual(self.log, ["inner", "outer"] * 2)
+
+    async def test_a_catching_run_takes_the_kept_results_in_their_order(self) -> None:
+        gates = {name: asyncio.Event() for name in "ab"}
+
+        async def run(event: Any, step: Any) -> Any:
+            tasks = {n: asyncio.create_task(step.do(n, gates[n].wait)) for n in "ab"}
+            done, _ = await asyncio.wait(tasks.values(), return_when="FIRST_COMPLETED")
+            await step.do("c", lambda: self.work("c"))
+            await asyncio.wait(tasks.values())
+            return [name for name, task in tasks.items() if task in done]
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for name in "ba":
+                await self.clock.settle()
+                gates[name].set()
+            self.assertEqual(await self.finish(instance), ["b"])
+            await instance.restart({"from": {"name": "c"}})
+            self.assertEqual(await self.finish(instance), ["b"])
+        self.assertEqual(self.log, ["c", "c"])
+
+
+class RestartFromForReal(Real):
+    async def test_what_a_restart_kept_and_dropped_survives_sigkill(self) -> None:
+        script = """
+            async def run(event, step):
+                for name in "abc":
+                    async def work(ctx, name=name): note(f"{name}{ctx.attempt}")
+                    await step.do(name, work)
+                return "done"
+            async def main(w):
+                i = await get(w)
+                await i.result()
+                if len(sys.argv) == 2:
+                    await i.restart({"from": {"name": "b"}})
+                    die()
+            go()
+            """
+        self.child(script).end()
+        self.assertEqual(self.child(script, "again").end()[1], 0)
+        self.assertLessEqual(len(self.log()), 6)  # the first may have begun before it died
+        self.assertEqual(self.log()[:3] + self.log()[-2:], ["a1", "b1", "c1", "b1", "c1"])
+
+    async def test_a_client_can_restart_from_a_step(self) -> None:
+        ran = []
+
+        async def run(event: Any, step: Any) -> None:
+            for name in "ab":
+                await step.do(name, lambda name=name: value(ran.append(name)))
+            await step.wait_for_event("w", "t")
+
+        async with self.engine() as owner, self.engine() as client:
+            await owner.bind(workflow(run)).create(id="i")
+            instance = await client.bind(workflow(run)).get("i")
+            await reach(instance, "waiting")
+            await instance.restart({"from": {"name": "b"}})
+            await until(lambda: ran == ["a", "b", "b"])
+            await instance.send_event(type="t")
+            await instance.result("2 seconds")
+
+
+class DeletingBatches(Case):
+    async def test_it_answers_what_was_deleted_and_what_was_not(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_sleep))
+            await bound.create_batch([{"id": id} for id in "abc"])
+            answer = await bound.delete_batch(["b", "x", "a", "b", "x"])
+            self.assertEqual(answer["deleted"], [{"id": "b"}, {"id": "a"}, {"id": "b"}])
+            message = "workflows.api.error.instance.not_found"
+            error = {"id": "x", "code": 10400, "message": message}
+            self.assertEqual(answer["errors"], [error, error])
+            self.assertEqual((await (await bound.get("c")).status()).status, "waiting")
+            for id in "ab":
+                await self.assertCode("instance.not_found", bound.get(id))
+            await bound.create(id="a")
+
+    async def test_an_illegal_id_an_empty_list_and_too_many_refuse_the_whole_call(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_sleep))
+            instance = await bound.create(id="a")
+            for ids, code in (
+                (["a", "no good"], "instance.invalid_id"),
+                (["a", 5], "instance.invalid_id"),
+                ([], "limit.batch_size"),
+                (["a"] * 101, "limit.batch_size"),
+            ):
+                await self.assertCode(code, bound.delete_batch(ids))
+            for ids in ("a", None, {"id": "a"}, 5):
+                with self.assertRaises(TypeError):
+                    await bound.deleteBatch(ids)
+            await instance.status()
+            self.assertEqual(len((await bound.delete_batch(["a"] * 100))["deleted"]), 100)
+
+    async def test_it_stops_what_runs_and_touches_no_other_workflow(self) -> None:
+        gate = Gate()
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(gate.run))
+            other = await engine.bind(workflow(one_sleep, "Other")).create(id="i")
+            await bound.create(id="i")
+            await self.clock.settle()
+            await bound.delete_batch(iter(["i"]))
+            await self.clock.settle()
+            self.assertEqual(gate.cancelled, 1)
+            self.assertEqual((await other.status()).status, "waiting")
+
+
+class DynamicDelay(Undoing):
+    async def delays(self, delay: Any, limit: int = 3, **more: Any) -> list[float]:
+        """The waits between the attempts of a step that always fails."""
+        times: list[float] = []
+
+        async def callback() -> None:
+            times.append(self.clock.now())
+            raise KeyError(len(times))
+
+        async def run(event: Any, step: Any) -> None:
+            config = {"retries": {"limit": limit, "delay": delay, **more}}
+            await caught(step.do("s", config, callback))
+
+        await self.outcome(run)
+        return [round(b - a) for a, b in zip(times, times[1:], strict=False)]
+
+    async def test_the_function_says_the_delay_in_any_form_sync_or_async(self) -> None:
+        for answer, ms in (("2 minutes", 120_000), (1500, 1500), (timedelta(hours=1), 3_600_000)):
+            for function in (lambda info, a=answer: a, lambda info, a=answer: value(a)):
+                self.setUp()
+                self.assertEqual(await self.delays(function, 2, backoff="constant"), [ms, ms])
+
+            async def function(info: Any, answer: Any = answer) -> Any:
+                await asyncio.sleep(0)
+                return answer
+
+            self.setUp()
+            self.assertEqual(await self.delays(function, 1), [ms])
+
+    async def test_backoff_applies_to_what_it_returns(self) -> None:
+        for backoff, factors in (("constant", (1, 1, 1)), ("linear", (1, 2, 3))):
+            self.setUp()
+            delays = await self.delays(lambda info: 1000 * info.ctx.attempt, 3, backoff=backoff)
+            self.assertEqual(delays, [1000 * n * f for n, f in enumerate(factors, 1)])
+        self.setUp()
+        self.assertEqual(await self.delays(lambda info: 1000), [1000, 2000, 4000])
+
+    async def test_it_gets_the_context_and_the_error_and_is_not_asked_after_the_last_attempt(
+        self,
+    ) -> None:
+        seen = []
+
+        def delay(info: Any) -> int:
+            self.assertEqual(info["ctx"]["attempt"], info.ctx.attempt)
+            seen.append((info.ctx.step.name, info.ctx.attempt, repr(info.error)))
+            self.assertNotIn("delay", info.ctx.config["retries"])
+            return 1
+
+        await self.delays(delay, 2)
+        self.assertEqual(seen, [("s", 1, "KeyError(1)"), ("s", 2, "KeyError(2)")])
+
+    async def test_its_failure_is_that_of_the_step(self) -> None:
+        def raising(info: Any) -> int:
+            raise OSError("no idea")
+
+        async def run(event: Any, step: Any) -> None:
+            config = {"retries": {"delay": event.payload_delay if False else delays[0]}}
+            await step.do("s", config, lambda: self.log.append("ran") or 1 / 0)
+
+        for delay, why in (
+            (raising, "OSError.*no idea"),
+            (lambda info: "soon", "soon"),
+            (lambda info: None, "None"),
+            (lambda info: -1, "-1"),
+            (lambda: 1, "argument"),
+        ):
+            self.setUp()
+            delays = [delay]
+            error = await self.fails(run)
+            self.assertIs(type(error), WorkflowFatalError)
+            self.assertEqual(error.name, "NonRetryableDelayError")
+            self.assertRegex(str(error), why)
+            self.assertEqual(self.log, ["ran"])
+
+    async def test_it_has_five_seconds_to_answer(self) -> None:
+        async def slow(info: Any) -> int:
+            await self.sleep_by_the_clock(event.payload)
+            return 1000
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", {"retries": {"limit": 1, "delay": slow}}, raises(KeyError()))
+
+        class event:  # noqa: N801
+            payload = 4900
+
+        self.assertIsInstance(await self.fails(run), KeyError)
+        self.setUp()
+        event.payload = 5100
+        error = await self.fails(run)
+        self.assertEqual(error.name, "NonRetryableDelayError")
+        self.assertIn("timed out after 5000", str(error))
+
+    async def sleep_by_the_clock(self, ms: int) -> None:
+        over = asyncio.Event()
+        self.clock.call_later(ms, over.set)
+        await over.wait()
+
+    async def test_it_is_not_called_again_for_a_wait_that_is_recorded(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            def delay(info: Any) -> str:
+                self.log.append(f"asked {info.ctx.attempt}")
+                return "1 hour"
+
+            async def callback(ctx: Any) -> str:
+                self.log.append(f"attempt {ctx.attempt}")
+                if ctx.attempt < 3:
+                    raise ValueError
+                return "done"
+
+            config = {"retries": {"delay": delay, "backoff": "constant"}}
+            return await step.do("s", config, callback)
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.advance("10 minutes")
+        for minutes in (10, 30, 20):
+            async with self.engine() as engine:
+                engine.bind(made)
+                await self.clock.advance(f"{minutes} minutes")
+        async with self.engine() as engine:
+            self.assertEqual(await self.finish(await engine.bind(made).get("i")), "done")
+        self.assertEqual(self.log, ["attempt 1", "asked 1", "attempt 2", "asked 2", "attempt 3"])
+
+    async def test_the_contexts_config_has_no_delay_in_every_life(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def callback(ctx: Any) -> None:
+                self.log.append(str(ctx.config["retries"]))
+                raise ValueError
+
+            config = {"retries": {"limit": 1, "delay": lambda info: "1 hour"}}
+            await step.do("s", config, callback)
+
+        await self.fails(run)
+        self.assertEqual(self.log, [str({"limit": 1, "backoff": "exponential"})] * 2)
+
+    async def test_a_rollback_config_may_have_one_too(self) -> None:
+        times = []
+
+        async def undo() -> None:
+            times.append(self.clock.now())
+            raise ValueError
+
+        async def run(event: Any, step: Any) -> None:
+            config = {"retries": {"limit": 1, "delay": lambda info: "1 minute"}}
+            await step.do("s", value, rollback=undo, rollback_config=config)
+            raise OSError
+
+        await self.fails(run)
+        self.assertEqual(times[1] - times[0], 60_000)
+
+
+class Sensitive(Undoing):
+    async def test_the_history_hides_the_output_and_the_workflow_gets_it(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            config = {"sensitive": "output"}
+            secret = await step.do("hidden", config, lambda: "secret")
+            await step.do("open", lambda: "shown")
+            await step.sleep("nap", "1 hour")
+            return secret == "secret"
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            self.assertTrue(await self.finish(instance))
+            outputs = [e.output async for e in instance.subscribe(filter=["step_completed"])]
+        self.assertEqual(outputs, ["[REDACTED]", "shown"])
+
+    async def test_it_is_hidden_with_a_recorded_start_retries_and_a_cursor_too(self) -> None:
+        async def callback(ctx: Any) -> str:
+            await asyncio.sleep(0)
+            if ctx.attempt == 1:
+                raise ValueError
+            return "secret"
+
+        async def run(event: Any, step: Any) -> None:
+            config = constant(1, sensitive="output")
+            await step.do("s", config, callback, rollback=lambda info: self.log.append(info.output))
+            raise ValueError
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            with self.assertRaises(ValueError):
+                await self.finish(instance)
+            events = [event async for event in instance.subscribe()]
+            for event in events:
+                rest = [e async for e in instance.subscribe(cursor=event.event_id)]
+                self.assertNotIn("secret", repr(rest))
+        self.assertEqual(self.log, ["secret"])
+
+    async def test_any_other_value_is_refused(self) -> None:
+        for wrong in ("input", True, None):
+            self.setUp()
+
+            async def run(event: Any, step: Any, wrong: Any = wrong) -> None:
+                await step.do("s", {"sensitive": wrong}, value)
+
+            error = await self.fails(run)
+            self.assertEqual(error.code, "step.invalid_config")
+            self.assertIn("sensitive", str(error))
 
 
 # --------------------------------------------------------------------------------------------------
