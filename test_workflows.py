@@ -5100,6 +5100,59 @@ class Rollback(Undoing):
         await self.fails(run)
         self.assertEqual((self.log, lives), (["undo s"], [1]))  # BUG 1
 
+    async def test_rollback_needs_no_room_in_the_instances_state(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", lambda: "x" * 92, rollback=self.undo("a"))
+            await step.do(
+                "b", lambda: None, rollback=self.undo("b", NonRetryableError(event.payload))
+            )
+            raise ValueError("original")
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=103)
+        error = await self.fails(run, limits=limits)  # params 4, outputs 94 + 4 bytes
+        self.assertEqual(repr(error), "ValueError('original')")  # BUG 10
+        self.assertEqual(self.log, ["undo b"])
+
+    async def test_handlers_run_when_the_instances_state_is_full(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", lambda: "x" * 94, rollback=self.undo("a"))
+            await step.do("b", lambda: "x" * 94, rollback=self.undo("b"))
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=102)  # params 4, an output 96
+        self.assertEqual((await self.fails(run, limits=limits)).code, "limit.instance_state")
+        self.assertEqual(self.log, ["undo b", "undo a"])  # BUG 10
+
+    async def test_a_step_call_in_a_handler_is_refused_with_a_clear_error(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def undo(info: Any) -> None:
+                try:
+                    await step.do("inside", value)
+                except BaseException as error:
+                    self.log.append(type(error).__name__)
+                    raise
+
+            await step.do("a", value, rollback=undo, rollback_config=ONCE)
+            raise ValueError
+
+        await self.fails(run)
+        self.assertEqual(self.log, ["WorkflowFatalError"])  # BUG 11: unclear
+
+    async def test_result_waits_for_the_end_of_the_rollback(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value, rollback=gate.open.wait)
+            raise ValueError
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            result = asyncio.create_task(instance.result())
+            await self.clock.settle()
+            self.assertFalse(result.done())
+            gate.open.set()
+            with self.assertRaises(ValueError):
+                await result
+
     async def test_a_rollback_of_a_decorated_step(self) -> None:
         async def run(event: Any, step: Any) -> None:
             @step.do("s", rollback=self.undo("s"))
@@ -5453,6 +5506,56 @@ class RollbackAfterDeath(Real):
             instance = await engine.bind(workflow(run)).get("i")
             await reach(instance, "terminated")
         self.assertEqual(undone + self.log(), ["Terminated"])
+
+    async def test_a_client_can_terminate_with_rollback_what_the_owner_runs(self) -> None:
+        script = """
+            async def run(event, step):
+                async def held():
+                    try: await asyncio.sleep(9)
+                    finally: note("cancelled")
+                await step.do("a", value, rollback=lambda info: note("undo-a"))
+                await step.do("b", held, rollback=lambda info: note("undo-b"))
+            async def main(w):
+                i = await get(w)
+                say("up")
+                await asyncio.sleep(60)
+            go()
+            """
+        child = self.child(script)
+        await child.wait_for("up")
+        async with self.engine() as engine:
+            bound = workflows.Workflow(engine, "test", workflow(one_step), 0)
+            instance = workflows.WorkflowInstance(bound, "i")
+            await until(lambda: self.rows("SELECT 1 FROM journal WHERE step LIKE '%b%'"))
+            await instance.terminate(rollback=True)
+            await reach(instance, "terminated", seconds=1)
+        self.assertEqual(self.log(), ["cancelled", "undo-b", "undo-a"])
+
+    async def test_sigkill_during_the_search_begins_it_again(self) -> None:
+        script = """
+            async def run(event, step):
+                life = os.path.exists(PATH + ".log") and open(PATH + ".log").read().count("life")
+                note(f"life{life}")
+                await step.do("a", value, rollback=lambda info: note("undo-a"))
+                if life == 1: die()
+                await step.do("b", value, rollback=lambda info: note("undo-b"))
+                await step.sleep("nap", "1 hour")
+            async def main(w):
+                i = await get(w)
+                if len(sys.argv) > 2:
+                    await until(i, "terminated")
+                    return
+                await until(i, "waiting")
+                await i.terminate(rollback=True)
+                die()
+            go()
+            """
+        for arguments, code in (((), -9), (("again",), -9), (("again",), 0)):
+            child = self.child(script, *arguments)
+            self.assertEqual((await asyncio.to_thread(child.end))[1], code)
+        # the first process may have begun the rollback before it died
+        self.assertEqual(self.log()[-2:], ["undo-b", "undo-a"])
+        self.assertEqual(self.log().count("undo-b"), 1)
 
 
 class RollbackSearch(Undoing):
