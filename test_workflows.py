@@ -5907,6 +5907,27 @@ class RestartFrom(Undoing):
     async def test_a_kept_sleep_goes_on_with_its_time_after_a_rollback(self) -> None:
         self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)  # BUG 8
 
+    async def test_a_kept_retry_delay_goes_on_with_its_time(self) -> None:
+        times = []
+
+        async def fail() -> None:
+            times.append(self.clock.now())
+            raise ValueError
+
+        async def run(event: Any, step: Any) -> None:
+            delay = {"retries": {"limit": 1, "delay": "1 hour"}}
+            await asyncio.gather(
+                step.do("fails", delay, fail), step.do("x", lambda: self.work("x"))
+            )
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("20 minutes")
+            await instance.restart({"from": {"name": "x"}})
+            with self.assertRaises(ValueError):
+                await self.finish(instance)
+        self.assertEqual((times[1] - times[0], self.log), (3_600_000, ["x", "x"]))
+
     async def undone(self, info: Any) -> None:
         pass
 
