@@ -6075,7 +6075,7 @@ class RestartFrom(Undoing):
 
 
 class RestartFromForReal(Real):
-    async def test_what_a_restart_kept_and_dropped_survives_sigkill(self) -> None:
+    def test_what_a_restart_kept_and_dropped_survives_sigkill(self) -> None:
         script = """
             async def run(event, step):
                 for name in "abc":
