@@ -19,6 +19,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
@@ -37,6 +38,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import types
 import unittest
 import uuid
 import weakref
@@ -2713,7 +2715,7 @@ class Refusals(Case):
                     codes.append(error.code)
             return codes
 
-        invalid = ["name", "duration", "duration"]
+        invalid = ["callback", "duration", "duration"]
         codes = [f"step.invalid_{what}" for what in invalid]
         codes += ["event.invalid_type", "step.invalid_callback"]
         self.assertEqual(await self.outcome(run), codes)
@@ -4962,7 +4964,7 @@ class Rollback(Undoing):
 
         await self.fails(run)
         self.assertEqual(seen[3], seen[0])
-        self.assertEqual(seen[2], seen[1])  # BUG 3
+        self.assertEqual(seen[2], seen[1])
 
     async def test_a_plain_handler_runs_in_a_thread_and_may_take_no_parameter(self) -> None:
         def plain(info: Any) -> None:
@@ -5087,7 +5089,7 @@ class Rollback(Undoing):
             raise ValueError
 
         await self.fails(run)
-        self.assertEqual(self.log, ["undo inner", "undo outer"])  # BUG 1, BUG 2
+        self.assertEqual(self.log, ["undo inner", "undo outer"])
 
     async def test_handlers_known_in_this_process_need_no_replay(self) -> None:
         lives = []
@@ -5098,7 +5100,7 @@ class Rollback(Undoing):
             raise ValueError
 
         await self.fails(run)
-        self.assertEqual((self.log, lives), (["undo s"], [1]))  # BUG 1
+        self.assertEqual((self.log, lives), (["undo s"], [1]))
 
     async def test_rollback_needs_no_room_in_the_instances_state(self) -> None:
         async def run(event: Any, step: Any) -> None:
@@ -5110,7 +5112,7 @@ class Rollback(Undoing):
 
         limits = dataclasses.replace(FOREVER, instance_bytes=103)
         error = await self.fails(run, limits=limits)  # params 4, outputs 94 + 4 bytes
-        self.assertEqual(repr(error), "ValueError('original')")  # BUG 10
+        self.assertEqual(repr(error), "ValueError('original')")
         self.assertEqual(self.log, ["undo b"])
 
     async def test_handlers_run_when_the_instances_state_is_full(self) -> None:
@@ -5120,7 +5122,7 @@ class Rollback(Undoing):
 
         limits = dataclasses.replace(FOREVER, instance_bytes=102)  # params 4, an output 96
         self.assertEqual((await self.fails(run, limits=limits)).code, "limit.instance_state")
-        self.assertEqual(self.log, ["undo b", "undo a"])  # BUG 10
+        self.assertEqual(self.log, ["undo b", "undo a"])
 
     async def test_a_step_call_in_a_handler_is_refused_with_a_clear_error(self) -> None:
         async def run(event: Any, step: Any) -> None:
@@ -5135,7 +5137,7 @@ class Rollback(Undoing):
             raise ValueError
 
         await self.fails(run)
-        self.assertEqual(self.log, ["WorkflowFatalError"])  # BUG 11: unclear
+        self.assertEqual(self.log, ["WorkflowFatalError"])
 
     async def test_result_waits_for_the_end_of_the_rollback(self) -> None:
         gate = Gate()
@@ -5180,7 +5182,7 @@ class Rollback(Undoing):
                 (),
                 {"rollback": print, "rollback_config": {"sensitive": "output"}},
                 "sensitive",
-            ),  # BUG 5
+            ),
             ((5,), {}, "options"),
         ]
         for args, options, text in bad:
@@ -5427,7 +5429,7 @@ class RollbackSteering(Undoing):
             instances.append(await engine.bind(workflow(run)).create())
             await self.clock.settle()
             self.assertEqual((await instances[0].status()).status, "terminated")
-        self.assertEqual(self.log, ["undo end"])  # BUG 4
+        self.assertEqual(self.log, ["undo end"])
 
 
 # What follows is replayed in a child process that dies in the middle, and then in another.
@@ -5671,7 +5673,7 @@ class RollbackSearch(Undoing):
             await self.clock.settle()
 
         self.assertEqual(await self.search(run, before), "terminated")
-        self.assertEqual(self.log, ["again", "undo a"])  # BUG 6
+        self.assertEqual(self.log, ["again", "undo a"])
 
     async def test_handlers_are_found_in_parallel_branches_and_across_sleeps(self) -> None:
         async def branch(step: Any, n: int) -> None:
@@ -5698,7 +5700,7 @@ class RollbackSearch(Undoing):
             )
 
         self.assertEqual(await self.search(run), "terminated")
-        self.assertEqual(seen, [1])  # BUG 7
+        self.assertEqual(seen, [1])
 
     async def test_a_clean_stop_in_the_middle_counts_no_attempt_of_the_handler(self) -> None:
         gate, errors = Gate(), []
@@ -5905,7 +5907,7 @@ class RestartFrom(Undoing):
         self.assertEqual(await self.sleeps_on("pause"), 2)
 
     async def test_a_kept_sleep_goes_on_with_its_time_after_a_rollback(self) -> None:
-        self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)  # BUG 8
+        self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)
 
     async def test_a_kept_retry_delay_goes_on_with_its_time(self) -> None:
         times = []
@@ -5951,7 +5953,7 @@ class RestartFrom(Undoing):
             await instance.send_event(type="t", payload=5)
             await self.clock.settle()
             status = await instance.status()
-            self.assertEqual((status.status, status.output), ("complete", 5))  # BUG 8
+            self.assertEqual((status.status, status.output), ("complete", 5))
 
     async def test_it_works_from_every_state(self) -> None:
         gate = Gate()
@@ -6051,7 +6053,7 @@ class RestartFrom(Undoing):
             await self.finish(instance)
             await instance.restart({"from": {"name": "outer"}})
             await self.finish(instance)
-        self.assertEqual(self.log, ["inner", "outer"] * 2)  # BUG 2
+        self.assertEqual(self.log, ["inner", "outer"] * 2)
 
     async def test_a_catching_run_takes_the_kept_results_in_their_order(self) -> None:
         gates = {name: asyncio.Event() for name in "ab"}
@@ -6564,7 +6566,7 @@ class Subscribing(Undoing):
             again += ["wait_completed w-1", "workflow_running", "workflow_completed"]
             history = await self.told(instance)
             self.assertEqual(history[-len(again) :], again)
-            self.assertEqual((await live)[-len(again) :], again)  # BUG 9
+            self.assertEqual((await live)[-len(again) :], again)
 
     async def test_a_live_subscription_and_its_history_agree_on_the_ids_after_a_restart(
         self,
@@ -6573,8 +6575,8 @@ class Subscribing(Undoing):
             await step.do("a", value)
             await step.wait_for_event("w", "t")
 
-        for params in ({}, 5, None):  # BUG 9: not with None
-            for start in (None, {"name": "a"}):  # BUG 9: not from a step
+        for params in ({}, 5, None):
+            for start in (None, {"name": "a"}):
                 self.setUp()
                 with self.subTest(params=params, start=start):
                     async with self.engine() as engine:
@@ -6879,6 +6881,1543 @@ class SubscribingForReal(Real):
             self.assertEqual(asked, [])
             await instance.send_event(type="t")
             self.assertEqual((await live)[-1], "workflow_completed")
+
+
+# --------------------------------------------------------------------------------------------------
+# Cloudflare's Python dialect: the decorator form of `step.do`, and whole modules as they stand.
+
+
+def blank(count: int = 1) -> Any:
+    """A few turns of the loop."""
+
+    async def turns() -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    return turns()
+
+
+class Decorated(Lives):
+    """Each program is run, hibernates twice and is replayed by another engine (`lives`); `seen` is
+    what its callbacks did meanwhile."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seen: list[Any] = []
+
+    async def history(self, type: str = "step_completed") -> list[str]:
+        """The steps of the instance that `lives` has run, in the order of the journal."""
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(lambda event, step: value())).get("i")
+            return [e.step_name async for e in instance.subscribe(filter=[type])]
+
+    # -- forms
+
+    async def test_the_decorator_takes_name_and_options_in_every_form_of_the_sdk(self):
+        config = {"timeout": "7 minutes"}
+
+        async def run(event, step):
+            @step.do("a step", config=config)
+            async def first(ctx):
+                return [ctx.step.name, ctx.config["timeout"]]
+
+            @step.do()
+            async def second():
+                return "of the function"
+
+            @step.do(name="third")
+            async def other():
+                return 3
+
+            @step.do("last", [first, second], True, config)
+            async def legacy(a, ctx, b):
+                return [a, b, ctx["step"]["name"], ctx["config"]["timeout"]]
+
+            @step.do("tuple", (other,), concurrent=False, config=config)
+            async def mixed(a):
+                return a
+
+            @step.do("two", [])
+            async def none():
+                return 0
+
+            return [await first(), await second(), await legacy(), await mixed(), await none()]
+
+        first = ["a step", "7 minutes"]
+        legacy = [first, "of the function", "last", "7 minutes"]
+        self.assertEqual(await self.lives(run), [first, "of the function", legacy, 3, 0])
+        names = ["a step-1", "second-1", "last-1", "third-1", "tuple-1", "two-1"]
+        self.assertEqual(await self.history(), names)
+
+    async def test_the_sdks_positional_form_without_dependencies_is_legal(self):
+        async def run(event, step):
+            @step.do("a", None, False, {"timeout": "7 minutes"})
+            async def a(ctx):
+                return ctx.config["timeout"]
+
+            return await a()
+
+        self.assertEqual(await self.lives(run), "7 minutes")
+
+    async def test_a_decorated_function_is_called_like_any_step(self):
+        async def run(event, step):
+            def made(n):
+                @step.do(f"n {n}")
+                async def work():
+                    self.seen.append(n)
+                    return n
+
+                return work
+
+            one, two = await asyncio.gather(made(1)(), made(2)())
+            async with asyncio.TaskGroup() as group:
+                three = group.create_task(made(3)())
+            four = await asyncio.wait_for(asyncio.create_task(made(4)()), 5)
+            done, _ = await asyncio.wait({asyncio.create_task(made(5)())})
+            return [one, two, three.result(), four, done.pop().result()]
+
+        self.assertEqual(await self.lives(run), [1, 2, 3, 4, 5])
+        self.assertEqual(self.seen, [1, 2, 3, 4, 5])
+
+    async def test_a_plain_function_runs_in_a_thread_with_its_dependencies(self):
+        async def run(event, step):
+            @step.do()
+            def data():
+                self.seen.append(threading.current_thread() is threading.main_thread())
+                return [1, 2]
+
+            @step.do("sum", depends=[data])
+            def total(numbers, ctx):
+                self.seen.append(threading.current_thread() is threading.main_thread())
+                return [sum(numbers), ctx.attempt]
+
+            sure = step.do("sure", depends=[total])(lambda given: [*given, "sure"])
+            return await sure()
+
+        self.assertEqual(await self.lives(run), [3, 1, "sure"])
+        self.assertEqual(self.seen, [False, False])
+
+    async def test_bound_methods_partials_and_callable_objects_can_be_decorated(self):
+        class Service:
+            async def load(self, ctx):
+                return ctx.step.name
+
+            async def __call__(self, load):
+                return [load]
+
+        async def times(factor, number):
+            return factor * number
+
+        async def run(event, step):
+            load = step.do()(Service().load)
+            called = step.do("called", depends=[load])(Service())
+            number = step.do("number")(lambda: 5)
+            product = step.do("product", depends=[number])(functools.partial(times, 3))
+            return [await called(), await product()]
+
+        self.assertEqual(await self.lives(run), [["load"], 15])
+
+    # -- dependencies
+
+    async def test_dependencies_go_by_the_name_of_the_function_or_of_the_step(self):
+        async def run(event, step):
+            @step.do("fetch the sales")
+            async def sales():
+                return 100
+
+            @step.do("costs")
+            async def fetch_costs():
+                return 40
+
+            @step.do()
+            async def profit(costs, ctx, sales, by=None, *, factor=2):
+                return [sales - costs, by, factor, ctx.step.count]
+
+            return await profit()
+
+        self.assertEqual(await self.lives(run), [60, None, 2, 1])
+
+    async def test_the_latest_earlier_function_of_a_name_is_the_dependency(self):
+        async def run(event, step):
+            stores = []
+            for n in range(3):
+
+                @step.do(f"fetch {n}")
+                async def fetch(n=n):
+                    return n
+
+                @step.do(f"store {n}")
+                async def store(fetch):
+                    self.seen.append(fetch)
+                    return fetch * 10
+
+                stores.append(store)
+            return [await store() for store in stores]
+
+        self.assertEqual(await self.lives(run), [0, 10, 20])
+        self.assertEqual(self.seen, [0, 1, 2])
+
+    async def test_the_name_of_a_step_goes_before_that_of_a_function_as_the_sdk_has_it(self):
+        async def run(event, step):
+            @step.do("data")
+            async def fetch():
+                return "fetched"
+
+            @step.do("clean")
+            async def data(data):
+                return data + ", cleaned"
+
+            @step.do()
+            async def report(data):
+                return data
+
+            return [await data(), await report()]
+
+        self.assertEqual(await self.lives(run), ["fetched, cleaned", "fetched"])
+
+    async def test_depends_is_given_in_its_order_whatever_the_parameters_are_called(self):
+        async def run(event, step):
+            made = [step.do(f"n {n}")(lambda n=n: n) for n in range(4)]
+
+            @step.do("all", depends=[made[3], made[0], made[2], made[0]])
+            async def together(a, b, ctx, c, d, e="default"):
+                return [a, b, c, d, e, ctx.attempt]
+
+            @step.do("positional", depends=[made[1]])
+            async def by_name(fetch):
+                return fetch
+
+            return [await together(), await by_name()]
+
+        self.assertEqual(await self.lives(run), [[3, 0, 2, 0, "default", 1], 1])
+        names = ["n 3-1", "n 0-1", "n 2-1", "all-1", "n 1-1", "positional-1"]
+        self.assertEqual(await self.history(), names)
+
+    async def test_results_can_be_given_to_positional_only_parameters(self):
+        async def run(event, step):
+            @step.do()
+            async def data():
+                return 5
+
+            @step.do(depends=[data])
+            async def twice(n, /):
+                return n * 2
+
+            return await twice()
+
+        self.assertEqual(await self.lives(run), 10)
+
+    async def test_dependencies_run_together_only_when_concurrent(self):
+        async def run(event, step):
+            running = 0
+
+            def work(name):
+                @step.do(name)
+                async def body():
+                    nonlocal running
+                    running += 1
+                    self.seen.append(running)
+                    await blank(5)
+                    running -= 1
+                    return name
+
+                return body
+
+            for concurrent in (False, True):
+                depends = [work(f"{concurrent} {n}") for n in range(3)]
+
+                @step.do(f"{concurrent}", depends=depends, concurrent=concurrent)
+                async def last(a, b, c):
+                    self.seen.append("last")
+                    return [a, b, c]
+
+                self.seen.append(await last())
+
+        await self.lives(run, count=2)
+        one, two = ([f"{kind} {n}" for n in range(3)] for kind in (False, True))
+        self.assertEqual(self.seen[:10], [1, 1, 1, "last", one, 1, 2, 3, "last", two])
+        self.assertEqual(self.seen[10:], [one, two], "what the replay got, without a callback")
+
+    async def test_a_dependency_runs_once_however_many_depend_on_it(self):
+        for concurrent in (False, True):
+            with self.subTest(concurrent=concurrent):
+                self.setUp()
+
+                async def run(event, step, concurrent=concurrent):
+                    do = functools.partial(step.do, concurrent=concurrent)
+
+                    @do()
+                    async def root():
+                        self.seen.append("root")
+                        await blank(3)
+                        return 1
+
+                    @do()
+                    async def left(root):
+                        self.seen.append("left")
+                        return root + 1
+
+                    @do()
+                    async def right(root):
+                        self.seen.append("right")
+                        return root + 2
+
+                    @do()
+                    async def top(left, root, right):
+                        self.seen.append("top")
+                        return [left, root, right]
+
+                    @do()
+                    async def beside(root, right):
+                        self.seen.append("beside")
+                        return root + right
+
+                    return await asyncio.gather(top(), beside())
+
+                self.assertEqual(await self.lives(run), [[2, 1, 3], 4])
+                self.assertCountEqual(self.seen, ["root", "left", "right", "top", "beside"])
+                self.assertEqual(len(await self.history()), 5)
+
+    async def test_a_direct_call_runs_again_and_counts_on(self):
+        async def run(event, step):
+            @step.do()
+            async def work(ctx):
+                self.seen.append(ctx.step.count)
+                return ctx.step.count
+
+            @step.do()
+            async def after(work):
+                return work
+
+            first = [await after(), await work(), await after()]
+            return [*first, *await asyncio.gather(work(), work()), await after()]
+
+        *got, last = await self.lives(run)
+        self.assertEqual(got, [1, 2, 2, 3, 4])
+        self.assertIn(last, (3, 4))
+        self.assertEqual(self.seen, [1, 2, 3, 4])
+        self.assertEqual(len(await self.history()), 7)
+
+    async def test_a_step_whose_dependency_fails_is_not_run(self):
+        async def run(event, step):
+            @step.do(config=constant(2))
+            async def bad():
+                self.seen.append("bad")
+                raise LookupError("gone")
+
+            @step.do()
+            async def good():
+                self.seen.append("good")
+                return 1
+
+            @step.do(concurrent=True)
+            async def one(bad, good):
+                self.seen.append("one")
+
+            @step.do(depends=[good, bad])
+            async def two(a, b):
+                self.seen.append("two")
+
+            @step.do()
+            async def three(two):
+                self.seen.append("three")
+
+            errors = [await caught(call) for call in (one(), two(), three(), two())]
+            return [type(error).__name__ + str(error) for error in errors]
+
+        with self.assertNoLogs("workflows", "WARNING"):
+            self.assertEqual(await self.lives(run), ["LookupErrorgone"] * 4)
+        self.assertCountEqual(self.seen, ["bad", "good", "bad", "bad"])
+        self.assertEqual(await self.history("step_errored"), ["bad-1"])
+        self.assertEqual(await self.history(), ["good-1"])
+
+    async def test_a_step_whose_dependency_failed_leaves_no_open_call_behind(self):
+        async def run(event, step):
+            @step.do(config=ONCE)
+            async def bad():
+                raise LookupError("gone")
+
+            @step.do()
+            async def after(bad):
+                pass
+
+            for _ in range(5):
+                await caught(after())
+            return len(step._run.open_calls)
+
+        self.assertEqual(await self.lives(run), 0)
+
+    async def test_a_dependency_that_ran_inside_a_callback_does_not_run_again_on_replay(self):
+        async def run(event, step):
+            self.seen.append("life")
+
+            @step.do()
+            async def inner():
+                self.seen.append("inner")
+                return 1
+
+            @step.do()
+            async def outer():
+                self.seen.append("outer")
+                return await inner() + 1
+
+            @step.do()
+            async def last(inner):
+                self.seen.append("last")
+                return inner
+
+            return [await outer(), await last()]
+
+        self.assertEqual(await self.lives(run), [2, 1])
+        replays = self.seen[self.seen.index("life", 1) :]
+        self.assertEqual(set(replays), {"life"}, "a callback ran on replay")
+
+    async def test_results_are_independent_copies(self):
+        async def run(event, step):
+            @step.do()
+            async def data():
+                return {"list": [1]}
+
+            @step.do()
+            async def spoils(data):
+                data["list"].append("spoiled")
+                return data
+
+            @step.do(depends=[data, data])
+            async def looks(one, two):
+                one["list"].append(2)
+                self.seen.append("looks")
+                return [one, two]
+
+            mine = await data()
+            mine["list"].append("mine")
+            first = [await spoils(), await looks(), await data(), mine]
+            first[0]["list"].clear()
+            return [*first, await spoils()]
+
+        for count in (1, 3):  # without a replay, and with two
+            self.setUp()
+            good, spoiled = {"list": [1]}, {"list": [1, "spoiled"]}
+            mine, both = {"list": [1, "mine"]}, [{"list": [1, 2]}, good]
+            result = await self.lives(run, count=count)
+            self.assertEqual(result, [{"list": []}, both, good, mine, spoiled])
+            self.assertEqual(self.seen, ["looks"])
+
+    async def test_each_attempt_gets_its_own_copy_of_the_results(self):
+        async def run(event, step):
+            @step.do()
+            async def data():
+                return [1]
+
+            @step.do(config=constant(2, 5))
+            async def adds(data, ctx):
+                data.append(2)
+                if ctx.attempt < 3:
+                    raise LookupError
+                return data
+
+            return await adds()
+
+        self.assertEqual(await self.lives(run, count=1), [1, 2])
+
+    async def test_dates_and_bytes_reach_a_dependent_step_as_they_are(self):
+        moment = datetime(2030, 1, 1, 12, tzinfo=UTC)
+
+        async def run(event, step):
+            @step.do()
+            async def data():
+                return {"at": moment, "raw": b"\x00\xff", "pair": (1, 2)}
+
+            @step.do()
+            async def after(data):
+                self.seen.append(data)
+                return data
+
+            return await after()
+
+        expected = {"at": moment, "raw": b"\x00\xff", "pair": [1, 2]}
+        self.assertEqual(await self.lives(run), expected)
+        self.assertEqual(self.seen, [expected])
+
+    # -- wrong use
+
+    async def test_awaiting_the_decorator_says_that_the_callback_was_forgotten(self):
+        async def run(event, step):
+            calls = (
+                step.do("x"),
+                asyncio.gather(step.do("x")),
+                asyncio.create_task(step.do("x")),
+                asyncio.wait_for(step.do("x"), 5),
+                step.do("x", {"timeout": "1 hour"}),
+                step.do("x", config={"timeout": "1 hour"}),
+                step.do("x", depends=[], concurrent=True),
+            )
+            errors = [await caught(call) for call in calls]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(step.do("x"))
+            except* WorkflowFatalError as error:
+                errors.append(error.exceptions[0])
+            self.assertTrue(all(type(error) is WorkflowFatalError for error in errors))
+            return {error.code for error in errors} | {"'x'" in str(error) for error in errors}
+
+        async def as_list(event, step):
+            return sorted(map(str, await run(event, step)))
+
+        self.assertEqual(await self.lives(as_list), ["True", "step.invalid_callback"])
+
+    async def test_awaiting_any_decorator_says_that_the_callback_was_forgotten(self):
+        async def run(event, step):
+            calls = (step.do(), step.do("x", [], True, {}), step.do("x", None, True))
+            return [(await caught(call)).code for call in calls]
+
+        self.assertEqual(await self.lives(run), ["step.invalid_callback"] * 3)
+
+    async def test_what_is_wrong_with_a_decorated_step_is_raised_where_it_is_awaited(self):
+        def plain():
+            return 5
+
+        async def run(event, step):
+            @step.do()
+            async def good():
+                return 1
+
+            wrong = [
+                ("step.invalid_name", "300", step.do("x" * 300)(plain)),
+                ("step.invalid_name", "control", step.do("a\nb")(plain)),
+                ("step.invalid_name", "5", step.do(5)(plain)),
+                ("step.invalid_config", "retry", step.do("x", config={"retry": 1})(plain)),
+                ("step.invalid_config", "limit", step.do("x", config=constant(-1))(plain)),
+                ("step.invalid_config", "timeout", step.do("x", {"timeout": 0})(plain)),
+                ("step.invalid_config", "dependz", step.do("x", dependz=[])(plain)),
+                ("step.invalid_config", "5", step.do("x", depends=5)(plain)),
+                ("step.invalid_config", "0 steps", step.do("x", depends=[good])(plain)),
+                ("step.invalid_config", "decorated", step.do("x", depends=[plain])(lambda a: a)),
+                ("step.invalid_config", "'good'", step.do("x", depends=["good"])(lambda a: a)),
+                ("step.invalid_callback", "'b'", step.do("x", depends=[good])(lambda a, b: a)),
+                ("step.invalid_callback", "'nope'", step.do("x")(lambda nope: nope)),
+                ("step.invalid_callback", "'good'", step.do("x", depends=[])(lambda good: good)),
+                ("step.invalid_callback", "5", step.do("x")(5)),
+                ("step.invalid_config", "rollback", step.do("x", rollback=5)(plain)),
+            ]
+            for code, text, function in wrong:
+                error = await caught(function())
+                self.assertIs(type(error), WorkflowFatalError, error)
+                self.assertEqual((error.code, text in str(error)), (code, True), error)
+            return await good()
+
+        with self.assertNoLogs("workflows", "WARNING"):
+            self.assertEqual(await self.lives(run), 1)
+        self.assertEqual(await self.history("step_started"), ["good-1"], "nothing else ran")
+
+    async def test_a_decorator_or_function_that_is_never_used_is_no_call(self):
+        async def run(event, step):
+            step.do("never")
+            step.do()(returns(1))
+
+            @step.do()
+            async def unused():
+                return 1
+
+            @step.do("used")
+            async def used():
+                return 2
+
+            return await used()
+
+        with self.assertNoLogs("workflows", "WARNING"):
+            self.assertEqual(await self.lives(run), 2)
+        async with self.engine() as engine:
+            made = engine.bind(workflow(lambda event, step: self.forgets(step), "Forgets"))
+            with self.assertLogs("workflows", "WARNING") as logged:
+                await self.finish(await made.create())
+        self.assertRegex(logged.output[0], "'forgotten' was called but never awaited")
+
+    async def forgets(self, step: Any) -> None:
+        step.do("forgotten")(returns(1))()
+        await step.do("x", returns(1))
+
+    # -- cancellation
+
+    async def test_a_timeout_around_a_step_cancels_the_dependency_that_runs(self):
+        async def run(event, step):
+            @step.do()
+            async def slow(ctx):
+                self.seen.append(f"slow {ctx.step.count}")
+                if ctx.step.count == 1:
+                    await asyncio.Event().wait()
+                return ctx.step.count
+
+            @step.do(concurrent=event.payload)
+            async def after(slow, ctx):
+                self.seen.append(f"after {ctx.step.count}")
+                return slow
+
+            async def expire(limit):
+                await blank(5)
+                limit.reschedule(0)
+
+            try:
+                async with asyncio.timeout(None) as limit:
+                    expires = asyncio.create_task(expire(limit))
+                    await after()
+            except TimeoutError:
+                return [expires.done(), await after()]
+
+        for concurrent in (False, True):
+            self.setUp()
+            result = await self.lives(run, params=concurrent)
+            self.assertEqual(result, [True, 2])
+            self.assertEqual(self.seen, ["slow 1", "slow 2", "after 2"])
+
+    async def test_cancelling_one_of_two_that_wait_for_a_dependency_spares_the_other(self):
+        async def run(event, step):
+            go = asyncio.Event()
+
+            @step.do()
+            async def shared():
+                await go.wait()
+                return 1
+
+            @step.do()
+            async def one(shared):
+                return shared
+
+            @step.do()
+            async def two(shared):
+                return shared
+
+            tasks = [asyncio.create_task(call) for call in (one(), two())]
+            await blank(5)
+            tasks[0].cancel()
+            go.set()
+            await asyncio.wait(tasks)
+            return ["cancelled" if task.cancelled() else task.result() for task in tasks]
+
+        self.assertEqual(await self.lives(run), ["cancelled", 1])
+
+    async def test_a_cancelled_direct_call_takes_no_result_from_those_that_depend(self):
+        async def run(event, step):
+            @step.do()
+            async def data(ctx):
+                self.seen.append(ctx.step.count)
+                if ctx.step.count == 2:
+                    await asyncio.Event().wait()
+                return ctx.step.count
+
+            @step.do()
+            async def after(data):
+                return data
+
+            await data()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await data()
+            return await after()
+
+        self.assertEqual(await self.lives(run), 1)
+        self.assertEqual(self.seen, [1, 2])
+
+    async def test_a_failed_task_group_cancels_steps_with_their_dependencies(self):
+        async def run(event, step):
+            go = asyncio.Event()
+
+            @step.do()
+            async def slow(ctx):
+                self.seen.append(f"slow {ctx.step.count}")
+                go.set()
+                await asyncio.Event().wait()
+
+            @step.do()
+            async def after(slow):
+                self.seen.append("after")
+
+            @step.do(config=ONCE)
+            async def fails():
+                await go.wait()
+                raise LookupError("no")
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(after())
+                    group.create_task(fails())
+            except* LookupError:
+                self.seen.append("caught")
+            return "over"
+
+        self.assertEqual(await self.lives(run), "over")
+        self.assertEqual(self.seen[:2], ["slow 1", "caught"])
+        self.assertEqual(set(self.seen[2:]), {"caught"})
+        self.assertEqual(await self.history("step_errored"), ["fails-1"])
+
+    # -- durability
+
+    async def test_a_race_of_chains_takes_the_same_branch_in_every_life(self):
+        async def run(event, step):
+            first = asyncio.Event()
+
+            @step.do()
+            async def a():
+                return "a"
+
+            @step.do()
+            async def b(a):
+                await first.wait()
+                return a + "b"
+
+            @step.do()
+            async def c():
+                await blank(20)
+                return "c"
+
+            @step.do()
+            async def d(c):
+                first.set()
+                return c + "d"
+
+            tasks = [asyncio.create_task(call) for call in (b(), d())]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self.seen.append([task.result() for task in done])
+            rest = await asyncio.gather(*tasks)
+            return rest
+
+        self.assertEqual(await self.lives(run), ["ab", "cd"])
+        self.assertEqual(self.seen, [["cd"]] * len(self.seen))
+        self.assertGreater(len(self.seen), 2)
+
+    async def test_a_restart_between_a_dependency_and_its_step_runs_neither_twice(self):
+        for plain in (False, True):
+            with self.subTest(plain=plain):
+                self.setUp()
+
+                async def run(event, step, plain=plain):
+                    @step.do()
+                    async def first():
+                        self.seen.append("first")
+                        return [1]
+
+                    @step.do(config=constant(3, "1 hour"))
+                    async def second(first, ctx):
+                        self.seen.append(f"second {ctx.attempt}")
+                        if ctx.attempt < 3:
+                            raise LookupError
+                        return [*first, 2]
+
+                    @step.do()
+                    def third(second, first):
+                        self.seen.append("third")
+                        return [*second, *first]
+
+                    if plain:  # a step of another form between
+                        await step.sleep("s", "1 hour")
+                    return [await third(), await second()]
+
+                made = workflow(run)
+                async with self.engine() as engine:
+                    await engine.bind(made).create(id="i")
+                for _ in range(4):
+                    async with self.engine() as engine:
+                        engine.bind(made)
+                        await self.clock.advance("61 minutes")
+                async with self.engine() as engine:
+                    result = await self.finish(await engine.bind(made).get("i"))
+                self.assertEqual(result, [[1, 2, 1], [1, 2]])
+                attempts = ["second 1", "second 2", "second 3"]
+                self.assertEqual(self.seen[:5], ["first", *attempts, "third"])
+                self.assertEqual(self.seen[5:], attempts, "the direct call: a step of its own")
+                names = ["first-1", "second-1", "third-1", "second-2"]
+                self.assertEqual(await self.history(), names)
+
+    async def test_a_decorated_step_can_be_restarted_from(self):
+        async def run(event, step):
+            @step.do()
+            async def first():
+                self.seen.append("first")
+                return 1
+
+            @step.do()
+            async def second(first):
+                self.seen.append("second")
+                return first + 1
+
+            return await second()
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            self.assertEqual(await self.finish(instance), 2)
+            await instance.restart({"from": {"name": "second"}})
+            self.assertEqual(await self.finish(instance), 2)
+        self.assertEqual(self.seen, ["first", "second", "second"])
+
+    async def test_handlers_of_decorated_steps_roll_back_also_after_a_restart(self):
+        async def run(event, step):
+            async def undo(context):
+                self.seen.append(f"undo {context['stepName']} {context['output']}")
+
+            def undo_slowly(context):
+                self.seen.append("failed handler")
+                if self.seen.count("failed handler") == 1:
+                    raise LookupError
+
+            slowly = {"retries": {"limit": 1, "delay": "1 hour"}}
+
+            @step.do(rollback=undo)
+            async def flight():
+                self.seen.append("flight")
+                return "f"
+
+            @step.do("hotel", rollback=undo_slowly, rollback_config=slowly)
+            async def room(flight):
+                self.seen.append("hotel")
+                return "h"
+
+            @step.do("car", config=ONCE, depends=[flight, room], rollback=undo)
+            async def car(flight, hotel):
+                raise LookupError("no car")
+
+            @step.do(rollback=undo)
+            async def never(car):
+                self.seen.append("never")
+
+            await never()
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        steps = ["flight", "hotel", "undo car-1 None", "failed handler"]
+        self.assertEqual(self.seen, steps)
+        async with self.engine() as engine:
+            with self.assertRaisesRegex(LookupError, "no car"):
+                await self.finish(await engine.bind(made).get("i"))
+        self.assertEqual(self.seen, [*steps, "failed handler", "undo flight-1 f"])
+
+    async def test_what_a_thousand_decorated_steps_take_grows_in_proportion(self):
+        async def run(event, step):
+            for n in range(event.payload):
+
+                @step.do(f"step {n}")
+                async def work():
+                    return 1
+
+            gc.collect()
+            self.seen.append(tracemalloc.get_traced_memory()[0])
+
+        tracemalloc.start()
+        try:
+            for count in (500, 2000):
+                self.setUp()
+                before = tracemalloc.get_traced_memory()[0]
+                await self.lives(run, count=1, params=count)
+                taken = (self.seen[0] - before) / count
+                self.assertLess(taken, 4000, f"bytes for each of {count} decorated functions")
+        finally:
+            tracemalloc.stop()
+
+    async def test_random_graphs_of_steps_are_the_same_in_every_life(self):
+        for seed in range(15):
+            with self.subTest(seed=seed):
+                self.setUp()
+                self.stuck = asyncio.Event()
+                run = functools.partial(self.graph, seed)
+                made = workflow(run)
+                async with self.engine() as engine:  # until one of its callbacks is stuck
+                    await engine.bind(made).create(id="i")
+                    await asyncio.wait_for(self.stuck.wait(), 5)
+                    await self.clock.settle()
+                begun = [name for what, name in self.seen if what == "begin"]
+                ended = [name for what, name in self.seen if what == "end"]
+                async with self.engine() as engine:
+                    await self.finish(await engine.bind(made).get("i"))
+                orders = [order for what, order in self.seen if what == "order"]
+                self.assertGreater(len(orders), 2, "lives that got to the end")
+                self.assertEqual(orders, orders[:1] * len(orders))
+                again = [name for what, name in self.seen if what == "begin"][len(begun) :]
+                self.assertEqual(set(again) & set(ended), set(), "ran although it had finished")
+                self.assertEqual(len(again), len(set(again)), "ran twice")
+
+    async def graph(self, seed: int, event: Any, step: Any) -> None:
+        """Twelve steps that depend on one another at random; the order in which they reach `run`
+        is what must not change."""
+        chance = random.Random(seed)
+        made: list[Any] = []
+        order: list[Any] = []
+        hangs = chance.randrange(12)
+        for n in range(12):
+            depends = chance.sample(made, min(len(made), chance.randrange(4)))
+            fails, turns = chance.random() < 0.15, chance.randrange(4)
+
+            async def body(ctx, *results, n=n, fails=fails, turns=turns):
+                self.seen.append(("begin", (n, ctx.step.count)))
+                await blank(turns)
+                if n == hangs and not self.stuck.is_set():
+                    self.stuck.set()
+                    await asyncio.Event().wait()
+                self.seen.append(("end", (n, ctx.step.count)))
+                if fails:
+                    raise LookupError(n)
+                return [n, *results]
+
+            scope = {"body": body}
+            names = ", ".join(["ctx", *"abc"[: len(depends)]])
+            exec(f"async def step({names}): return await body({names})", scope)
+            options = {"depends": depends, "concurrent": chance.random() < 0.5, "config": ONCE}
+            made.append(step.do(f"n {n}", **options)(scope["step"]))
+
+        async def call(function):
+            try:
+                order.append(await function())
+            except LookupError as error:
+                order.append(str(error))
+
+        roots = chance.sample(made, 5) + [made[hangs]]
+        for part in (roots[:3], roots[3:]):
+            used = [f for f in dict.fromkeys(part) if f not in step._run.outcomes]
+            await asyncio.gather(*map(call, used))
+        if not self.stuck.is_set():  # a step that it depends on has failed
+            self.stuck.set()
+        self.seen.append(("order", order))
+        await step.sleep("s", "2 hours")
+        await step.sleep("t", "2 hours")
+
+    # -- the rest of the dialect
+
+    async def test_wait_for_event_takes_the_sdks_arguments_and_gives_its_event(self):
+        async def run(event, step):
+            waits = (
+                step.wait_for_event("a", "go", timeout="1 hour"),
+                step.wait_for_event("b", "go", "1 hour"),
+                step.wait_for_event("c", event_type="go", timeout=timedelta(hours=1)),
+                step.wait_for_event("d", {"type": "go", "timeout": "1 hour"}),
+                step.wait_for_event(name="e", type="go"),
+                step.waitForEvent("f", "go"),
+            )
+            got = []
+            for wait in waits:
+                e = await wait
+                self.assertEqual([*e], ["payload", "timestamp", "type"])
+                self.assertEqual((e["type"], e.type), ("go", "go"))
+                self.assertIs(e["timestamp"], e.timestamp)
+                self.assertIsNotNone(e.timestamp.tzinfo)
+                self.assertEqual(e["payload"], e.payload)
+                self.assertEqual(e.get("payload", {}).get("n"), e["payload"]["n"])
+                self.assertEqual({e["n"], e.n, e.payload["n"]}, {e.get("n")})
+                self.assertEqual(("n" in e, "nothing" in e, e.get("nothing")), (True, False, None))
+                got.append(e["payload"]["n"])
+            with self.assertRaises(WorkflowTimeoutError):
+                await step.wait_for_event("g", "other", timeout=5)
+            return got
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            instance = await engine.bind(made).create(id="i")
+            for n in range(3):
+                await instance.send_event({"type": "go", "payload": {"n": n}})
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            for n in range(3, 6):
+                await instance.sendEvent(type="go", payload={"n": n})
+            self.assertEqual(await self.finish(instance), [0, 1, 2, 3, 4, 5])
+
+    async def test_the_original_spellings_work_beside_decorated_steps(self):
+        async def run(event, step):
+            @step.do("who")
+            async def who(ctx):
+                return [ctx["step"]["name"], ctx["step"]["count"], ctx["attempt"], [*ctx]]
+
+            await step.sleepUntil("s", event["timestamp"] + timedelta(hours=1))
+            return [event["instanceId"], event.workflowName, event["payload"]["n"], await who()]
+
+        async with self.engine() as engine:
+            made = engine.bind(workflow(run))
+            (one,) = await made.createBatch([{"id": "i", "params": {"n": 1}}])
+            context = ["who", 1, 1, ["step", "attempt", "config"]]
+            self.assertEqual(await self.finish(one), ["i", "test", 1, context])
+
+    async def test_steps_that_depend_can_be_declared_and_called_inside_a_callback(self):
+        async def run(event, step):
+            @step.do("outer", config=constant(1))
+            async def outer(ctx):
+                @step.do()
+                async def inner():
+                    self.seen.append(f"inner {ctx.attempt}")
+                    return 1
+
+                @step.do()
+                async def after(inner):
+                    self.seen.append(f"after {ctx.attempt}")
+                    return inner + 1
+
+                result = await after()
+                if ctx.attempt == 1:
+                    raise LookupError
+                return result
+
+            return await outer()
+
+        self.assertEqual(await self.lives(run), 2)
+        self.assertEqual(
+            self.seen, ["inner 1", "after 1"], "the second attempt found their results"
+        )
+
+
+class DecoratedForReal(Real):
+    def test_a_sigkill_between_a_dependency_and_its_step_runs_no_finished_one_again(self):
+        deaths = self.runs_until_it_ends(
+            """
+            async def run(event, step):
+                def work(name, **options):
+                    def decorate(f):
+                        async def body(ctx):
+                            note(f"{name}:{ctx.step.count}")
+                            await asyncio.sleep(0.01)
+                            if ctx.attempt == 1 and name == "b": die()
+                            return name
+                        return body
+                    return step.do(name, config={"retries": {"delay": 1}})(decorate(None))
+                a, b, c = work("a"), work("b"), work("c")
+                @step.do("d", [a, b, c], True, {"retries": {"delay": 1}})
+                async def d(x, y, z, ctx):
+                    note("d:1")
+                    await asyncio.sleep(0.05)
+                    if ctx.attempt == 1: die()
+                    return x + y + z
+                @step.do("e")
+                async def e(d, a): return d + a
+                return [await e(), await a()]
+            async def main(w): say(await (await get(w)).result())
+            go()
+            """
+        )
+        self.assertEqual(deaths, 2)
+        log = self.log()
+        self.assertEqual((log.count("d:1"), log.count("b:1"), log.count("a:2")), (2, 2, 1))
+        self.assertLessEqual(max(log.count("a:1"), log.count("c:1")), 2)
+        self.assertEqual([*dict.fromkeys(log[:3])], ["a:1", "b:1", "c:1"])
+        after = log[log.index("d:1") + 1 :]
+        self.assertEqual(after, ["d:1", "a:2"], "all dependencies had finished by then")
+
+
+class Shim(Real):
+    def says(self, script: str) -> str:
+        said, code = self.child(script).end()
+        self.assertEqual(code, 0)
+        return said
+
+    def test_the_modules_of_cloudflares_sdk_are_imported_from_here(self):
+        said = self.says(
+            """
+            assert "workers" not in sys.modules
+            workflows.install_workers_shim()
+            import workers, workers.workflows
+            from workers import WorkflowEntrypoint as W, WorkerEntrypoint, Response
+            from workers import DurableObject, Request, fetch, handler
+            from workers.workflows import NonRetryableError as N
+            assert W is workflows.WorkflowEntrypoint and N is workflows.NonRetryableError
+            assert workers.workflows.NonRetryableError is N
+            class Default(WorkerEntrypoint):
+                def __init__(self, ctx, env): super().__init__(ctx, env); self.mine = 1
+                async def fetch(self, request): return Response("hello", status=200)
+            class Counter(DurableObject):
+                async def add(self): pass
+            @handler
+            async def on_fetch(request, env): return Response("x")
+            asyncio.run(Default(None, None).fetch(None)); Counter(None, None)
+            class E(N): pass
+            assert issubclass(E, Exception) and str(E("why")) == "why"
+            try: from workers import nothing_of_the_kind
+            except ImportError: pass
+            else: say("imported")
+            try: import workers.asgi
+            except ImportError: say("fine")
+            """
+        )
+        self.assertEqual(said, "fine")
+
+    def test_installing_it_twice_changes_nothing(self):
+        said = self.says(
+            """
+            workflows.install_workers_shim()
+            import workers
+            before = sys.modules["workers"], sys.modules["workers.workflows"], dict(vars(workers))
+            assert workflows.install_workers_shim() is None
+            assert before[:2] == (sys.modules["workers"], sys.modules["workers.workflows"])
+            assert before[2] == vars(workers)
+            say("fine")
+            """
+        )
+        self.assertEqual(said, "fine")
+
+    def test_a_real_package_is_left_alone(self):
+        package = self.folder / "workers"
+        package.mkdir()
+        (package / "__init__.py").write_text("real = True\n")
+        for script in (
+            "workflows.install_workers_shim(); import workers; say(workers.real)",
+            "import workers; workflows.install_workers_shim(); say(sys.modules['workers'].real)",
+        ):
+            said = self.says(f"sys.path.insert(0, os.path.dirname(PATH)); {script}")
+            self.assertEqual(said, "True")
+
+    def test_a_folder_of_that_name_is_no_real_package(self):
+        (self.folder / "workers" / "orders" / "src").mkdir(parents=True)
+        said = self.says(
+            """
+            sys.path.insert(0, os.path.dirname(PATH))
+            workflows.install_workers_shim()
+            try: from workers import WorkflowEntrypoint
+            except ImportError as error: say(error)
+            else: say("fine")
+            """
+        )
+        self.assertEqual(said, "fine")
+
+
+class Binding:
+    """A binding in a Worker's `env` (R2, D1, AI, a service): each method is async, remembers its
+    call, and gives the answer that the test has for it."""
+
+    def __init__(self, name: str, world: World) -> None:
+        self._name, self._world = name, world
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return functools.partial(self._world.call, f"{self._name}.{method}")
+
+
+class World:
+    """All that is outside of the workflow. The call of number `hangs` does not end, until the
+    engine stops; then everything works."""
+
+    def __init__(self, answers: dict[str, Any], hangs: int | None) -> None:
+        self.answers, self.hangs = answers, hangs
+        self.calls: list[tuple[Any, ...]] = []
+        self.hung = asyncio.Event()
+
+    async def call(self, name: str, *args: Any) -> Any:
+        if self.hangs == len(self.calls):
+            self.hangs = None
+            self.hung.set()
+            await asyncio.Event().wait()
+        self.calls.append((name, *args))
+        answer = self.answers.get(name)
+        answer = answer(*args) if callable(answer) else answer
+        return await answer if asyncio.iscoroutine(answer) else answer
+
+
+class Programs(Case):
+    """Whole modules as they are written for Cloudflare, loaded as they stand. Each is run in one
+    go, with a new engine after each advance of the clock, and with the engine stopped in the
+    middle of every call that it makes."""
+
+    def load(self, source: str) -> Any:
+        known = set(sys.modules)
+        workflows.install_workers_shim()
+        module = sys.modules["entry"] = types.ModuleType("entry")
+        for name in {"entry", "workers", "workers.workflows"} - known:
+            self.addCleanup(sys.modules.pop, name, None)
+        exec(compile(textwrap.dedent(source), "entry.py", "exec"), vars(module))
+        return module
+
+    async def once(
+        self, source: str, answers: dict[str, Any], params: Any, hangs: int | None, short: bool
+    ) -> tuple[Any, list[Any]]:
+        """What the module's `Flow` returns, or the error that it ends with, and its calls."""
+        super().setUp()
+        module = self.load(source)
+        world = World(answers, hangs)
+        bindings = {name.split(".")[0] for name in answers}
+        env = {name: Binding(name, world) for name in bindings} | {"REGION": "eu"}
+        async with self.engine(env=env) as engine:
+            flow = engine.bind(module.Flow)
+            if hasattr(module, "Default"):
+                worker = module.Default(None, None)
+                worker.env = engine.env
+                await worker.fetch(params)
+            else:
+                await flow.create(id="i", params=params)
+            self.instance = await flow.get("i")
+            if hangs is not None:
+                done = asyncio.create_task(self.finish(self.instance))
+                hung = asyncio.create_task(world.hung.wait())
+                await asyncio.wait({done, hung}, return_when=asyncio.FIRST_COMPLETED)
+                self.assertTrue(world.hung.is_set())
+                done.cancel()
+                await asyncio.wait({done})
+        for hours in range(6 if short else 0):
+            async with self.engine(env=env) as engine:
+                self.instance = await engine.bind(module.Flow).get("i")
+                await self.clock.advance(hours * 3_600_000)
+        async with self.engine(env=env) as engine:
+            self.instance = await engine.bind(module.Flow).get("i")
+            try:
+                result = await self.finish(self.instance)
+            except Exception as error:
+                result = [type(error).__name__, str(error), (await self.instance.status())["error"]]
+        return result, world.calls
+
+    async def everywhere(
+        self, source: str, answers: dict[str, Any], params: Any = None
+    ) -> tuple[Any, list[Any]]:
+        async with asyncio.timeout(30):
+            result, calls = await self.once(source, answers, params, None, False)
+            again = await self.once(source, answers, params, None, True)
+            self.assertEqual(again, (result, calls), "with many short lives of the engine")
+            for n in range(len(calls)):
+                other, others = await self.once(source, answers, params, n, False)
+                self.assertEqual(other, result, f"stopped in {calls[n][0]}")
+                self.assertCountEqual(map(str, others), map(str, calls), calls[n][0])
+        return result, calls
+
+    async def test_an_order_pipeline_with_depends_and_concurrent(self):
+        source = """
+            from workers import Response, WorkerEntrypoint, WorkflowEntrypoint
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    order = event["payload"]
+
+                    @step.do("validate order")
+                    async def validate():
+                        if not order["items"]:
+                            raise ValueError("empty order")
+                        return {"id": order["id"], "total": sum(i["price"] for i in order["items"])}
+
+                    @step.do("check inventory", depends=[validate])
+                    async def inventory(valid):
+                        return await self.env.STOCK.reserve(valid["id"])
+
+                    @step.do(
+                        "charge card",
+                        depends=[validate],
+                        config={
+                            "retries": {"limit": 3, "delay": "10 seconds", "backoff": "linear"},
+                            "timeout": "30 seconds",
+                        },
+                    )
+                    async def payment(valid):
+                        return await self.env.PAYMENTS.charge(valid["id"], valid["total"])
+
+                    @step.do("create shipment", depends=[inventory, payment], concurrent=True)
+                    async def ship(stock, charge):
+                        return await self.env.SHIPPING.create(stock["bin"], charge["receipt"])
+
+                    label = await ship()
+                    await step.sleep("cool down", "3 hours")
+
+                    @step.do("send mail", depends=[ship, payment])
+                    async def mail(label, charge):
+                        await self.env.MAIL.send(label, charge["receipt"])
+                        return f"sent {label}"
+
+                    total = (await validate())["total"]
+                    return {"label": label, "mail": await mail(), "total": total}
+
+
+            class Default(WorkerEntrypoint):
+                async def fetch(self, request):
+                    instance = await self.env.FLOW.create(id="i", params=request)
+                    return Response.json({"id": instance.id}) if request is None else Response("ok")
+            """
+        failures = iter(())
+
+        def charge(id, total):
+            if next(failures, None):
+                raise ConnectionError("card network")
+            return {"receipt": f"r-{total}"}
+
+        answers = {
+            "STOCK.reserve": {"bin": "A7"},
+            "PAYMENTS.charge": charge,
+            "SHIPPING.create": lambda bin, receipt: f"{bin}/{receipt}",
+            "MAIL.send": None,
+        }
+        order = {"id": "o1", "items": [{"price": 2}, {"price": 5}]}
+        result, calls = await self.everywhere(source, answers, order)
+        self.assertEqual(result, {"label": "A7/r-7", "mail": "sent A7/r-7", "total": 7})
+        names = ["PAYMENTS.charge", "STOCK.reserve", "SHIPPING.create", "MAIL.send"]
+        self.assertCountEqual([name for name, *_ in calls], names)
+        failures = iter([1, 1])
+        again, calls = await self.once(source, answers, order, None, False)
+        self.assertEqual((again, len(calls)), (result, 6), "the card is charged at the third try")
+
+    async def test_image_processing_with_a_bucket_a_model_and_a_confirmation(self):
+        source = """
+            from typing import Any
+
+            from workers import WorkflowEntrypoint
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event: dict[str, Any], step) -> dict:
+                    key = event["payload"]["imageKey"]
+
+                    @step.do()
+                    async def image():
+                        return await self.env.BUCKET.get(key)
+
+                    @step.do(config={"retries": {"limit": 2, "delay": "5 seconds"}})
+                    async def description(image):
+                        answer = await self.env.AI.run("@cf/llava", list(image[:4]))
+                        return answer["description"]
+
+                    @step.do(concurrent=True)
+                    async def tags(description, image, ctx):
+                        return {
+                            "words": description.split(),
+                            "size": len(image),
+                            "step": ctx["step"]["name"],
+                        }
+
+                    await tags()
+                    confirm = await step.wait_for_event(
+                        "await confirmation", "image-approved", timeout="24 hours"
+                    )
+                    if not confirm["payload"]["approved"]:
+                        return {"published": False}
+
+                    @step.do("publish")
+                    async def publish(tags, description):
+                        await self.env.BUCKET.put(f"public/{key}", description)
+                        return tags
+
+                    return {"published": True, "by": confirm["payload"]["by"]} | await publish()
+            """
+
+        async def run_model(model, head):
+            approval = {"approved": True, "by": "ana"}
+            await self.instance.send_event({"type": "image-approved", "payload": approval})
+            return {"description": "a red fox"}
+
+        answers = {
+            "BUCKET.get": b"\xff\xd8image",
+            "BUCKET.put": None,
+            "AI.run": run_model,
+        }
+        result, calls = await self.everywhere(source, answers, {"imageKey": "fox"})
+        tags = {"words": ["a", "red", "fox"], "size": 7, "step": "tags"}
+        self.assertEqual(result, {"published": True, "by": "ana"} | tags)
+        run = ("AI.run", "@cf/llava", [255, 216, 105, 109])
+        put = ("BUCKET.put", "public/fox", "a red fox")
+        self.assertEqual(calls, [("BUCKET.get", "fox"), run, put])
+
+    async def test_a_saga_that_compensates_in_reverse_order(self):
+        source = """
+            from workers import WorkflowEntrypoint
+            from workers.workflows import NonRetryableError
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    trip = event["payload"]["trip"]
+                    compensations = []
+
+                    def book(kind):
+                        @step.do(f"book {kind}")
+                        async def booking():
+                            return await self.env.TRAVEL.book(kind, trip)
+
+                        @step.do(f"cancel {kind}", depends=[booking])
+                        async def cancel(reference):
+                            await self.env.TRAVEL.cancel(reference)
+                            return reference
+
+                        return booking, cancel
+
+                    try:
+                        for kind in ("flight", "hotel", "car"):
+                            booking, cancel = book(kind)
+                            await booking()
+                            compensations.append(cancel)
+                            await step.sleep(f"after {kind}", "1 hour")
+                    except NonRetryableError as error:
+                        undone = [await cancel() for cancel in reversed(compensations)]
+                        return {"status": "compensated", "undone": undone, "why": str(error)}
+                    return {"status": "booked"}
+            """
+
+        def book(kind, trip):
+            if kind == "car":
+                raise NonRetryableError("no cars left")
+            return f"{kind}-{trip}"
+
+        answers = {"TRAVEL.book": book, "TRAVEL.cancel": None}
+        result, calls = await self.everywhere(source, answers, {"trip": 7})
+        undone = ["hotel-7", "flight-7"]
+        self.assertEqual(result, {"status": "compensated", "undone": undone, "why": "no cars left"})
+        booked = [("TRAVEL.book", kind, 7) for kind in ("flight", "hotel", "car")]
+        self.assertEqual(calls, [*booked, *(("TRAVEL.cancel", one) for one in undone)])
+
+    async def test_an_approval_with_a_reminder(self):
+        source = """
+            import json
+            from datetime import timedelta
+
+            from workers import WorkflowEntrypoint
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    request = event["payload"]
+
+                    @step.do("ask for approval")
+                    async def ask():
+                        await self.env.MAIL.ask(json.dumps(request, sort_keys=True))
+                        return {"asked": request["who"]}
+
+                    await ask()
+                    decision, reminders = None, 0
+                    while decision is None and reminders < 3:
+                        try:
+                            decision = await step.wait_for_event(
+                                f"wait for decision {reminders}", "decision", timeout="2 hours"
+                            )
+                        except Exception:
+                            reminders += 1
+
+                            @step.do(f"remind {reminders}", depends=[ask])
+                            async def remind(asked, ctx):
+                                await self.env.MAIL.remind(asked["asked"], ctx["attempt"])
+
+                            await remind()
+                    if decision is None:
+                        return "expired"
+
+                    moment = decision["timestamp"] + timedelta(hours=1)
+                    await step.sleep_until("an hour later", moment)
+
+                    @step.do()
+                    async def finish(ask):
+                        return [ask["asked"], decision["payload"]["verdict"], reminders]
+
+                    return await finish()
+            """
+        reminded = itertools.count(1)
+
+        async def remind(who, attempt):
+            if next(reminded) % 2 == 0:
+                payload = {"verdict": "yes"}
+                await self.instance.send_event({"type": "decision", "payload": payload})
+
+        answers = {"MAIL.ask": None, "MAIL.remind": remind}
+        params = {"who": "ana", "amount": 5}
+        result, calls = await self.everywhere(source, answers, params)
+        self.assertEqual(result, ["ana", "yes", 2])
+        asked = ("MAIL.ask", '{"amount": 5, "who": "ana"}')
+        self.assertEqual(calls, [asked, *[("MAIL.remind", "ana", 1)] * 2])
+        answers["MAIL.remind"] = None
+        result, calls = await self.everywhere(source, answers, params)
+        self.assertEqual((result, len(calls)), ("expired", 4))
+
+    async def test_a_fan_out_over_pages_with_gather(self):
+        source = """
+            import asyncio
+
+            from workers import WorkflowEntrypoint
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    @step.do("list pages")
+                    async def pages():
+                        return await self.env.DB.list(self.env.REGION)
+
+                    def fetch(page):
+                        @step.do(f"fetch {page}", config={"retries": {"limit": 1, "delay": 1000}})
+                        async def body():
+                            rows = await self.env.DB.rows(page)
+                            return {"page": page, "rows": rows}
+
+                        return body
+
+                    fetchers = [fetch(page) for page in await pages()]
+                    results = await asyncio.gather(*[fetcher() for fetcher in fetchers])
+                    await step.sleep("let it settle", "90 minutes")
+
+                    @step.do("totals", depends=fetchers, concurrent=True)
+                    async def totals(first, second, third):
+                        return sum(len(page["rows"]) for page in (first, second, third))
+
+                    @step.do("store")
+                    async def store(totals):
+                        await self.env.DB.store(totals)
+
+                    await store()
+                    return [[r["page"], len(r["rows"])] for r in results] + [await totals()]
+            """
+        answers = {
+            "DB.list": lambda region: [f"{region}-{n}" for n in range(3)],
+            "DB.rows": lambda page: [0] * (int(page[-1]) + 1),
+            "DB.store": None,
+        }
+        result, calls = await self.everywhere(source, answers)
+        self.assertEqual(result, [["eu-0", 1], ["eu-1", 2], ["eu-2", 3], 6])
+        rows = [("DB.rows", f"eu-{n}") for n in range(3)]
+        self.assertCountEqual(calls, [("DB.list", "eu"), *rows, ("DB.store", 6)])
+
+    async def test_an_error_that_must_not_be_retried_and_one_that_escapes(self):
+        source = """
+            from workers import Response, WorkerEntrypoint, WorkflowEntrypoint, handler
+            from workers.workflows import NonRetryableError
+
+
+            class Declined(NonRetryableError):
+                pass
+
+
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    @step.do("flaky", config={"retries": {"limit": 2, "delay": "1 second"}})
+                    async def flaky(ctx):
+                        await self.env.LOG.write(f"attempt {ctx['attempt']}")
+                        if ctx["attempt"] < 3:
+                            raise Exception("Intended error")
+                        return ctx["attempt"]
+
+                    attempts = await flaky()
+
+                    @step.do("declined")
+                    async def declined(flaky):
+                        await self.env.LOG.write("declined")
+                        raise Declined("card declined")
+
+                    @step.do("notify", depends=[declined])
+                    async def notify(result):
+                        await self.env.LOG.write("never")
+
+                    try:
+                        await notify()
+                    except Declined as e:
+                        await self.env.LOG.write(f"{type(e).__name__}: {e} after {attempts}")
+
+                    await step.sleep("a while", "2 hours")
+
+                    @step.do()
+                    async def last():
+                        raise NonRetryableError("Intended")
+
+                    await last()
+
+
+            @handler
+            async def on_fetch(request, env):
+                return Response("hello")
+
+
+            class Default(WorkerEntrypoint):
+                async def fetch(self, request):
+                    batch = [{"id": "i", "params": {"n": 1}}]
+                    (instance,) = await self.env.FLOW.create_batch(batch)
+                    status = await instance.status()
+                    return Response(f"{instance.id} is {status['status']}")
+            """
+        result, calls = await self.once(source, {"LOG.write": None}, None, None, True)
+        shown = {"name": "NonRetryableError", "message": "Intended"}
+        self.assertEqual(result, ["NonRetryableError", "Intended", shown])
+        said = "Declined: card declined after 3"
+        steps = [("LOG.write", f"attempt {n}") for n in (1, 2, 3)] + [("LOG.write", "declined")]
+        self.assertEqual([call for call in calls if call[1] != said], steps, "each once")
+        self.assertIn(("LOG.write", said), calls, "outside of steps: in each life")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2808,7 +2808,8 @@ class Run:
         for block in reversed(self.engine.store.introspections):
             if (mock := block.substitute(attempt)) is not None:
                 return mock
-        if attempt.call.function is not None:  # each attempt has its own arguments
+        if isinstance(callback, functools.partial) and attempt.call.function is not None:
+            # Each attempt has its own arguments.
             args, named = copy.deepcopy((callback.args, callback.keywords))
             callback = functools.partial(callback.func, *args, **named)
         if not wants:
@@ -3854,7 +3855,9 @@ class WorkflowInstance:
                     await asyncio.wait({changed})
             finally:
                 engine.store.followed.remove(key)
-            key, seq = (NEW, 0) if inst is None else (inst.key, inst.seq)
+            if rows:
+                seq = rows[-1].seq
+            key = NEW if inst is None else inst.key
 
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
@@ -4022,7 +4025,10 @@ class StepFunction:
 
     async def _bind(self, call: StepCall) -> Callable[..., Any]:
         """The function, with the results of its dependencies as arguments."""
-        parameters = inspect.signature(self._function).parameters
+        try:
+            parameters: Mapping[str, Any] = inspect.signature(self._function).parameters
+        except (TypeError, ValueError):  # no function, or a built-in that doesn't say
+            return self._function
         names = [name for name in parameters if name != "ctx"]
         if self._depends is None:
             found = {name: step for name in names if (step := self._earlier(name)) is not None}
