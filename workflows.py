@@ -1299,9 +1299,9 @@ class Store:
         """Requests and CPU time of this month, and the bytes that are stored now."""
         self._write_back()
         self._count_usage()
-        sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = ?1), 0),
-                 coalesce(sum(cpu_ms) FILTER (WHERE month = ?1), 0.0),
-                 coalesce(sum(storage_bytes), 0) FROM usage"""
+        sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = now), 0),
+                 coalesce(sum(cpu_ms) FILTER (WHERE month = now), 0.0),
+                 coalesce(sum(storage_bytes), 0) FROM (SELECT ? AS now) LEFT JOIN usage"""
         return self._one(sql, self._month())
 
     def _insist(self, sql: str) -> list[Any]:
