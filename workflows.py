@@ -2129,18 +2129,15 @@ class Threads:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.slots = asyncio.Semaphore(self.LIMIT)
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._threads = self._idle = 0
-        self._began: dict[asyncio.Future[Any], float] = {}
+        self._jobs: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._began: dict[asyncio.Future[Any], float] = {}  # the jobs that have not ended, and when
 
     def execute(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Runs it in a thread; the result is (value, error, CPU time in ns)."""
         reply: asyncio.Future[Any] = self._loop.create_future()
         self._began[reply] = time.monotonic()
-        if self._idle:
-            self._idle -= 1
-        else:
+        if len(self._began) > self._threads:
             self._threads += 1
             threading.Thread(target=self._work, daemon=True, name="workflows-callback").start()
         self._jobs.put((function, reply))
@@ -2161,7 +2158,6 @@ class Threads:
             del job, function, reply, outcome, value, error  # or it keeps them until the next job
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
-        self._idle += 1
         del self._began[reply]
         if reply.done() and inspect.iscoroutine(outcome[0]):
             outcome[0].close()  # abandoned: nobody will await it
@@ -2203,30 +2199,22 @@ _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workf
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
 
-    __slots__ = (
-        *("_coroutine", "args", "attempt", "count", "function", "key", "kind", "name", "options"),
-        "run",
-    )
-
     def __init__(
         self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         self.run, self.kind, self.name, self.args, self.options = run, kind, name, args, options
         self.function: StepFunction | None = None  # whose call it is, in the decorator form
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
         attempt = _attempt.get()
         self.attempt = attempt if attempt is not None and attempt.run is run else None
-        if self.attempt is None:
-            counts = run.counts
-        else:
-            counts = self.attempt.counts = self.attempt.counts or {}
-        base = f"{kind}\n{name}"
-        self.count = counts[base] = counts.get(base, 0) + 1
-        self.key = f"{base}\n{self.count}"
+        counts = (self.attempt or run).counts
+        self.key = f"{kind}\n{name}"
+        self.count = counts[self.key] = counts.get(self.key, 0) + 1
+        self.key += f"\n{self.count}"
         if self.attempt is None:
             run.open_calls.add(self)
         else:
             self.key = self.attempt.step.key + SEPARATOR + self.key
-        self._coroutine: Coroutine[Any, Any, Any] | None = None
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
@@ -2303,31 +2291,31 @@ class WorkflowStep:
 Work = Callable[["Step"], Coroutine[Any, Any, None]]
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Attempt:
     """One execution of a step's callback, in the task that awaits the step call; also the scope of
     the step calls that the callback makes."""
 
-    __slots__ = (
-        *("call", "config", "counts", "cpu", "ended", "extra", "number", "outcomes", "overdue"),
-        *("recorded", "reply", "run", "slot", "started", "step", "task", "timer", "undo"),
-        "verdict",
-    )
-
-    def __init__(self, run: Run, call: StepCall, step: Step, config: StepConfig) -> None:
-        self.run, self.call, self.step, self.config = run, call, step, config
-        self.number = step.attempts
-        self.started = self.cpu = 0  # ms, ns
-        self.counts: dict[str, int] | None = None  # of nested calls
-        self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
-        self.recorded = self.ended = False  # its start, its end has been handed to the writer
-        self.extra: str | None = None  # the config, with which a step's first row begins
-        self.slot = False  # it has one of the threads' slots
-        self.reply: asyncio.Future[Any] | None = None  # of its thread
-        self.timer: Any = None
-        self.verdict: BaseException | None = None  # decided before the callback ended
-        self.overdue = False  # a second after the verdict, it still runs
-        self.task: Any = None
-        self.undo = 0  # cancellations of the task that concern the callback only
+    run: Run
+    call: StepCall
+    step: Step
+    config: StepConfig
+    number: int
+    started: int = 0  # ms
+    cpu: int = 0  # ns
+    recorded: bool = False  # its start has been handed to the writer
+    ended: bool = False  # and its end
+    extra: str | None = None  # the config, with which a step's first row begins
+    slot: bool = False  # it has one of the threads' slots
+    reply: asyncio.Future[Any] | None = None  # of its thread
+    task: Any = None
+    timer: Any = None
+    verdict: BaseException | None = None  # decided before the callback ended
+    overdue: bool = False  # a second after the verdict, it still runs
+    undo: int = 0  # cancellations of the task that concern the callback only
+    # Of nested calls:
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """What the callback returned or raised, or what else became of it."""
@@ -2748,7 +2736,7 @@ class Run:
         step.state = "pending"
         final = False
         while not final:
-            attempt = Attempt(self, call, step, config)
+            attempt = Attempt(self, call, step, config, step.attempts)
             value: Any = None
             error: BaseException | None
             if step.open:  # and no end: the engine died
@@ -2829,7 +2817,7 @@ class Run:
         delay = attempt.config.delay
         if not callable(delay):
             return delay, error
-        asked = Attempt(self, attempt.call, attempt.step, _ASKING)
+        asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number)
         asked.recorded, asked.started = True, self.engine.clock.now()
         if not _is_async(delay):
             await self.engine.threads.slots.acquire()
