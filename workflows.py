@@ -2159,8 +2159,8 @@ class Threads:
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
-        if reply.done() and inspect.iscoroutine(outcome[0]):
-            outcome[0].close()  # abandoned: nobody will await it
+        if reply.done():  # abandoned
+            _discard(outcome[0])
         _resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
@@ -2229,11 +2229,15 @@ class StepCall(Coroutine[Any, Any, Any]):
         return self._begin().send(value)
 
     def throw(self, *error: Any) -> Any:
+        if self._coroutine is None:  # cancelled before it began: as if not called
+            self.run.open_calls.discard(self)
         return self._begin().throw(*error)
 
     def close(self) -> None:
         if self._coroutine is not None:
             self._coroutine.close()
+        else:
+            self.run.open_calls.discard(self)
 
 
 class WorkflowStep:
@@ -2293,8 +2297,7 @@ Work = Callable[["Step"], Coroutine[Any, Any, None]]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Attempt:
-    """One execution of a step's callback, in the task that awaits the step call; also the scope of
-    the step calls that the callback makes."""
+    """One execution of a step's callback; also the scope of the step calls that it makes."""
 
     run: Run
     call: StepCall
@@ -2307,95 +2310,108 @@ class Attempt:
     ended: bool = False  # and its end
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
-    reply: asyncio.Future[Any] | None = None  # of its thread
-    task: Any = None
+    task: asyncio.Task[Any] | None = None  # of an async callback
+    over: Any = None  # the future of what becomes of it
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
-    overdue: bool = False  # a second after the verdict, it still runs
-    undo: int = 0  # cancellations of the task that concern the callback only
     # Of nested calls:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """What the callback returned or raised, or what else became of it."""
-        self.task = asyncio.current_task()
-        cancelled = self.task.cancelling()
         context = contextvars.copy_context()
         context.run(_attempt.set, self)
-        value: Any = None
-        error: BaseException | None = None
         try:
             if self.slot:
-                self.suspended()
-                value = await self._in_thread(functools.partial(context.run, callback))
-                if inspect.isawaitable(value):
-                    value = await self._metered(context, _awaited(value))
+                value, error = await self._in_thread(functools.partial(context.run, callback))
+                if self.verdict is not None:
+                    _discard(value)
+                elif inspect.isawaitable(value):
+                    value, error = await self._in_task(context, functools.partial(_awaited, value))
             else:
-                value = await self._metered(context, context.run(callback))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as raised:
-            error = raised
+                value, error = await self._in_task(context, callback)
         finally:
             if self.timer is not None:
                 self.timer.cancel()
             self.run.engine.store.cpu_ns += self.cpu
-        if self.undo:
-            for _ in range(self.undo):
-                self.task.uncancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0)  # one that the callback has not waited for
-        if self.task.cancelling() > cancelled or self.run.dead:
-            raise asyncio.CancelledError  # by others, whatever the callback made of it
+            self.task = None  # whose context leads back to here
         return value, self.verdict or self._excess() or error
 
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        self.reply = self.run.engine.threads.execute(function)
+    async def _in_thread(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        self.over = self.run.engine.threads.execute(function)
+        self.suspended()
         try:
-            value, error, cpu = await self.reply
+            value, error, cpu = await self.over
+        except asyncio.CancelledError:
+            if not self.over.cancelled():
+                _discard(self.over.result()[0])
+            raise
         finally:
             self.free_slot()
         self.cpu += cpu
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt):
             raise error
-        return value
+        return value, error
+
+    async def _in_task(
+        self, context: contextvars.Context, callback: Callable[[], Any]
+    ) -> tuple[Any, BaseException | None]:
+        """A callback has a task of its own, so that a timeout or a cancellation reaches the
+        callback and nothing else. Most end in the task's first step, which is taken at once."""
+        run = self.run
+        task = _eager_task(self._metered(callback), run.loop, context)
+        if self.call.attempt is not None:
+            self.call.attempt.cpu -= self.cpu  # it ran inside that
+        if task.done():
+            return task.result()  # type: ignore[no-any-return]
+        self.over = run.loop.create_future()
+        run.tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        try:
+            return await self.over  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self.run.tasks.discard(task)
+        outcome = (None, asyncio.CancelledError()) if task.cancelled() else task.result()
+        _resolve(self.over, outcome)
+
+    async def _metered(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        self.task = asyncio.current_task()
+        try:
+            return await self._drive(callback()), None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return None, error
+
+    @types.coroutine
+    def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
+        """Awaits it, and adds up its CPU time."""
+        proceed, value = coroutine.send, None
+        while True:
+            self.run.engine.activity += 1
+            began = time.thread_time_ns()
+            try:
+                awaited = proceed(value)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self.cpu += time.thread_time_ns() - began
+            self.suspended()
+            try:
+                value = yield awaited
+                proceed = coroutine.send
+            except BaseException as error:
+                proceed, value = coroutine.throw, error
 
     def free_slot(self) -> None:
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
-
-    @types.coroutine
-    def _metered(self, context: contextvars.Context, coroutine: Any) -> Generator[Any, Any, Any]:
-        """Awaits it in its own context, and adds up its CPU time. A task's cancellation may be the
-        callback's own (`asyncio.timeout` inside takes its back), ours, or somebody else's: so all
-        are passed on, and counted afterwards."""
-        value: Any = None
-        error: BaseException | None = None
-        while True:
-            self.run.engine.activity += 1
-            cancelled = self.task.cancelling()
-            began = time.thread_time_ns()
-            try:
-                if error is None:
-                    awaited = context.run(coroutine.send, value)
-                else:
-                    awaited = context.run(coroutine.throw, error)
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                self.cpu += time.thread_time_ns() - began
-                self.undo += max(0, self.task.cancelling() - cancelled)  # by its own code
-            self.suspended()
-            error = None
-            try:
-                value = yield awaited
-            except BaseException as raised:
-                if self.overdue:
-                    coroutine.close()
-                    raise
-                error = raised
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
@@ -2424,21 +2440,41 @@ class Attempt:
         if self.verdict is not None:
             return
         self.verdict = verdict
-        if self.reply is not None and self.slot:
-            _resolve(self.reply, (None, None, 0))
+        if self.task is None:
+            _resolve(self.over, (None, None, 0))
         else:
-            self._cancel()
+            self.task.cancel()
             self.timer.cancel()
             self.timer = self.run.loop.call_later(GRACE, self._give_up)
 
     def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
-        self.overdue = True
-        self._cancel()
+        _resolve(self.over, (None, None))
 
-    def _cancel(self) -> None:
-        self.undo += 1
-        self.task.cancel()
+
+def _eager_task(
+    coroutine: Coroutine[Any, Any, Any], loop: Any, context: contextvars.Context
+) -> asyncio.Task[Any]:
+    """A task that has taken its first step. Python 3.11 needs help for that: if the loop shows what
+    it will run next."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
+    task = asyncio.Task(coroutine, loop=loop, context=context)
+    caller = asyncio.current_task()
+    if isinstance(ready := getattr(loop, "_ready", None), deque) and caller is not None:
+        step = ready.pop()
+        asyncio.tasks._leave_task(loop, caller)
+        try:
+            step._run()
+        finally:
+            asyncio.tasks._enter_task(loop, caller)
+    return task
+
+
+def _discard(value: Any) -> None:
+    """Of what nobody will await."""
+    if inspect.iscoroutine(value):
+        value.close()
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
@@ -2451,7 +2487,8 @@ class Run:
     __slots__ = (
         *("engine", "bound", "loop", "key", "generation", "seq", "status", "id", "careful"),
         *("steps", "event", "counts", "open_calls", "task", "dead", "orphan", "ended", "successor"),
-        *("last_move", "_inbox", "_waiting", "_attempts", "_gate", "_cancelled", "_held", "_timer"),
+        *("last_move", "_inbox", "_waiting", "_attempts", "_gate", "_cancelled", "_held", "tasks"),
+        "_timer",
         *(
             "_steps_left",
             "_writing",
@@ -2492,6 +2529,7 @@ class Run:
         self.successor: Instance | None = None
         self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
         self._attempts: dict[str, Attempt] = {}  # by step; in flight until their end is committed
+        self.tasks: set[asyncio.Task[Any]] = set()  # of callbacks
         self._gate: dict[str, Step] = {}  # steps whose next attempt may not begin yet
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self._held = 0  # replayed calls that wait for `run` to cancel them again
@@ -2780,6 +2818,7 @@ class Run:
                 await self.engine.threads.slots.acquire()
                 attempt.slot = True
             else:
+                attempt.free_slot()
                 if self.status == "waiting":
                     self._post(self.engine.store.poke, then=_ignore)
                 await self._wait(step)
@@ -3149,7 +3188,7 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         calling = (step.task for step in self.steps.values() if step.task is not None)
-        tasks = dict.fromkeys((self.task, *calling))
+        tasks = dict.fromkeys((self.task, *calling, *self.tasks))
         self._left = {task for task in tasks if not task.done()}
         for task in tasks:
             task.cancel()
@@ -3423,6 +3462,8 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.loop.is_closed():  # without leaving: the writer notices
+            return
         leaving = self.loop.create_task(self._leave())
         try:
             await asyncio.shield(leaving)
