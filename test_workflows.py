@@ -5838,7 +5838,7 @@ class RestartFrom(Undoing):
             return f"{name}{len(self.log)}"
 
         async def run(event: Any, step: Any) -> Any:
-            return await asyncio.gather(*(step.do(n, lambda n=n: held(n)) for n in "abc"))
+            return await asyncio.gather(*(step.do(n, functools.partial(held, n)) for n in "abc"))
 
         async with self.engine() as engine:
             instance = await engine.bind(workflow(run)).create()
