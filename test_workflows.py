@@ -1214,6 +1214,99 @@ class Attempts(Lives):
 
         self.assertEqual(await self.outcome(run), ["WorkflowTimeoutError"] * 2)
 
+    async def test_a_timer_that_cancels_the_callbacks_task_concerns_the_callback_only(self):
+        async def run(event, step):
+            async def connect():  # as old versions of async_timeout and aiohttp do it
+                timer = asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    raise TimeoutError("connect") from None
+                finally:
+                    timer.cancel()
+
+            error = await caught(step.do("s", constant(2), connect))
+            return str(error), asyncio.current_task().cancelling(), await step.do("t", returns(1))
+
+        self.assertEqual(await self.outcome(run), ["connect", 0, 1])
+
+    async def test_a_timeout_also_bounds_what_a_thread_returns_to_await(self):
+        release, began = threading.Event(), threading.Event()
+
+        async def run(event, step):
+            async def never():
+                await asyncio.Event().wait()
+
+            def plain():
+                began.set()
+                release.wait()
+                return never()
+
+            config = {"timeout": 1000} | ONCE
+            return type(await caught(step.do("s", config, plain))).__name__
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(began.is_set)
+            release.set()  # the answer and the timeout come in one turn of the loop
+            time.sleep(0.05)
+            await self.clock.advance(1000)
+            self.assertEqual(await instance.result(), "WorkflowTimeoutError")
+
+    async def test_cpu_time_of_a_nested_step_counts_once(self):
+        def burn(ms):
+            end = time.thread_time() + ms / 1000
+            while time.thread_time() < end:
+                pass
+
+        async def run(event, step):
+            async def inner():
+                burn(50)
+
+            async def outer():
+                await step.do("inner", inner)
+
+            await step.do("outer", outer)
+
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(workflow(run)).create())
+            self.assertLess((await engine.usage()).cpu_ms, 90)
+
+    async def test_a_call_that_is_cancelled_before_it_begins_is_not_open_any_more(self):
+        async def run(event, step):
+            task = asyncio.create_task(step.do("never", returns(1)))
+            task.cancel()
+            await asyncio.wait({task})
+            step.do("closed", returns(1)).close()
+            return len(step._run.open_calls)
+
+        self.assertEqual(await self.outcome(run), 0)
+
+    async def test_steps_that_wait_for_a_pause_to_end_hold_no_thread(self):
+        go = asyncio.Event()
+
+        async def run(event, step):
+            async def outer():
+                await go.wait()
+                return await step.do("inner", lambda: "inner")
+
+            many = (step.do("many", lambda: time.sleep(0.02)) for _ in range(100))
+            await asyncio.gather(step.do("outer", outer), *many)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            other = engine.bind(workflow(one_step, "Other"))
+            await until(lambda: engine.threads.slots.locked())
+            await instance.pause()
+            another = await other.create(params=1)
+            self.assertEqual(await another.result(), 1)
+            go.set()
+
+            async def paused():
+                return (await instance.status()).status == "paused"
+
+            await until(paused)
+
     async def test_a_callback_that_ignores_its_cancellation_is_abandoned_with_a_warning(self):
         end = asyncio.Event()
 
