@@ -652,13 +652,10 @@ class StepConfig:
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
-    __slots__ = ("backoff", "delay", "limit", "raw", "rollback", "text", "timeout")
+    __slots__ = ("backoff", "delay", "limit", "raw", "rollback", "stored", "text", "timeout")
 
     def __init__(
-        self,
-        config: Mapping[str, Any] | None,
-        max_sleep: int = _YEAR,
-        rollback: StepConfig | None = None,
+        self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR, undo: Any = None
     ) -> None:
         keys = ("retries", "timeout", "sensitive")
         given = _options({} if config is None else config, keys, "config")
@@ -682,35 +679,37 @@ class StepConfig:
             known = ", ".join(_BACKOFF)
             raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
         if given.get("sensitive", "output") != "output":
-            wrong = _show(given["sensitive"])
-            raise ValueError(f"config key 'sensitive': {wrong}: expected 'output'")
+            raise ValueError(f"config key 'sensitive': {_show(given['sensitive'])} is not 'output'")
         self.backoff = _BACKOFF[backoff]
-        self.rollback = rollback
         # What is stored; nothing for the defaults, which most steps have. JSON knows no infinity.
-        stored = self.raw | {"retries": merged | {"limit": None if limit == math.inf else limit}}
+        self.stored = self.raw | {"retries": dict(merged)}
+        if limit == math.inf:
+            self.stored["retries"]["limit"] = None
         if callable(delay):
-            stored["retries"]["delay"] = DYNAMIC
-            self.raw["retries"] = {key: merged[key] for key in ("limit", "backoff")}
-        if rollback is not None:
-            stored["rollback"] = decode(rollback.text or "{}")
-        self.text: str = encode(stored)[0] if given or rollback else ""
+            self.stored["retries"]["delay"] = DYNAMIC
+            del merged["delay"]
+        self.rollback: StepConfig | None = None
+        if undo is not None:
+            undo = _options(undo, ("retries", "timeout"), "rollbackConfig")
+            self.rollback = StepConfig(undo, max_sleep)
+            self.stored["rollback"] = self.rollback.stored
+        self.text: str = encode(self.stored)[0] if given or undo is not None else ""
 
     @classmethod
-    def load(cls, text: str, given: Any = None, given_rollback: Any = None) -> StepConfig:
+    def load(cls, text: str, given: Any = None, given_undo: Any = None) -> StepConfig:
         """The configuration that a step was started with. A function for a delay is not stored: it
         is that of the present call."""
         if not text:
             return _DEFAULT_CONFIG
-        config, rollback = decode(text), None
-        if "rollback" in config:
-            rollback = cls.load(encode(config.pop("rollback"))[0], given_rollback)
-        retries = config.setdefault("retries", {})
-        if retries.get("limit", 0) is None:
-            retries["limit"] = math.inf
-        if retries.get("delay") == DYNAMIC:
-            present = given if isinstance(given, Mapping) else {}
-            retries["delay"] = present.get("retries", {}).get("delay", _gone)
-        return cls(config, rollback=rollback)
+        config = decode(text)
+        undo = config.pop("rollback", None)
+        for part, present in ((config, given), (undo, given_undo)):
+            if part is not None and part["retries"]["limit"] is None:
+                part["retries"]["limit"] = math.inf
+            if part is not None and part["retries"]["delay"] == DYNAMIC:
+                retries = ({} if present is None else present).get("retries", {})
+                part["retries"]["delay"] = retries.get("delay", _gone)
+        return cls(config, undo=undo)
 
     def delay_after(self, attempts: int, delay: int, longest: int) -> int:
         """Milliseconds to wait when so many attempts have failed."""
@@ -2699,12 +2698,8 @@ class Run:
         elif given is None and handler is None:
             config = _DEFAULT_CONFIG
         else:
-            rollback = None
-            if handler is not None:
-                undo = {} if given_rollback is None else given_rollback
-                undo = _options(undo, ("retries", "timeout"), "rollbackConfig")
-                rollback = StepConfig(undo, longest)
-            config = StepConfig(given, longest, rollback)
+            undo = {} if handler is not None and given_rollback is None else given_rollback
+            config = StepConfig(given, longest, undo)
         wants = _wants_context(call.name, callback)
         return functools.partial(self._try, call, config, callback, wants)
 
