@@ -2462,6 +2462,9 @@ def _eager_task(
     caller = asyncio.current_task()
     if isinstance(ready := getattr(loop, "_ready", None), deque) and caller is not None:
         step = ready.pop()
+        if getattr(step._callback, "__self__", None) is not task:
+            ready.append(step)  # another thread was quicker
+            return task
         asyncio.tasks._leave_task(loop, caller)
         try:
             step._run()
