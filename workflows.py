@@ -2310,7 +2310,8 @@ class Attempt:
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
     task: asyncio.Task[Any] | None = None  # of an async callback
-    over: Any = None  # the future of what becomes of it
+    outcome: tuple[Any, BaseException | None] | None = None  # of that task
+    over: Any = None  # the future of what becomes of the callback
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
     # Of nested calls:
@@ -2359,11 +2360,12 @@ class Attempt:
         """A callback has a task of its own, so that a timeout or a cancellation reaches the
         callback and nothing else. Most end in the task's first step, which is taken at once."""
         run = self.run
+        outer, before = self.call.attempt, self.cpu
         task = _eager_task(self._metered(callback), run.loop, context)
-        if self.call.attempt is not None:
-            self.call.attempt.cpu -= self.cpu  # it ran inside that
+        if outer is not None and outer.task is asyncio.current_task():
+            outer.cpu -= self.cpu - before  # it ran inside that
         if task.done():
-            return task.result()  # type: ignore[no-any-return]
+            return self.outcome or (None, asyncio.CancelledError())
         self.over = run.loop.create_future()
         run.tasks.add(task)
         task.add_done_callback(self._task_ended)
@@ -2375,17 +2377,16 @@ class Attempt:
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self.run.tasks.discard(task)
-        outcome = (None, asyncio.CancelledError()) if task.cancelled() else task.result()
-        _resolve(self.over, outcome)
+        _resolve(self.over, self.outcome or (None, asyncio.CancelledError()))
 
-    async def _metered(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    async def _metered(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task()
         try:
-            return await self._drive(callback()), None
+            self.outcome = await self._drive(callback()), None
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            return None, error
+            self.outcome = None, error
 
     @types.coroutine
     def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
