@@ -1002,7 +1002,7 @@ CREATE TABLE instances (
     status TEXT NOT NULL,
     generation INTEGER NOT NULL,   -- raised by restart, terminate, delete: older runs can't write
     seq INTEGER NOT NULL,          -- of the newest journal row or event; and
-    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: but see `Head`
+    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: but see `_READ`
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
     place INTEGER,                 -- in the queue
     wake INTEGER,                  -- when the owner must look
@@ -1039,58 +1039,59 @@ NEW = 0  # stands for the key of any instance to come, for those who watch
 
 
 class Instance(NamedTuple):
-    """A row of `instances`."""
+    """A row of `instances`: what it was created with; from `status` on, what changes."""
 
     key: int
     workflow: int
     id: str | None
-    status: str
-    generation: int
-    seq: int
-    state_bytes: int
-    careful: int
-    place: int | None
-    wake: int | None
+    trigger: str
     created: int
-    modified: int
-    started: int | None
-    ended: int | None
-    paused: int | None
     success_retention: int | None
     error_retention: int | None
-    termination: str | None
-    rollback: str | None
+    status: str
+    place: int | None
+    generation: int = 1
+    seq: int = 0
+    state_bytes: int = 0
+    careful: int = 0
+    modified: int = 0
+    wake: int | None = None
+    started: int | None = None
+    ended: int | None = None
+    paused: int | None = None
+    termination: str | None = None
+    rollback: str | None = None
+    stored_bytes: int = 0  # not in the table, but `state_bytes` as it is there
 
     def expiry(self) -> int | None:
         """When a finished instance is deleted."""
         kept = self.success_retention if self.status == "complete" else self.error_retention
         return None if self.ended is None or kept is None else self.ended + kept
 
+    def is_over(self, now: int) -> bool:
+        expiry = self.expiry()
+        return self.id is None or (expiry is not None and expiry <= now)
 
-_COLUMNS = ", ".join(Instance._fields)
+
+# How instances are written, and how they are read: a step costs one row in the journal, and that of
+# its instance is brought up to date within a tick. So the journal knows better.
+_COLUMNS = Instance._fields[:-1]
+_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])
+_WRITE = f"INSERT INTO instances ({', '.join(_COLUMNS)}) VALUES "
+_NEWER = "FROM journal AS j WHERE j.instance = key AND j.seq > instances.seq"
+_READ = {name: name for name in _COLUMNS} | {
+    "seq": f"coalesce((SELECT max(j.seq) {_NEWER}), seq)",
+    "state_bytes": f"""state_bytes + coalesce((SELECT sum(length(CAST(data AS BLOB))) {_NEWER}
+                       AND j.type = 'done'), 0)""",
+    "stored_bytes": "state_bytes",
+}
+_AMONG = "IN (SELECT value FROM json_each(?))"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
 OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
 
 
 RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
-
-
-class Head:
-    """What the guard of a run's writes needs of its instance. Kept in memory until anything else
-    than steps touches the instances, in this process or another, and written back then, or within
-    a tick: so a step costs one row in the journal, and what that says beyond `row_seq` is true."""
-
-    __slots__ = (
-        *("key", "generation", "status", "careful", "row_seq", "row_bytes", "seq", "state_bytes"),
-        "look",
-    )
-    seq: int
-
-    def __init__(self, *row: Any) -> None:
-        self.key, self.generation, self.status, self.careful, *sums = row
-        self.row_seq, self.row_bytes, self.seq, self.state_bytes = sums
-        self.look: int | None = None  # a wake to come
 
 
 class News(NamedTuple):
@@ -1133,8 +1134,10 @@ class Store:
         self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
-        self._heads: dict[int, Head] = {}
-        self._changed: set[int] = set()  # of these, the ones that must be written back
+        # Instances as this transaction sees them, until the next tick or until another process has
+        # written; and which of them must be written back.
+        self._present: dict[int, Instance] = {}
+        self._changed: set[int] = set()
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
@@ -1242,7 +1245,7 @@ class Store:
         return not self.closing and (self._look_again or self.next_wake <= self.clock.now())
 
     def _see_others(self) -> bool:
-        """Whether another process wrote: then our heads are worth nothing."""
+        """Whether another process wrote: then what is in memory is worth nothing."""
         version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
         if version != self._version:
             self._others_wrote = self._look_again = True
@@ -1252,23 +1255,26 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         if self._see_others():
-            self._heads.clear()
-            self._read_heads(list(self._changed))
-        frequent = (self.record, self.begin_wait, self.go_idle)
-        keys = [args[0] for op, args, _ in batch if op in frequent]
-        self._read_heads([key for key in keys if key not in self._heads])
+            changed = list(self._changed)  # which only steps did: so the journal knows
+            self._changed.clear()
+            self._present.clear()
+            self._read(changed)
+            self._changed.update(self._present)
+        frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
+        self._read(args[0] for op, args, _ in batch if op in frequent)
         for op, args, then in batch:
             try:
                 results.append((then, op(*args), None))
             except WorkflowError as refused:
                 results.append((then, None, refused))
-        if self.owner and self._is_due():
+        due = self.owner and self._is_due()
+        if due:
             self._schedule()
         self._note_queued()
-        if tick or any(op != self.record for op, _, _ in batch):
+        if tick or due or any(op != self.record for op, _, _ in batch):
             self._write_back()
         if tick:
-            self._heads.clear()
+            self._present.clear()
         self._flush()
         if tick or self._requests or self._storage:
             self._count_usage()
@@ -1427,7 +1433,6 @@ class Store:
         self._look_again = False
         for workflow in self._inherited:  # from an owner that died
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
-            self._read_heads([inst.key for inst in self._instances(where, workflow)])
             for inst in self._instances(where, workflow):
                 self._stop(inst, careful=1)
         self._inherited.clear()
@@ -1443,11 +1448,10 @@ class Store:
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
         if inst.status in FINISHED or inst.id is None:
-            expiry = inst.expiry()
-            if inst.id is None or (expiry is not None and expiry <= now):
+            if inst.is_over(now):
                 self._purge(inst)
             else:
-                self._change(inst.key, wake=expiry)
+                self._change(inst.key, wake=inst.expiry())
         elif inst.status == "paused":
             self._change(inst.key, wake=None)
         else:
@@ -1504,15 +1508,10 @@ class Store:
         queued.sort(key=lambda inst: (inst.place, inst.key))
         self._look_again = self._look_again or free == BATCH <= len(queued)
         for inst in queued[:free]:
-            row = "started" if inst.started is None else "running"
-            self._append(inst.key, inst.seq + 1, now, [(row, None, None, None, None, None)])
-        sql = """UPDATE instances SET seq = seq + 1, modified = ?, status = 'running', place = NULL,
-                 started = coalesce(started, ?) WHERE key IN (SELECT value FROM json_each(?))"""
-        if free:
-            self._db.execute(sql, (now, now, str([inst.key for inst in queued[:free]])))
-            self._heads.clear()
-        for inst in queued[:free]:
-            first, inst = inst.started is None, inst._replace(status="running", seq=inst.seq + 1)
+            first = inst.started is None
+            row = ("started" if first else "running", None, None, None, None, None)
+            started = now if first else inst.started
+            inst = self._change(inst.key, [row], status="running", place=None, started=started)
             for block in self.introspections if first else ():
                 for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
                     inst = self._buffer(inst, *event)
@@ -1520,25 +1519,25 @@ class Store:
 
     def _free_slots(self) -> float:
         limit = math.inf if self.limits.running is None else self.limits.running
-        return max(0, limit - self._count("running") - self._count("waitingForPause"))
+        taken = sum(self._each("count(*)", "running") + self._each("count(*)", "waitingForPause"))
+        return max(0, limit - taken)
 
     def _last_place(self) -> int:
         """The place behind all that are queued: a moment, if these are not ahead of their time."""
-        sql = "SELECT max(place) FROM instances WHERE workflow = ? AND status = 'queued'"
-        places = [self._one(sql, workflow)[0] or 0 for workflow in self.bound]
-        return max(self.clock.now(), *places, 0)
+        return max(self.clock.now(), *self._each("max(place)", "queued"), 0)
 
-    def _count(self, status: str) -> int:
+    def _each(self, aggregate: str, status: str) -> list[int]:
+        """An aggregate over the instances with that status, for each bound workflow."""
         self._write_back()
-        sql = "SELECT count(*) FROM instances WHERE workflow = ? AND status = ?"
-        return sum(self._one(sql, workflow, status)[0] for workflow in self.bound)
+        sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND status = ?"
+        return [self._one(sql, workflow, status)[0] or 0 for workflow in self.bound]
 
     def _check_queue(self, new: int) -> None:
         """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
         that it is done again only when a tenth of the room is used up."""
         limit = self.limits.queued
         if limit is not None and new > self._room:
-            room = limit + self._free_slots() - self._count("queued")
+            room = limit + self._free_slots() - sum(self._each("count(*)", "queued"))
             if new > room:
                 message = f"{limit} instances may be queued (limit queued)"
                 raise WorkflowError(message, code="limit.queued_instances")
@@ -1556,11 +1555,10 @@ class Store:
 
     def _note_queued(self) -> None:
         """Says in the journal which woken instances have to wait for a slot."""
-        if self._woken:
-            where = "key IN (SELECT value FROM json_each(?)) AND status = 'queued'"
-            for inst in self._instances(where, str(self._woken)):
-                self._change(inst.key, [("queued", None, None, None, None, None)])
-            self._woken.clear()
+        for key in dict.fromkeys(self._woken):
+            if key in self._present and self._present[key].status == "queued":
+                self._change(key, [("queued", None, None, None, None, None)])
+        self._woken.clear()
 
     def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
         """A run that was pausing: on `resume` it goes on ahead of all new ones."""
@@ -1575,41 +1573,51 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
+        """In one row: see `_bulk`."""
         self._write_back()
-        sql = f"SELECT {_COLUMNS} FROM instances WHERE {where}"
-        return [Instance._make(row) for row in self._db.execute(sql, args)]
+        sql = f"""SELECT json_group_array(json(row)) FROM (
+                  SELECT json_array({", ".join(_READ.values())}) AS row FROM instances
+                  WHERE {where})"""
+        found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
+        self._present |= {inst.key: inst for inst in found}
+        return found
+
+    def _read(self, keys: Iterable[int]) -> None:
+        """Makes sure that instances are in memory."""
+        if missing := [key for key in keys if key not in self._present]:
+            self._instances(f"key {_AMONG}", str(missing))
 
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
         where = f"workflow = ? AND {where}"
         return [inst for workflow in self.bound for inst in self._instances(where, workflow, *args)]
 
-    def _find(self, workflow: str, id: str) -> Instance | None:
-        """The instance with that id, unless it has expired: then it is cleared away (and so never
-        seen, however late the owner is)."""
-        where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND id = ?"
-        for inst in self._instances(where, workflow, id):
-            expiry = inst.expiry()
-            if expiry is None or expiry > self.clock.now():
-                return inst
-            self._purge(inst)
-        return None
+    def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
+        """The instances with these ids, except those that have expired: they are cleared away (and
+        so never seen, however late the owner is)."""
+        where = f"workflow = (SELECT key FROM workflows WHERE name = ?) AND id {_AMONG}"
+        found = {}
+        for inst in self._instances(where, workflow, _to_json(ids)):
+            if inst.is_over(self.clock.now()):
+                self._purge(inst)
+            else:
+                found[inst.id or ""] = inst
+        return found
 
-    def _get(self, workflow: str, id: str, reading: bool = False) -> Instance:
-        inst = self._find(workflow, id)
-        if inst is not None and not reading:
-            self._read_heads([inst.key])  # its owner may have died, or not be up to date yet
-            inst = self._find(workflow, id)
-        if inst is None:
+    def _get(self, workflow: str, id: str) -> Instance:
+        found = self._find(workflow, [id])
+        if id not in found:
             message = f"workflow {workflow!r} has no instance {id!r}"
             raise WorkflowError(message, code="instance.not_found")
-        return inst
+        return found[id]
 
     def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
         """The instance of a run, if the run still is its, and it has one of these statuses."""
-        for inst in self._instances("key = ? AND generation = ?", key, generation):
-            if inst.status in (statuses or LIVE):
-                return inst
-        return None
+        if key not in self._present:
+            self._read([key])
+        inst = self._present.get(key)
+        if inst is None or inst.generation != generation:
+            return None
+        return inst if inst.status in (statuses or LIVE) else None
 
     def _journal(self, key: int, after: int = 0) -> list[Row]:
         self._flush()
@@ -1621,17 +1629,17 @@ class Store:
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
         """Appends journal rows, and changes columns of the instance with them."""
-        self._write_back()
-        now = self.clock.now()
+        inst, now = self._present[key], self.clock.now()
+        seq = inst.seq + len(rows)
+        sums = {"seq": seq, "state_bytes": inst.state_bytes + size, "modified": now}
+        self._present[key] = inst = inst._replace(**(sums | columns))
+        self._changed.add(key)
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
-        sets = "".join(f", {name} = ?" for name in columns)
-        sql = f"""UPDATE instances SET seq = seq + ?, modified = ?, state_bytes = state_bytes + ?
-                  {sets} WHERE key = ? RETURNING {_COLUMNS}"""
-        self._storage += size
-        self._heads.pop(key, None)
-        inst = Instance._make(self._one(sql, len(rows), now, size, *columns.values(), key))
-        self._append(key, inst.seq, now, rows)
+        for n, row in enumerate(rows, seq - len(rows) + 1):
+            self._rows.append((key, n, now, *row))
+        if rows and (key in self.followed or rows[-1][0] in FINISHED):
+            self._touched.add(key)
         return inst
 
     def _move(
@@ -1648,12 +1656,6 @@ class Store:
         rows = [(status, None, None, None, data, extra)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
-    def _append(self, key: int, seq: int, now: int, rows: Sequence[RowTail]) -> None:
-        for n, row in enumerate(rows, seq - len(rows) + 1):
-            self._rows.append((key, n, now, *row))
-        if rows and (key in self.followed or rows[-1][0] in FINISHED):
-            self._touched.add(key)
-
     def _flush(self) -> None:
         """Writes the journal rows that were put aside: before anything else reads them, and before
         the commit."""
@@ -1661,21 +1663,14 @@ class Store:
         self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
 
     def _write_back(self) -> None:
-        """The same for what heads say of their instances."""
-        if self._changed:
-            now = self.clock.now()
-            changed = [self._heads[key] for key in self._changed]
-            self._changed.clear()
-            self._storage += sum(head.state_bytes - head.row_bytes for head in changed)
-            rows = [
-                (h.key, h.seq, h.state_bytes, h.careful, now, h.status, h.look) for h in changed
-            ]
-            sql = """UPDATE instances SET seq = v.column2, state_bytes = v.column3,
-                     careful = v.column4, modified = v.column5, status = v.column6,
-                     wake = coalesce(min(wake, v.column7), wake, v.column7) FROM (VALUES """
-            self._bulk(sql, f"(?{', ?' * 6})", ") AS v WHERE key = v.column1", rows)
-            for head in changed:
-                head.row_seq, head.row_bytes, head.look = head.seq, head.state_bytes, None
+        """The same for the instances that have changed."""
+        changed = [self._present[key] for key in self._changed]
+        self._changed.clear()
+        self._storage += sum(inst.state_bytes - inst.stored_bytes for inst in changed)
+        self._present |= {i.key: i._replace(stored_bytes=i.state_bytes) for i in changed}
+        after = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
+        row = f"(?{', ?' * (len(_COLUMNS) - 1)})"
+        self._bulk(_WRITE, row, after, [inst[:-1] for inst in changed])
 
     def _bulk(self, before: str, row: str, after: str, rows: list[tuple[Any, ...]]) -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
@@ -1689,8 +1684,8 @@ class Store:
 
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
-        self._storage -= inst.state_bytes
-        self._heads.pop(inst.key, None)
+        self._write_back()
+        self._storage -= self._present.pop(inst.key).stored_bytes
         self._erase(inst.key)
         self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
@@ -1739,25 +1734,17 @@ class Store:
         for _, params, *_ in entries:
             self._check_state(0, size_of(params), WorkflowError)
         place = self._last_place()
-        sql = """SELECT json_group_array(id) FROM instances
-                 WHERE workflow = ? AND id IN (SELECT value FROM json_each(?))"""
-        (known,) = self._one(sql, of, _to_json([entry[0] for entry in entries]))
-        taken = {id for id in json.loads(known) if self._find(workflow, id) is not None}
-        (last,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
-        rows: list[tuple[Any, ...]] = []
+        taken = set(self._find(workflow, [entry[0] for entry in entries]))
+        (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         made = []
         for id, params, success, error in entries:
             if id not in taken:
                 taken.add(id)
                 made.append(id)
-                key, size = last + len(made), size_of(params)
-                rows.append((key, of, id, size, place, now, now, success, error, trigger))
-                self._append(key, 1, now, [("queued", None, None, None, params, None)])
-                self._storage += size
-        sql = """INSERT INTO instances (key, workflow, id, status, generation, seq, state_bytes,
-                 careful, place, created, modified, success_retention, error_retention, trigger)
-                 VALUES """
-        self._bulk(sql, "(?, ?, ?, 'queued', 1, 1, ?, 0, ?, ?, ?, ?, ?, ?)", "", rows)
+                key += 1
+                inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
+                self._present[key] = inst
+                self._change(key, [("queued", None, None, None, params, None)], size_of(params))
         self._requests += len(made)
         self._look_again = True
         self._touched.add(NEW)
@@ -1765,7 +1752,7 @@ class Store:
 
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
         """(key, status, data of the row that ended it)."""
-        inst = self._get(workflow, id, reading=True)
+        inst = self._get(workflow, id)
         if inst.status not in FINISHED:
             return inst.key, inst.status, None
         self._flush()
@@ -1775,6 +1762,7 @@ class Store:
     def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
         rows."""
+        self._write_back()
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
                  ON i.key = asked.value WHERE i.id IS NULL OR i.ended IS NOT NULL"""
         return {key for (key,) in self._db.execute(sql, (str(keys),))}.union(self.followed)
@@ -1784,7 +1772,7 @@ class Store:
     ) -> tuple[Instance | None, list[Row]]:
         """The instance with that id, if there is one, and its rows: only those after `after`, if
         it still is the one with that key."""
-        inst = self._find(workflow, id)
+        inst = self._find(workflow, [id]).get(id)
         return inst, self._journal(inst.key, after if inst.key == key else 0) if inst else []
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
@@ -1916,11 +1904,13 @@ class Store:
         self._look_again = True
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
+        # (What has changed is written without the id, which costs an index.)
+        self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
         self._touched.add(inst.key)
 
     def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
-        known = {id for id in ids if self._find(workflow, id) is not None}
+        known = self._find(workflow, ids)
         for id in known:
             self.delete(workflow, id)
         message = "workflows.api.error.instance.not_found"
@@ -1949,14 +1939,11 @@ class Store:
     def load(self, lives: list[Life]) -> list[tuple[Instance, list[Row], list[str], str]]:
         """What lives begin with: the instance, its whole journal (in one query), the steps that
         wait, and the workflow's name. Those that are outdated are left out."""
-        where = """key IN (SELECT value FROM json_each(?))
-                   AND status IN ('running', 'waitingForPause')"""
         sql = "SELECT step FROM waits WHERE instance = ?"
         loaded = []
-        present = self._instances(where, str([key for key, _ in lives]))
-        found = {(inst.key, inst.generation): inst for inst in present}
+        self._read(key for key, _ in lives)
         for life in lives:
-            if (inst := found.get(life)) is not None:
+            if inst := self._mine(*life, "running", "waitingForPause"):
                 waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
                 steps = [step for (step,) in waits]
                 loaded.append((inst, self._journal(inst.key), steps, self.bound[inst.workflow]))
@@ -1965,52 +1952,26 @@ class Store:
     def record(
         self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
     ) -> int | None:
-        """Appends what a run did. This is the hot path: see `Head`."""
-        if key not in self._heads:
-            self._read_heads([key])
-        head = self._heads.get(key)
-        if head is None or head.generation != generation:
+        """Appends what a run did. This is the hot path."""
+        inst = self._mine(key, generation)
+        if inst is None:
             return None
-        self._check_state(head.state_bytes, size, WorkflowFatalError)
-        head.state_bytes += size
-        head.seq += len(rows)
-        self._changed.add(key)
-        head.careful = head.careful and not ended
-        self._append(key, head.seq, self.clock.now(), rows)
-        return head.seq
-
-    def _read_heads(self, keys: list[int]) -> None:
-        """In one row: see `_bulk`."""
-        if keys:
-            sql = f"""SELECT json_group_array(json(head)) FROM (SELECT json_array(
-                        i.key, generation, status, careful, i.seq, state_bytes,
-                        coalesce(max(j.seq), i.seq),
-                        state_bytes + coalesce(sum(length(CAST(data AS BLOB)))
-                                               FILTER (WHERE type = 'done'), 0)) AS head
-                      FROM instances AS i LEFT JOIN journal AS j
-                      ON j.instance = i.key AND j.seq > i.seq
-                      WHERE i.key IN (SELECT value FROM json_each(?)) AND status IN {LIVE}
-                      GROUP BY i.key)"""
-            rows = json.loads(self._one(sql, str(keys))[0])
-            heads = [Head(*row) for row in rows]
-            self._heads |= {head.key: head for head in heads}
-            self._changed.difference_update(keys)
-            self._changed.update(head.key for head in heads if head.seq != head.row_seq)
+        self._check_state(inst.state_bytes, size, WorkflowFatalError)
+        return self._change(key, rows, size, careful=0 if ended else inst.careful).seq
 
     def begin_wait(
         self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
     ) -> int | None:
         """Appends the start of a sleep, of an event wait or of a retry delay."""
-        seq = self.record(key, generation, [row])
-        if seq is not None:
-            kind, step, event, due, fixed = wait
-            now = self.clock.now()
-            sql = f"INSERT INTO waits VALUES (?{', ?' * 7})"
-            self._db.execute(sql, (key, seq, now, kind, step, event, due, fixed))
-            look = due if event is None else now  # its event may be here already
-            head = self._heads[key]
-            head.look = look if head.look is None else min(look, head.look)
-            self.next_wake = min(self.next_wake, look)
+        inst = self._mine(key, generation)
+        if inst is None:
+            return None
+        _, _, event, due, _ = wait
+        now = self.clock.now()
+        look = due if event is None else now  # its event may be here already
+        wake = look if inst.wake is None else min(look, inst.wake)
+        seq = self._change(key, [row], wake=wake).seq
+        self._db.execute(f"INSERT INTO waits VALUES (?{', ?' * 7})", (key, seq, now, *wait))
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
@@ -2033,14 +1994,10 @@ class Store:
 
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
-        if key not in self._heads:
-            self._read_heads([key])
-        head = self._heads.get(key)
-        if head is None or (head.generation, head.status, head.seq) != (generation, "running", seq):
+        inst = self._mine(key, generation, "running")
+        if inst is None or inst.seq != seq:
             return False
-        head.status = "waiting"
-        self._look_again = True
-        self.record(key, generation, [("waiting", None, None, None, None, None)])
+        self._move(inst, "waiting")
         return True
 
     def pause_now(self, key: int, generation: int) -> bool:
