@@ -1134,10 +1134,11 @@ class Store:
         self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
-        # Instances as this transaction sees them, until the next tick or until another process has
-        # written; and which of them must be written back.
+        # Instances, until the next tick or until another process has written; which of them must be
+        # written back before the commit; and which, since only steps have changed them, at a tick.
         self._present: dict[int, Instance] = {}
         self._changed: set[int] = set()
+        self._advanced: set[int] = set()
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
@@ -1255,11 +1256,11 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         if self._see_others():
-            changed = list(self._changed)  # which only steps did: so the journal knows
-            self._changed.clear()
+            advanced = list(self._advanced)
             self._present.clear()
-            self._read(changed)
-            self._changed.update(self._present)
+            self._advanced.clear()
+            self._read(advanced)  # anew, from the journal
+            self._advanced.update(self._present)
         frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
         self._read(args[0] for op, args, _ in batch if op in frequent)
         for op, args, then in batch:
@@ -1267,12 +1268,10 @@ class Store:
                 results.append((then, op(*args), None))
             except WorkflowError as refused:
                 results.append((then, None, refused))
-        due = self.owner and self._is_due()
-        if due:
+        if self.owner and self._is_due():
             self._schedule()
         self._note_queued()
-        if tick or due or any(op != self.record for op, _, _ in batch):
-            self._write_back()
+        self._write_back(tick)
         if tick:
             self._present.clear()
         self._flush()
@@ -1302,7 +1301,7 @@ class Store:
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
-        self._write_back()
+        self._write_back(True)
         self._count_usage()
         sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = now), 0),
                  coalesce(sum(cpu_ms) FILTER (WHERE month = now), 0.0),
@@ -1573,19 +1572,20 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        """In one row: see `_bulk`."""
+        """As they are in memory, if they are there. Read in one row: see `_bulk`."""
         self._write_back()
         sql = f"""SELECT json_group_array(json(row)) FROM (
                   SELECT json_array({", ".join(_READ.values())}) AS row FROM instances
                   WHERE {where})"""
         found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
-        self._present |= {inst.key: inst for inst in found}
-        return found
+        return [self._present.setdefault(inst.key, inst) for inst in found]
 
-    def _read(self, keys: Iterable[int]) -> None:
-        """Makes sure that instances are in memory."""
+    def _read(self, keys: Iterable[int]) -> list[Instance]:
+        """These instances, as far as they exist: from memory, or brought there."""
+        keys = list(keys)
         if missing := [key for key in keys if key not in self._present]:
             self._instances(f"key {_AMONG}", str(missing))
+        return [self._present[key] for key in keys if key in self._present]
 
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
         where = f"workflow = ? AND {where}"
@@ -1594,9 +1594,11 @@ class Store:
     def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids, except those that have expired: they are cleared away (and
         so never seen, however late the owner is)."""
-        where = f"workflow = (SELECT key FROM workflows WHERE name = ?) AND id {_AMONG}"
+        sql = f"""SELECT json_group_array(key) FROM instances
+                  WHERE workflow = (SELECT key FROM workflows WHERE name = ?) AND id {_AMONG}"""
+        (keys,) = self._one(sql, workflow, _to_json(ids))
         found = {}
-        for inst in self._instances(where, workflow, _to_json(ids)):
+        for inst in self._read(json.loads(keys)):
             if inst.is_over(self.clock.now()):
                 self._purge(inst)
             else:
@@ -1629,13 +1631,13 @@ class Store:
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
         """Appends journal rows, and changes columns of the instance with them."""
-        inst, now = self._present[key], self.clock.now()
-        seq = inst.seq + len(rows)
-        sums = {"seq": seq, "state_bytes": inst.state_bytes + size, "modified": now}
-        self._present[key] = inst = inst._replace(**(sums | columns))
-        self._changed.add(key)
+        was, now = self._present[key], self.clock.now()
+        (self._changed if columns else self._advanced).add(key)
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
+        seq = columns.setdefault("seq", was.seq + len(rows))
+        bytes = was.state_bytes + size
+        self._present[key] = inst = was._replace(state_bytes=bytes, modified=now, **columns)
         for n, row in enumerate(rows, seq - len(rows) + 1):
             self._rows.append((key, n, now, *row))
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
@@ -1662,12 +1664,17 @@ class Store:
         rows, self._rows = self._rows, []
         self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
 
-    def _write_back(self) -> None:
+    def _write_back(self, tick: bool = False) -> None:
         """The same for the instances that have changed."""
+        if tick:
+            self._changed |= self._advanced
+        self._advanced -= self._changed
         changed = [self._present[key] for key in self._changed]
         self._changed.clear()
         self._storage += sum(inst.state_bytes - inst.stored_bytes for inst in changed)
-        self._present |= {i.key: i._replace(stored_bytes=i.state_bytes) for i in changed}
+        for inst in changed:
+            if inst.state_bytes != inst.stored_bytes:
+                self._present[inst.key] = inst._replace(stored_bytes=inst.state_bytes)
         after = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
         row = f"(?{', ?' * (len(_COLUMNS) - 1)})"
         self._bulk(_WRITE, row, after, [inst[:-1] for inst in changed])
@@ -1685,6 +1692,7 @@ class Store:
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
         self._write_back()
+        self._advanced.discard(inst.key)
         self._storage -= self._present.pop(inst.key).stored_bytes
         self._erase(inst.key)
         self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
@@ -1744,7 +1752,9 @@ class Store:
                 key += 1
                 inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
                 self._present[key] = inst
-                self._change(key, [("queued", None, None, None, params, None)], size_of(params))
+                row = ("queued", None, None, None, params, None)
+                self._change(key, [row], size_of(params), wake=None)
+        self._write_back()  # so that they are found
         self._requests += len(made)
         self._look_again = True
         self._touched.add(NEW)
@@ -1957,7 +1967,8 @@ class Store:
         if inst is None:
             return None
         self._check_state(inst.state_bytes, size, WorkflowFatalError)
-        return self._change(key, rows, size, careful=0 if ended else inst.careful).seq
+        calmed = {"careful": 0} if ended and inst.careful else {}
+        return self._change(key, rows, size, **calmed).seq
 
     def begin_wait(
         self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
