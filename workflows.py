@@ -1076,8 +1076,8 @@ class Instance(NamedTuple):
 # How instances are written, and how they are read: a step costs one row in the journal, and that of
 # its instance is brought up to date within a tick. So the journal knows better.
 _COLUMNS = Instance._fields[:-1]
+_TABLE = f"instances ({', '.join(_COLUMNS)})"
 _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])
-_WRITE = f"INSERT INTO instances ({', '.join(_COLUMNS)}) VALUES "
 _NEWER = "FROM journal AS j WHERE j.instance = key AND j.seq > instances.seq"
 _READ = {name: name for name in _COLUMNS} | {
     "seq": f"coalesce((SELECT max(j.seq) {_NEWER}), seq)",
@@ -1092,6 +1092,12 @@ LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may
 
 
 RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
+
+
+def _row(
+    type: str, step: str | None = None, data: str | None = None, extra: str | None = None
+) -> RowTail:
+    return type, step, None, None, data, extra
 
 
 class News(NamedTuple):
@@ -1231,7 +1237,7 @@ class Store:
         tick = stop or not batch or moment > self._looked + TICK
         if tick:
             self._looked = moment
-        behind = tick and (self._changed or self.cpu_ns != self._cpu_counted or self._see_others())
+        behind = tick and (self._advanced or self.cpu_ns != self._cpu_counted or self._see_others())
         due = self.owner and self._is_due() and not self.clock.exact
         if batch or behind or due:
             self._transact(batch, tick)
@@ -1308,13 +1314,13 @@ class Store:
                  coalesce(sum(storage_bytes), 0) FROM (SELECT ? AS now) LEFT JOIN usage"""
         return self._one(sql, self._month())
 
-    def _insist(self, sql: str) -> list[Any]:
+    def _insist(self, sql: str, *args: Any) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice; SQLite's
         own way to wait sleeps too long to be fair, and gives up."""
         began = time.monotonic()
         while True:
             try:
-                return self._db.execute(sql).fetchall()
+                return self._db.execute(sql, args).fetchall()
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
@@ -1390,12 +1396,10 @@ class Store:
         sql = """SELECT key, name FROM workflows AS w WHERE
                  EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
                  OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
-        self._insist("BEGIN IMMEDIATE")
-        for key, name in self._db.execute(sql, (self.clock.now(),)).fetchall():
+        for key, name in self._insist(sql, self.clock.now()):
             if key not in self.bound and name not in self._warned:
                 self._warned.add(name)
                 log.warning("%s: there is work for %r, which is not bound here", self.path, name)
-        self._db.execute("COMMIT")
 
     # -- the owner
 
@@ -1433,7 +1437,7 @@ class Store:
         for workflow in self._inherited:  # from an owner that died
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
             for inst in self._instances(where, workflow):
-                self._stop(inst, careful=1)
+                self._requeue(inst, careful=1)
         self._inherited.clear()
         due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
         if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
@@ -1441,8 +1445,7 @@ class Store:
         for inst in dict.fromkeys(due):
             self._look_at(inst, now)
         self._admit()
-        wakes = [inst.wake for inst in self._of_bound("wake IS NOT NULL ORDER BY wake LIMIT 1")]
-        self.next_wake = min(wake for wake in (*wakes, math.inf) if wake is not None)
+        self.next_wake = min(self._each("min(wake)", "wake IS NOT NULL"), default=math.inf)
 
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
@@ -1457,7 +1460,7 @@ class Store:
             rows = self._end_waits(inst, now)
             if rows and inst.status == "waiting":
                 self._requests += 1
-                self._enqueue(inst)
+                self._requeue(inst)
             sql = f"SELECT min(due) FROM waits WHERE {OPEN_WAITS}"
             (due,) = self._one(sql, inst.key, inst.rollback is not None)
             inst = self._change(inst.key, wake=due)
@@ -1480,21 +1483,20 @@ class Store:
         for _, wait, event in end_waits(waits, events, now):
             where = (inst.key, wait.seq)
             self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
-            kind, data, extra = "slept", None, None
             if wait.kind == "retry":
-                kind = "due"
+                row = _row("due", wait.step)
             elif event is not None:
-                kind = "event"
                 sql = "DELETE FROM events WHERE instance = ? AND seq = ? AND type = ? RETURNING *"
                 *_, data = self._one(sql, inst.key, event[0], wait.event)
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
+                row = _row("event", wait.step, data, extra)
             elif wait.event is not None:
-                kind = "timeout"
-                self._flush()
-                sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
-                ms = json.loads(self._one(sql, inst.key, wait.seq)[0])["timeout"]
-                data = encode_error(WorkflowTimeoutError(f"Execution timed out after {ms}ms"))
-            row: RowTail = (kind, wait.step, None, None, data, extra)
+                (began,) = self._journal(inst.key, "seq = ?", wait.seq)
+                ms = json.loads(began.data or "")["timeout"]
+                error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
+                row = _row("timeout", wait.step, encode_error(error))
+            else:
+                row = _row("slept", wait.step)
             seq = self._change(inst.key, [row]).seq
             rows.append(Row(seq, now, *row))
         return rows
@@ -1508,7 +1510,7 @@ class Store:
         self._look_again = self._look_again or free == BATCH <= len(queued)
         for inst in queued[:free]:
             first = inst.started is None
-            row = ("started" if first else "running", None, None, None, None, None)
+            row = _row("started" if first else "running")
             started = now if first else inst.started
             inst = self._change(inst.key, [row], status="running", place=None, started=started)
             for block in self.introspections if first else ():
@@ -1517,53 +1519,44 @@ class Store:
             self._news.append(News(inst, [], True))
 
     def _free_slots(self) -> float:
-        limit = math.inf if self.limits.running is None else self.limits.running
-        taken = sum(self._each("count(*)", "running") + self._each("count(*)", "waitingForPause"))
-        return max(0, limit - taken)
+        taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
+        return math.inf if self.limits.running is None else max(0, self.limits.running - taken)
 
     def _last_place(self) -> int:
         """The place behind all that are queued: a moment, if these are not ahead of their time."""
-        return max(self.clock.now(), *self._each("max(place)", "queued"), 0)
-
-    def _each(self, aggregate: str, status: str) -> list[int]:
-        """An aggregate over the instances with that status, for each bound workflow."""
-        self._write_back()
-        sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND status = ?"
-        return [self._one(sql, workflow, status)[0] or 0 for workflow in self.bound]
+        return max(self.clock.now(), *self._each("max(place)", "status = 'queued'"), 0)
 
     def _check_queue(self, new: int) -> None:
         """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
         that it is done again only when a tenth of the room is used up."""
         limit = self.limits.queued
         if limit is not None and new > self._room:
-            room = limit + self._free_slots() - sum(self._each("count(*)", "queued"))
+            room = limit + self._free_slots() - sum(self._each("count(*)", "status = 'queued'"))
             if new > room:
                 message = f"{limit} instances may be queued (limit queued)"
                 raise WorkflowError(message, code="limit.queued_instances")
             self._room = int(min(room, 10**9) - new) // 10 + new
         self._room -= new
 
-    def _enqueue(self, inst: Instance, **columns: Any) -> None:
-        """Puts an instance that has already run at its place in the queue: ahead of all new
-        ones."""
+    def _requeue(self, inst: Instance, **columns: Any) -> None:
+        """Puts an instance that has already run at its place in the queue, ahead of all new ones;
+        one that was pausing goes there on `resume`."""
         now = self.clock.now()
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
-        self._change(inst.key, status="queued", place=place, **columns)
-        self._woken.append(inst.key)
         self._look_again = True
+        if inst.status == "waitingForPause":
+            columns |= {"paused": now, "place": place, "wake": None}
+            self._news.append(News(self._move(inst, "paused", **columns), []))
+        else:
+            self._change(inst.key, status="queued", place=place, **columns)
+            self._woken.append(inst.key)
 
     def _note_queued(self) -> None:
         """Says in the journal which woken instances have to wait for a slot."""
         for key in dict.fromkeys(self._woken):
             if key in self._present and self._present[key].status == "queued":
-                self._change(key, [("queued", None, None, None, None, None)])
+                self._change(key, [_row("queued")])
         self._woken.clear()
-
-    def _put_to_pause(self, inst: Instance, **columns: Any) -> None:
-        """A run that was pausing: on `resume` it goes on ahead of all new ones."""
-        now = self.clock.now()
-        columns |= {"paused": now, "place": now + WOKEN, "wake": None}
-        self._news.append(News(self._move(inst, "paused", **columns), []))
 
     # -- building blocks
 
@@ -1572,7 +1565,7 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        """As they are in memory, if they are there. Read in one row: see `_bulk`."""
+        """As they are in memory, if they are there. Read in one row: see `_insert`."""
         self._write_back()
         sql = f"""SELECT json_group_array(json(row)) FROM (
                   SELECT json_array({", ".join(_READ.values())}) AS row FROM instances
@@ -1590,6 +1583,13 @@ class Store:
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
         where = f"workflow = ? AND {where}"
         return [inst for workflow in self.bound for inst in self._instances(where, workflow, *args)]
+
+    def _each(self, aggregate: str, where: str) -> list[int]:
+        """An aggregate of instances for each bound workflow, if it isn't NULL."""
+        self._write_back()
+        sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND {where}"
+        values = [self._one(sql, workflow)[0] for workflow in self.bound]
+        return [value for value in values if value is not None]
 
     def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids, except those that have expired: they are cleared away (and
@@ -1621,11 +1621,10 @@ class Store:
             return None
         return inst if inst.status in (statuses or LIVE) else None
 
-    def _journal(self, key: int, after: int = 0) -> list[Row]:
+    def _journal(self, key: int, where: str = "true ORDER BY seq", *args: Any) -> list[Row]:
         self._flush()
-        sql = f"""SELECT {", ".join(Row._fields)} FROM journal
-                  WHERE instance = ? AND seq > ? ORDER BY seq"""
-        return [Row._make(row) for row in self._db.execute(sql, (key, after))]
+        sql = f"SELECT * FROM journal WHERE instance = ? AND {where}"
+        return [Row(*row) for _, *row in self._db.execute(sql, (key, *args))]
 
     def _change(
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
@@ -1655,14 +1654,14 @@ class Store:
     ) -> Instance:
         """Changes the status, and says so in the journal."""
         self._look_again = True
-        rows = [(status, None, None, None, data, extra)]
+        rows = [_row(status, None, data, extra)]
         return self._change(inst.key, rows, size, status=status, **columns)
 
     def _flush(self) -> None:
         """Writes the journal rows that were put aside: before anything else reads them, and before
         the commit."""
         rows, self._rows = self._rows, []
-        self._bulk("INSERT INTO journal VALUES ", f"(?{', ?' * 8})", "", rows)
+        self._insert("journal", rows)
 
     def _write_back(self, tick: bool = False) -> None:
         """The same for the instances that have changed."""
@@ -1675,18 +1674,18 @@ class Store:
         for inst in changed:
             if inst.state_bytes != inst.stored_bytes:
                 self._present[inst.key] = inst._replace(stored_bytes=inst.state_bytes)
-        after = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
-        row = f"(?{', ?' * (len(_COLUMNS) - 1)})"
-        self._bulk(_WRITE, row, after, [inst[:-1] for inst in changed])
+        present = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
+        self._insert(_TABLE, [inst[:-1] for inst in changed], present)
 
-    def _bulk(self, before: str, row: str, after: str, rows: list[tuple[Any, ...]]) -> None:
+    def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
         then wait for its turn."""
         done = 0
         while done < len(rows):
             size = next(size for size in (64, 8, 1) if size <= len(rows) - done)
+            row = f"(?{', ?' * (len(rows[0]) - 1)})"
             values = [value for row in rows[done : done + size] for value in row]
-            self._db.execute(before + ", ".join([row] * size) + after, values)
+            self._db.execute(f"INSERT INTO {table} VALUES {', '.join([row] * size)}{after}", values)
             done += size
 
     def _purge(self, inst: Instance) -> None:
@@ -1709,8 +1708,7 @@ class Store:
         self._look_again = True
         look = {} if inst.status == "paused" else {"wake": now}
         inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, **look)
-        values = (inst.key, type, inst.seq, now, payload)
-        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
+        self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
     def _check_state(self, present: int, size: int, error: type[WorkflowError]) -> None:
@@ -1752,8 +1750,7 @@ class Store:
                 key += 1
                 inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
                 self._present[key] = inst
-                row = ("queued", None, None, None, params, None)
-                self._change(key, [row], size_of(params), wake=None)
+                self._change(key, [_row("queued", None, params)], size_of(params), wake=None)
         self._write_back()  # so that they are found
         self._requests += len(made)
         self._look_again = True
@@ -1763,11 +1760,8 @@ class Store:
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
         """(key, status, data of the row that ended it)."""
         inst = self._get(workflow, id)
-        if inst.status not in FINISHED:
-            return inst.key, inst.status, None
-        self._flush()
-        sql = "SELECT data FROM journal WHERE instance = ? AND seq = ?"
-        return inst.key, inst.status, self._one(sql, inst.key, inst.seq)[0]
+        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
+        return inst.key, inst.status, rows[0].data if rows else None
 
     def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
@@ -1783,7 +1777,11 @@ class Store:
         """The instance with that id, if there is one, and its rows: only those after `after`, if
         it still is the one with that key."""
         inst = self._find(workflow, [id]).get(id)
-        return inst, self._journal(inst.key, after if inst.key == key else 0) if inst else []
+        if inst is None:
+            return None, []
+        return inst, self._journal(
+            inst.key, "seq > ? ORDER BY seq", after if inst.key == key else 0
+        )
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
         """A workflow's instances with a key above `after`, oldest first."""
@@ -1842,17 +1840,15 @@ class Store:
 
     def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
         """Begins a rollback, if it hasn't begun, and a step that has started has a handler."""
-        sql = """SELECT EXISTS (SELECT 1 FROM journal
-                 WHERE instance = ? AND attempt IS NOT NULL AND instr(extra, '"rollback":'))"""
-        self._flush()
-        if inst.rollback is not None or self._one(sql, inst.key) == (0,):
+        where = """attempt IS NOT NULL AND instr(extra, '"rollback":') LIMIT 1"""
+        if inst.rollback is not None or not self._journal(inst.key, where):
             return False
         columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
-        row = ("rollback", None, None, None, error, None)
+        row = _row("rollback", None, error)
         if inst.status in ("running", "waitingForPause"):
             self._change(inst.key, [row], status="running", **columns)
         else:
-            self._enqueue(self._change(inst.key, [row], **columns))
+            self._requeue(self._change(inst.key, [row], **columns))
         self._look_again = True
         return True
 
@@ -1864,9 +1860,7 @@ class Store:
         fresh["place"] = self._last_place() + 1
         params = None
         if start is None:
-            self._flush()
-            sql = "SELECT data FROM journal WHERE instance = ? ORDER BY seq LIMIT 1"
-            (params,) = self._one(sql, inst.key)
+            params = self._journal(inst.key, "type = 'queued' AND data IS NOT NULL")[0].data or ""
             self._erase(inst.key)
             fresh["started"] = None
             size = size_of(params)
@@ -1877,31 +1871,23 @@ class Store:
     def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
         """Drops a step and all that began after it; returns the bytes of the state that is
         left."""
-        began: dict[str, int] = {}  # steps, and the rows with which they began
         rows = self._journal(inst.key)
-        for row in rows:
-            if row.step is not None:
-                began.setdefault(row.step, row.seq)
+        began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
         kinds = STEP_KINDS if kind is None else (kind,)
         keys = [f"{kind}{SEPARATOR}{name}{SEPARATOR}{count}" for kind in kinds]
         cut = next((began[key] for key in keys if key in began), None)
         if cut is None:
-            message = (
-                f"instance {inst.id!r} has no step {name!r} with count {count} to restart from"
-            )
+            message = f"instance {inst.id!r} has no step {name!r} with count {count}"
             raise WorkflowError(message, code="instance.cannot_restart")
-        kept = [key for key, seq in began.items() if seq < cut]
-        where = """instance = ? AND seq >= ?
-                   AND (step IS NULL OR step NOT IN (SELECT value FROM json_each(?)))"""
-        for table in ("journal", "waits"):
-            self._db.execute(f"DELETE FROM {table} WHERE {where}", (inst.key, cut, _to_json(kept)))
+        kept = {step for step, seq in began.items() if seq < cut} - {None}
+        rows = [row for row in rows if row.seq < cut or row.step in kept]
+        where = f"instance = ? AND seq >= ? AND seq NOT {_AMONG}"
+        for table in ("journal", "waits"):  # a wait has the number of its row
+            values = (inst.key, cut, str([row.seq for row in rows]))
+            self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
         self._unpause(inst)
         # What it had in flight is as after a clean stop.
-        rows = [row for row in rows if row.seq < cut or row.step in kept]
-        steps, _ = fold(rows)
-        stopped = [
-            ("stop", step.key, None, None, None, None) for step in steps.values() if step.open
-        ]
+        stopped = [_row("stop", step.key) for step in fold(rows)[0].values() if step.open]
         self._change(inst.key, stopped)
         sql = "SELECT payload FROM events WHERE instance = ?"
         sizes = [size_of(payload) for (payload,) in self._db.execute(sql, (inst.key,))]
@@ -1923,12 +1909,10 @@ class Store:
         known = self._find(workflow, ids)
         for id in known:
             self.delete(workflow, id)
-        message = "workflows.api.error.instance.not_found"
+        error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
         return {
             "deleted": [{"id": id} for id in ids if id in known],
-            "errors": [
-                {"id": id, "code": 10400, "message": message} for id in ids if id not in known
-            ],
+            "errors": [{"id": id, **error} for id in ids if id not in known],
         }
 
     def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
@@ -1982,26 +1966,22 @@ class Store:
         look = due if event is None else now  # its event may be here already
         wake = look if inst.wake is None else min(look, inst.wake)
         seq = self._change(key, [row], wake=wake).seq
-        self._db.execute(f"INSERT INTO waits VALUES (?{', ?' * 7})", (key, seq, now, *wait))
+        self._insert("waits", [(key, seq, now, *wait)])
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
         """Records that calls were cancelled or interrupted. An event that one of them had been
         given but `run` never saw goes back to its place in the buffer."""
-        seq = self.record(key, generation, [(kind, step, None, None, None, None) for step in steps])
-        self._flush()
-        newest = """SELECT type, data, extra FROM journal WHERE instance = ? AND step = ?
-                    AND seq <= ? ORDER BY seq DESC LIMIT 1"""
-        for step in steps if seq is not None else ():
+        if self._mine(key, generation) is None:
+            return None
+        for step in steps:
             self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
-            where = (key, step, (seq or 0) - len(steps))  # before the rows just written
-            for type, payload, extra in self._db.execute(newest, where).fetchall():
-                if type == "event":
-                    was = json.loads(extra)
-                    values = (key, was["type"], was["seq"], was["at"], payload)
-                    self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", values)
+            for row in self._journal(key, "step = ? ORDER BY seq DESC LIMIT 1", step):
+                if row.type == "event":
+                    was = json.loads(row.extra or "")
+                    self._insert("events", [(key, was["type"], was["seq"], was["at"], row.data)])
                     self._change(key, wake=self.clock.now())
-        return seq
+        return self.record(key, generation, [_row(kind, step) for step in steps])
 
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
@@ -2011,16 +1991,11 @@ class Store:
         self._move(inst, "waiting")
         return True
 
-    def pause_now(self, key: int, generation: int) -> bool:
-        """waitingForPause → paused, once nothing is in flight."""
-        if inst := self._mine(key, generation, "waitingForPause"):
-            self._put_to_pause(inst)
-        return True
-
-    def poke(self, key: int, generation: int) -> bool:
-        """A waiting run wants to go on by itself."""
-        if inst := self._mine(key, generation, "waiting"):
-            self._enqueue(inst)
+    def stop(self, key: int, generation: int, *statuses: str) -> bool:
+        """A pausing run has nothing in flight any more, or a waiting one wants to go on by
+        itself."""
+        if inst := self._mine(key, generation, *statuses):
+            self._requeue(inst)
         return True
 
     def finish(
@@ -2032,10 +2007,9 @@ class Store:
             now = self.clock.now()
             outcome: str | None = None
             if inst.rollback == "begun":
-                self._flush()
-                sql = "SELECT data FROM journal WHERE instance = ? AND type = 'rollback'"
-                outcome, (data,), size = data, self._one(sql, key), 0
-                status = "errored"
+                (begun,) = self._journal(key, "type = 'rollback'")
+                outcome, size = data, 0
+                status, data = "errored", begun.data
                 if inst.termination is not None:
                     status, data = "terminated", None
             try:
@@ -2053,14 +2027,8 @@ class Store:
 
     def hand_back(self, key: int, generation: int, interrupted: Sequence[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
-        if inst := self._mine(key, generation):
-            self.give_up(key, generation, "stop", interrupted)
-            if inst.status in ("running", "waitingForPause"):
-                self._stop(inst)
-
-    def _stop(self, inst: Instance, **columns: Any) -> None:
-        move = self._put_to_pause if inst.status == "waitingForPause" else self._enqueue
-        move(inst, **columns)
+        self.give_up(key, generation, "stop", interrupted)
+        self.stop(key, generation, "running", "waitingForPause")
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -2787,7 +2755,7 @@ class Run:
             else:
                 attempt.free_slot()
                 if self.status == "waiting":
-                    self._post(self.engine.store.poke, then=_ignore)
+                    self._post(self.engine.store.stop, "waiting", then=_ignore)
                 await self._wait(step)
         finally:
             del self._gate[step.key]
@@ -3011,7 +2979,7 @@ class Run:
 
     def _check_pause(self) -> None:
         if self.status == "waitingForPause" and not self._attempts:
-            self._post(self.engine.store.pause_now, then=_ignore)
+            self._post(self.engine.store.stop, "waitingForPause", then=_ignore)
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
         self._writing += 1
