@@ -1268,7 +1268,7 @@ class Store:
             self._read(advanced)  # anew, from the journal
             self._advanced.update(self._present)
         frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
-        self._read(args[0] for op, args, _ in batch if op in frequent)
+        self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
             try:
                 results.append((then, op(*args), None))
@@ -1384,10 +1384,9 @@ class Store:
         """The look once a second. SQLite goes on writing into a file that was removed or replaced,
         where nobody would read it; and the owner may be asked for what it can't do."""
         for path, was in self._files:
-            try:
+            same = False
+            with contextlib.suppress(OSError):
                 same = os.path.samestat(os.stat(path), was)
-            except OSError:
-                same = False
             if not same:
                 raise WorkflowInternalError(f"{path} was removed or replaced")
         self._forgotten = self.loop.is_closed()
@@ -1546,7 +1545,7 @@ class Store:
         self._look_again = True
         if inst.status == "waitingForPause":
             columns |= {"paused": now, "place": place, "wake": None}
-            self._news.append(News(self._move(inst, "paused", **columns), []))
+            self._news.append(News(self._move(inst.key, _row("paused"), **columns), []))
         else:
             self._change(inst.key, status="queued", place=place, **columns)
             self._woken.append(inst.key)
@@ -1565,19 +1564,18 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        """As they are in memory, if they are there. Read in one row: see `_insert`."""
         self._write_back()
-        sql = f"""SELECT json_group_array(json(row)) FROM (
-                  SELECT json_array({", ".join(_READ.values())}) AS row FROM instances
-                  WHERE {where})"""
-        found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
-        return [self._present.setdefault(inst.key, inst) for inst in found]
+        sql = f"SELECT json_group_array(key) FROM (SELECT key FROM instances WHERE {where})"
+        return self._read(json.loads(self._one(sql, *args)[0]))
 
-    def _read(self, keys: Iterable[int]) -> list[Instance]:
-        """These instances, as far as they exist: from memory, or brought there."""
-        keys = list(keys)
+    def _read(self, keys: Sequence[int]) -> list[Instance]:
+        """These instances, as far as they exist: from memory, or brought there, in one row (see
+        `_insert`)."""
         if missing := [key for key in keys if key not in self._present]:
-            self._instances(f"key {_AMONG}", str(missing))
+            sql = f"""SELECT json_group_array(json_array({", ".join(_READ.values())}))
+                      FROM instances WHERE key {_AMONG}"""
+            for row in json.loads(self._one(sql, str(missing))[0]):
+                self._present[row[0]] = Instance(*row)
         return [self._present[key] for key in keys if key in self._present]
 
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
@@ -1634,28 +1632,18 @@ class Store:
         (self._changed if columns else self._advanced).add(key)
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
-        seq = columns.setdefault("seq", was.seq + len(rows))
-        bytes = was.state_bytes + size
-        self._present[key] = inst = was._replace(state_bytes=bytes, modified=now, **columns)
-        for n, row in enumerate(rows, seq - len(rows) + 1):
+        sums = {"seq": was.seq + len(rows), "state_bytes": was.state_bytes + size, "modified": now}
+        self._present[key] = inst = was._replace(**(sums | columns))
+        for n, row in enumerate(rows, inst.seq - len(rows) + 1):
             self._rows.append((key, n, now, *row))
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
         return inst
 
-    def _move(
-        self,
-        inst: Instance,
-        status: str,
-        data: str | None = None,
-        extra: str | None = None,
-        size: int = 0,
-        **columns: Any,
-    ) -> Instance:
-        """Changes the status, and says so in the journal."""
+    def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
+        """Changes the status to what the row says."""
         self._look_again = True
-        rows = [_row(status, None, data, extra)]
-        return self._change(inst.key, rows, size, status=status, **columns)
+        return self._change(key, [row], size, status=row[0], **columns)
 
     def _flush(self) -> None:
         """Writes the journal rows that were put aside: before anything else reads them, and before
@@ -1706,8 +1694,7 @@ class Store:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
         self._look_again = True
-        look = {} if inst.status == "paused" else {"wake": now}
-        inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, **look)
+        inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, wake=now)
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
@@ -1740,16 +1727,15 @@ class Store:
         for _, params, *_ in entries:
             self._check_state(0, size_of(params), WorkflowError)
         place = self._last_place()
-        taken = set(self._find(workflow, [entry[0] for entry in entries]))
+        taken = self._find(workflow, [entry[0] for entry in entries])
         (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         made = []
         for id, params, success, error in entries:
             if id not in taken:
-                taken.add(id)
-                made.append(id)
                 key += 1
                 inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
-                self._present[key] = inst
+                self._present[key] = taken[id] = inst
+                made.append(id)
                 self._change(key, [_row("queued", None, params)], size_of(params), wake=None)
         self._write_back()  # so that they are found
         self._requests += len(made)
@@ -1803,19 +1789,19 @@ class Store:
         if inst.rollback == "begun":
             return
         if inst.status == "running":
-            self._move(inst, "waitingForPause", wake=now)
+            self._move(inst.key, _row("waitingForPause"), wake=now)
         elif inst.status in ("waiting", "queued"):
-            self._move(inst, "paused", paused=now, wake=now)
+            self._move(inst.key, _row("paused"), paused=now, wake=now)
 
     def resume(self, workflow: str, id: str) -> None:
         inst = self._get(workflow, id)
         now = self.clock.now()
         if inst.status == "waitingForPause":
-            self._move(inst, "running", wake=now)
+            self._move(inst.key, _row("running"), wake=now)
         elif inst.status == "paused":
             self._unpause(inst)
-            status = "waiting" if inst.place is None else "queued"
-            self._move(inst, status, paused=None, wake=now)
+            row = _row("waiting" if inst.place is None else "queued")
+            self._move(inst.key, row, paused=None, wake=now)
 
     def _unpause(self, inst: Instance) -> None:
         """What fell due before the pause, and wasn't noticed, stays due: only the rest stood
@@ -1836,7 +1822,8 @@ class Store:
             if self._roll_back(inst, encode_error(error), **ended):
                 return
         now = self.clock.now()
-        self._move(inst, "terminated", ended=now, wake=now, place=None, **ended)
+        ended |= {"ended": now, "wake": now, "place": None}
+        self._move(inst.key, _row("terminated"), **ended)
 
     def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
         """Begins a rollback, if it hasn't begun, and a step that has started has a handler."""
@@ -1866,7 +1853,7 @@ class Store:
             size = size_of(params)
         else:
             size = self._cut(inst, *start)
-        self._move(inst, "queued", params, size=size - inst.state_bytes, **fresh)
+        self._move(inst.key, _row("queued", None, params), size - inst.state_bytes, **fresh)
 
     def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
         """Drops a step and all that began after it; returns the bytes of the state that is
@@ -1935,7 +1922,7 @@ class Store:
         wait, and the workflow's name. Those that are outdated are left out."""
         sql = "SELECT step FROM waits WHERE instance = ?"
         loaded = []
-        self._read(key for key, _ in lives)
+        self._read([key for key, _ in lives])
         for life in lives:
             if inst := self._mine(*life, "running", "waitingForPause"):
                 waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
@@ -1988,7 +1975,7 @@ class Store:
         inst = self._mine(key, generation, "running")
         if inst is None or inst.seq != seq:
             return False
-        self._move(inst, "waiting")
+        self._move(key, _row("waiting"))
         return True
 
     def stop(self, key: int, generation: int, *statuses: str) -> bool:
@@ -2022,7 +2009,7 @@ class Store:
             columns: dict[str, Any] = {"ended": now, "wake": expiry, "place": None}
             if outcome is not None:
                 columns["rollback"] = "complete" if outcome == "null" else "failed"
-            self._move(inst, status, data, outcome, size, **columns)
+            self._move(key, _row(status, None, data, outcome), size, **columns)
         return None
 
     def hand_back(self, key: int, generation: int, interrupted: Sequence[str]) -> None:
