@@ -988,6 +988,11 @@ def end_waits(
 # scan, made in the same transaction as the batch that caused it, and its cost depends on what is
 # due, not on what is there. Only `queued` instances are found otherwise: by their place in the
 # queue.
+#
+# Operations change instances in memory (`_change`), and what they have changed is written before
+# the commit, many rows in one statement. Steps only append to the journal: the row of their
+# instance can wait for the next tick, and whoever reads it before adds what the journal says beyond
+# it (`_READ`). So a step costs one row.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -1073,11 +1078,10 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
-# How instances are written, and how they are read: a step costs one row in the journal, and that of
-# its instance is brought up to date within a tick. So the journal knows better.
+# How instances are written, and how they are read, where the journal knows better.
 _COLUMNS = Instance._fields[:-1]
 _TABLE = f"instances ({', '.join(_COLUMNS)})"
-_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])
+_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])  # from `status`
 _NEWER = "FROM journal AS j WHERE j.instance = key AND j.seq > instances.seq"
 _READ = {name: name for name in _COLUMNS} | {
     "seq": f"coalesce((SELECT max(j.seq) {_NEWER}), seq)",
@@ -1141,7 +1145,7 @@ class Store:
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         # Instances, until the next tick or until another process has written; which of them must be
-        # written back before the commit; and which, since only steps have changed them, at a tick.
+        # written before the commit; and which, since only steps have changed them, at a tick.
         self._present: dict[int, Instance] = {}
         self._changed: set[int] = set()
         self._advanced: set[int] = set()
@@ -1237,8 +1241,8 @@ class Store:
         tick = stop or not batch or moment > self._looked + TICK
         if tick:
             self._looked = moment
-        behind = tick and (self._advanced or self.cpu_ns != self._cpu_counted or self._see_others())
-        due = self.owner and self._is_due() and not self.clock.exact
+        behind = tick and (self._present or self.cpu_ns != self._cpu_counted or self._see_others())
+        due = self._is_due() and not self.clock.exact
         if batch or behind or due:
             self._transact(batch, tick)
         if self.bound and not self.owner and moment > self._contended + 0.2:
@@ -1249,7 +1253,8 @@ class Store:
             self._look_around()
 
     def _is_due(self) -> bool:
-        return not self.closing and (self._look_again or self.next_wake <= self.clock.now())
+        soon = self._look_again or self.next_wake <= self.clock.now()
+        return self.owner and soon and not self.closing
 
     def _see_others(self) -> bool:
         """Whether another process wrote: then what is in memory is worth nothing."""
@@ -1262,11 +1267,8 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         if self._see_others():
-            advanced = list(self._advanced)
             self._present.clear()
-            self._advanced.clear()
-            self._read(advanced)  # anew, from the journal
-            self._advanced.update(self._present)
+            self._advanced = {inst.key for inst in self._read(list(self._advanced))}
         frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
         self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
@@ -1274,7 +1276,7 @@ class Store:
                 results.append((then, op(*args), None))
             except WorkflowError as refused:
                 results.append((then, None, refused))
-        if self.owner and self._is_due():
+        if self._is_due():
             self._schedule()
         self._note_queued()
         self._write_back(tick)
@@ -1627,14 +1629,15 @@ class Store:
     def _change(
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
-        """Appends journal rows, and changes columns of the instance with them."""
+        """Appends journal rows, and changes columns of the instance with them; in memory."""
         was, now = self._present[key], self.clock.now()
         (self._changed if columns else self._advanced).add(key)
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
-        sums = {"seq": was.seq + len(rows), "state_bytes": was.state_bytes + size, "modified": now}
-        self._present[key] = inst = was._replace(**(sums | columns))
-        for n, row in enumerate(rows, inst.seq - len(rows) + 1):
+        seq, state = was.seq + len(rows), was.state_bytes + size
+        inst = was._replace(seq=seq, state_bytes=state, modified=now, **columns)
+        self._present[key] = inst
+        for n, row in enumerate(rows, was.seq + 1):
             self._rows.append((key, n, now, *row))
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
@@ -1646,13 +1649,14 @@ class Store:
         return self._change(key, [row], size, status=row[0], **columns)
 
     def _flush(self) -> None:
-        """Writes the journal rows that were put aside: before anything else reads them, and before
+        """Writes the journal rows that were put aside: before anything reads the table, and before
         the commit."""
         rows, self._rows = self._rows, []
         self._insert("journal", rows)
 
     def _write_back(self, tick: bool = False) -> None:
-        """The same for the instances that have changed."""
+        """Writes the instances that have changed: before a query that looks for anything but ids
+        and keys, and before the commit."""
         if tick:
             self._changed |= self._advanced
         self._advanced -= self._changed
@@ -1694,7 +1698,8 @@ class Store:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
         self._look_again = True
-        inst = self._change(inst.key, (), size_of(payload), seq=inst.seq + 1, wake=now)
+        self._present[inst.key] = inst._replace(seq=inst.seq + 1)
+        inst = self._change(inst.key, (), size_of(payload), wake=now)
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
