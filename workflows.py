@@ -1983,7 +1983,7 @@ class Store:
         self._move(key, _row("waiting"))
         return True
 
-    def stop(self, key: int, generation: int, *statuses: str) -> bool:
+    def requeue(self, key: int, generation: int, *statuses: str) -> bool:
         """A pausing run has nothing in flight any more, or a waiting one wants to go on by
         itself."""
         if inst := self._mine(key, generation, *statuses):
@@ -2020,7 +2020,7 @@ class Store:
     def hand_back(self, key: int, generation: int, interrupted: Sequence[str]) -> None:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
-        self.stop(key, generation, "running", "waitingForPause")
+        self.requeue(key, generation, "running", "waitingForPause")
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -2747,7 +2747,7 @@ class Run:
             else:
                 attempt.free_slot()
                 if self.status == "waiting":
-                    self._post(self.engine.store.stop, "waiting", then=_ignore)
+                    self._post(self.engine.store.requeue, "waiting", then=_ignore)
                 await self._wait(step)
         finally:
             del self._gate[step.key]
@@ -2971,7 +2971,7 @@ class Run:
 
     def _check_pause(self) -> None:
         if self.status == "waitingForPause" and not self._attempts:
-            self._post(self.engine.store.stop, "waitingForPause", then=_ignore)
+            self._post(self.engine.store.requeue, "waitingForPause", then=_ignore)
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
         self._writing += 1
