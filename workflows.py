@@ -1056,9 +1056,9 @@ class Instance(NamedTuple):
     status: str
     place: int | None
     generation: int = 1
+    careful: int = 0
     seq: int = 0
     state_bytes: int = 0
-    careful: int = 0
     modified: int = 0
     wake: int | None = None
     started: int | None = None
@@ -1634,9 +1634,9 @@ class Store:
         (self._changed if columns else self._advanced).add(key)
         if (wake := columns.get("wake")) is not None:
             self.next_wake = min(self.next_wake, wake)
-        seq, state = was.seq + len(rows), was.state_bytes + size
-        inst = was._replace(seq=seq, state_bytes=state, modified=now, **columns)
-        self._present[key] = inst
+        grown = (was.seq + len(rows), was.state_bytes + size, now)
+        inst = Instance._make((*was[:11], *grown, *was[14:]))  # faster than `_replace`
+        self._present[key] = inst = inst._replace(**columns) if columns else inst
         for n, row in enumerate(rows, was.seq + 1):
             self._rows.append((key, n, now, *row))
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
@@ -1659,6 +1659,8 @@ class Store:
         and keys, and before the commit."""
         if tick:
             self._changed |= self._advanced
+        if not self._changed:
+            return
         self._advanced -= self._changed
         changed = [self._present[key] for key in self._changed]
         self._changed.clear()
@@ -1675,9 +1677,8 @@ class Store:
         done = 0
         while done < len(rows):
             size = next(size for size in (64, 8, 1) if size <= len(rows) - done)
-            row = f"(?{', ?' * (len(rows[0]) - 1)})"
             values = [value for row in rows[done : done + size] for value in row]
-            self._db.execute(f"INSERT INTO {table} VALUES {', '.join([row] * size)}{after}", values)
+            self._db.execute(_insertion(table, len(rows[0]), size, after), values)
             done += size
 
     def _purge(self, inst: Instance) -> None:
@@ -2021,6 +2022,12 @@ class Store:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
         self.requeue(key, generation, "running", "waitingForPause")
+
+
+@functools.cache
+def _insertion(table: str, columns: int, rows: int, after: str) -> str:
+    row = f"(?{', ?' * (columns - 1)})"
+    return f"INSERT INTO {table} VALUES {', '.join([row] * rows)}{after}"
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
