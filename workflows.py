@@ -2141,7 +2141,8 @@ class StepCall(Coroutine[Any, Any, Any]):
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         attempt = _attempt.get()
         self.attempt = attempt if attempt is not None and attempt.run is run else None
-        counts = (self.attempt or run).counts
+        scope: Run | Attempt = self.attempt or run
+        counts = scope.counts = scope.counts or {}
         self.key = f"{kind}\n{name}"
         self.count = counts[self.key] = counts.get(self.key, 0) + 1
         self.key += f"\n{self.count}"
@@ -2241,7 +2242,6 @@ class Attempt:
     started: int = 0  # ms
     cpu: int = 0  # ns
     recorded: bool = False  # its start has been handed to the writer
-    ended: bool = False  # and its end
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
     task: asyncio.Task[Any] | None = None  # of an async callback
@@ -2250,8 +2250,14 @@ class Attempt:
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
     # Of nested calls:
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] | None = None
     outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
+
+    def end(self, type: str, data: str | None) -> RowTail:
+        """The row of its end, which stands for its start, too, if that has no row."""
+        self.step.open = False
+        first = (None, None) if self.recorded else (self.started, self.extra)
+        return (type, self.step.key, self.number, first[0], data, first[1])
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """What the callback returned or raised, or what else became of it."""
@@ -2353,7 +2359,7 @@ class Attempt:
         timeout runs. (A plain one counts as suspended from the start.)"""
         clock = self.run.engine.clock
         if not self.recorded:
-            self.run.record_start(self, _ignore)
+            self.run.record_start(self)
         if self.timer is None:
             left = max(0, self.config.timeout - (clock.now() - self.started))
             self.timer = clock.call_later(left, lambda: self._expire(self.timeout_error()))
@@ -2690,7 +2696,7 @@ class Run:
                 wait = (what[0], step.key, what[1], due, int(until is not None))
                 data = ms if what[1] is None else {"type": what[1], "timeout": ms}
                 row = (what[0], step.key, None, None, _to_json(data), None)
-                self._post(self.engine.store.begin_wait, row, wait, then=_ignore)
+                self._post(self.engine.store.begin_wait, row, wait)
 
         return begin
 
@@ -2704,57 +2710,64 @@ class Run:
         self, call: StepCall, config: StepConfig, callback: Any, wants: Any, step: Step
     ) -> None:
         """A step's attempts, up to the last one, whose end is on its way to the store then."""
-        plain = not _is_async(callback)
         step.state = "pending"
-        final = False
-        while not final:
-            attempt = Attempt(self, call, step, config, step.attempts)
-            value: Any = None
-            error: BaseException | None
-            if step.open:  # and no end: the engine died
-                self._attempts[step.key] = attempt
-                attempt.recorded = True
-                error = WorkflowInternalError("attempt failed: the engine stopped")
-            else:
-                try:
-                    while (
-                        step.key in self._waiting
-                        or not self._may_start(step)
-                        or attempt.slot is not plain
-                    ):
-                        await self._hold(attempt)
-                    self._attempts[step.key] = attempt
-                    attempt.number = step.attempts = step.attempts + 1
-                    attempt.started = self.engine.clock.now()
-                    if step.config is None:
-                        step.config = attempt.extra = config.text
-                    if self.careful:
-                        self.record_start(attempt, lambda *_: self._poke(step))
-                        await self._wait(step)
-                    value, error = await attempt.execute(self._bind(attempt, callback, wants))
-                finally:
-                    attempt.free_slot()
-            delay = 0
+        while True:
+            attempt = Attempt(self, call, step, config, step.attempts, recorded=step.open)
+            result, error = await self._execute(attempt, callback, wants)
+            if error is not None:
+                what = (attempt.number, call.name)
+                log.info("%s: attempt %d of step %r failed", self, *what, exc_info=error)
             if error is not None and not _is_final(attempt, error):
                 delay, error = await self._delay(attempt, error)
-            final = self._conclude(attempt, value, error, delay)
+            if error is None or _is_final(attempt, error):
+                self._record_end(attempt, result, error)
+                return
+            self._record_failure(attempt, error, delay)
 
-    async def _hold(self, attempt: Attempt) -> None:
-        """Waits for one of the things that an attempt needs to begin: the end of its retry delay,
-        an instance that doesn't pause, and if it's plain, a thread."""
+    async def _execute(
+        self, attempt: Attempt, callback: Any, wants: Any
+    ) -> tuple[Any, BaseException | None]:
+        """One attempt, when it may begin. The result is the one to store."""
         step = attempt.step
-        if step.key in self._waiting:
+        if attempt.recorded:  # but no end is: the engine died
+            self._attempts[step.key] = attempt
+            return None, WorkflowInternalError("attempt failed: the engine stopped")
+        try:
+            plain = not _is_async(callback)
+            if plain or step.key in self._waiting or not self._may_start(step):
+                await self._hold(attempt, plain)
+            self._attempts[step.key] = attempt
+            attempt.number = step.attempts = step.attempts + 1
+            attempt.started = self.engine.clock.now()
+            if step.config is None:
+                step.config = attempt.extra = attempt.config.text
+            if self.careful:
+                self.record_start(attempt, lambda *_: self._poke(step))
+                await self._wait(step)
+            value, error = await attempt.execute(self._bind(attempt, callback, wants))
+            if error is None:
+                value = _encode_result(attempt.call, self.engine.limits.step_bytes, value)
+            return value, error
+        except WorkflowFatalError as refused:
+            return None, refused
+        finally:
+            attempt.free_slot()
+
+    async def _hold(self, attempt: Attempt, plain: bool) -> None:
+        """Waits for what an attempt needs to begin: the end of its retry delay, an instance that
+        doesn't pause, and if it's plain, a thread."""
+        step = attempt.step
+        while step.key in self._waiting:
             await self._wait(step)
-            return
         self._gate[step.key] = step
         try:
-            if self._may_start(step):
-                await self.engine.threads.slots.acquire()
-                attempt.slot = True
-            else:
+            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
+                if may_start:
+                    attempt.slot = await self.engine.threads.slots.acquire()
+                    continue
                 attempt.free_slot()
                 if self.status == "waiting":
-                    self._post(self.engine.store.requeue, "waiting", then=_ignore)
+                    self._post(self.engine.store.requeue, "waiting")
                 await self._wait(step)
         finally:
             del self._gate[step.key]
@@ -2775,14 +2788,9 @@ class Run:
             callback = functools.partial(callback.func, *args, **named)
         if not wants:
             return callback
-        argument: Any
-        if attempt.call.kind == "do":
-            argument = _context(attempt.call, attempt.number, attempt.config)
-        else:
-            argument = attempt.call.args[1]
-        if wants == "ctx":
-            return functools.partial(callback, ctx=argument)
-        return functools.partial(callback, argument)
+        argument = _context(attempt) if attempt.call.kind == "do" else attempt.call.args[1]
+        named = {"ctx": argument} if wants == "ctx" else {}
+        return functools.partial(callback, *(() if named else (argument,)), **named)
 
     async def _delay(self, attempt: Attempt, error: BaseException) -> tuple[int, BaseException]:
         """How long to wait before the next attempt: a function may say that. Its failure is that of
@@ -2790,94 +2798,70 @@ class Run:
         delay = attempt.config.delay
         if not callable(delay):
             return delay, error
-        asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number)
-        asked.recorded, asked.started = True, self.engine.clock.now()
+        ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
+        asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number, recorded=True)
         if not _is_async(delay):
-            await self.engine.threads.slots.acquire()
-            asked.slot = True
-        info = _context(attempt.call, attempt.number, attempt.config)
-        failure: BaseException | None
+            asked.slot = await self.engine.threads.slots.acquire()
+        asked.started = self.engine.clock.now()
         try:
-            context = WorkflowDelayContext(info, error)
-            answer, failure = await asked.execute(functools.partial(delay, context))
+            answer, failure = await asked.execute(ask)
             if failure is None:
                 return parse_duration(answer), error
         except ValueError as wrong:
             failure = wrong
-        finally:
-            asked.free_slot()
         what = f"{type(failure).__name__}: {_message(failure)}"
         message = f"the delay function of step {attempt.call.name!r} failed: {what}"
         return 0, WorkflowFatalError(message, name="NonRetryableDelayError")
 
-    def record_start(self, attempt: Attempt, then: Then) -> None:
-        attempt.recorded = True
+    def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
+        attempt.recorded = attempt.step.open = True
         row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
-    def _conclude(
-        self, attempt: Attempt, value: Any, error: BaseException | None, delay: int = 0
-    ) -> bool:
-        """Hands the end of an attempt to the store: a result, a failure and the wait before the
-        next attempt, or the failure of the step. Says whether that is the step's end."""
-        step, number, name = attempt.step, attempt.number, attempt.call.name
-        store, limits = self.engine.store, self.engine.limits
-        attempt.ended, step.open = True, False
-        started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
-        row: RowTail
-        text: str | None = None
-        fresh, size = None, 0
-        if error is None and attempt.call.kind == "do":
-            try:
-                text, fresh = encode(value)
-                size = size_of(text)
-                if limits.step_bytes is not None and size > limits.step_bytes:
-                    what = f"{size} bytes: at most {limits.step_bytes} (limit step_bytes)"
-                    error = _fatal("limit.step_output", f"step {name!r} returned {what}")
-            except _Unserializable as bad:
-                what = f"step {name!r} returned a value that can't be stored: {bad}"
-                error = _fatal("step.not_serializable", what)
-        if error is not None:
-            log.info("%s: attempt %d of step %r failed", self, number, name, exc_info=error)
-        if error is not None and not _is_final(attempt, error):
-            longest = 0 if self._is_skipped("retry", attempt.call) else limits.max_sleep
-            delay = attempt.config.delay_after(number, delay, longest)
-            text = encode_error(error, retry_delay_ms=delay)
-            wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
-            self._waiting.add(step.key)
-            row = ("failed", step.key, number, started, text, extra)
-            then = functools.partial(self._stored, attempt, "pending", None, None)
-            store.post(store.begin_wait, self.key, self.generation, row, wait, then=then)
-            return False
-        state = "done"
-        if error is not None:
+    def _record_failure(self, attempt: Attempt, error: BaseException, delay: int) -> None:
+        """Hands a failure to the store, and the wait before the next attempt."""
+        step, clock = attempt.step, self.engine.clock
+        longest = self.engine.limits.max_sleep
+        if self._is_skipped("retry", attempt.call):
+            longest = 0
+        delay = attempt.config.delay_after(attempt.number, delay, longest)
+        row = attempt.end("failed", encode_error(error, retry_delay_ms=delay))
+        wait = ("retry", step.key, None, clock.now() + delay, 0)
+        self._waiting.add(step.key)
+        then = functools.partial(self._stored, attempt, "pending", None, None)
+        store = self.engine.store
+        store.post(store.begin_wait, self.key, self.generation, row, wait, then=then)
+
+    def _record_end(self, attempt: Attempt, result: Any, error: BaseException | None) -> None:
+        """Hands the end of a step to the store: its result, or the error that it failed with."""
+        if error is None:
+            state, (text, fresh) = "done", result
+            size = size_of(text or "")
+        else:
             state, text, fresh, size = "error", encode_error(error), error, 0
-        row = (state, step.key, number, started, text, extra)
         then = functools.partial(self._stored, attempt, state, text, fresh)
+        row = attempt.end(state, text)
+        store = self.engine.store
         store.post(store.record, self.key, self.generation, [row], size, True, then=then)
-        return True
 
     def _stored(
         self, attempt: Attempt, state: str, data: str | None, fresh: Any, seq: Any, refused: Any
     ) -> None:
-        """The store's answer to an end: recorded, refused (over a limit), or outdated (None)."""
+        """The store's answer to the end of an attempt; it may refuse one that is over a limit."""
         step = attempt.step
-        if self.dead:
+        if not self._go_on(seq, refused):
             return
         if refused is not None:
-            self._conclude(attempt, None, refused)
-        elif seq is None:
-            self.unload()
-        else:
-            self.seq = max(self.seq, seq)
-            self.careful = self.careful and state == "pending"
-            if self._attempts.get(step.key) is attempt:
-                del self._attempts[step.key]
-            if step.state == "pending" != state:
-                step.state, step.data, step.fresh = state, data, fresh
-                self._finished(step)
-            self._check_pause()
-            self._arm()
+            self._record_end(attempt, None, refused)
+            return
+        self.careful = self.careful and state == "pending"
+        if self._attempts.get(step.key) is attempt:
+            del self._attempts[step.key]
+        if step.state == "pending" != state:
+            step.state, step.data, step.fresh = state, data, fresh
+            self._finished(step)
+        self._check_pause()
+        self._arm()
 
     # -- results, one at a time
 
@@ -2978,24 +2962,27 @@ class Run:
 
     def _check_pause(self) -> None:
         if self.status == "waitingForPause" and not self._attempts:
-            self._post(self.engine.store.requeue, "waitingForPause", then=_ignore)
+            self._post(self.engine.store.requeue, "waitingForPause")
 
-    def _post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
+    def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
         self._writing += 1
         written = functools.partial(self._written, then)
         self.engine.store.post(op, self.key, self.generation, *args, then=written)
 
-    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
+    def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
-        if self.dead:
-            return
+        if self._go_on(result, error):
+            if then is not None:
+                then(result, error)
+            self._arm()
+
+    def _go_on(self, result: Any, error: BaseException | None) -> bool:
+        """Whether it may, after that answer of the store."""
         if result is None and error is None:
             self.unload()  # somebody else has changed the instance; the news is on its way
-            return
-        if type(result) is int:
+        elif type(result) is int:
             self.seq = max(self.seq, result)
-        then(result, error)
-        self._arm()
+        return not self.dead
 
     # -- cancelled calls
 
@@ -3004,12 +2991,12 @@ class Run:
         if self.searching:
             return
         self.last_move = self.engine.turn
-        step.open = self._attempts.pop(step.key, None) is not None
+        self._attempts.pop(step.key, None)
         self._waiting.discard(step.key)
         if step.nested and step.state == "pending":
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
-            self._post(self.engine.store.give_up, "stop", [step.key], then=_ignore)
+            self._post(self.engine.store.give_up, "stop", [step.key])
         elif step.state == "cancelled":
             self._held -= 1
         elif not step.nested:
@@ -3020,7 +3007,7 @@ class Run:
 
     def _record_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, []
-        self._post(self.engine.store.give_up, "cancel", cancelled, then=_ignore)
+        self._post(self.engine.store.give_up, "cancel", cancelled)
 
     # -- the end of a life
 
@@ -3092,7 +3079,8 @@ class Run:
             *_, name, count = step.key.split(SEPARATOR)
             call = StepCall(self, "rollback", name, (), {})
             call.key, call.count = ROLLBACK + step.key, int(count)
-            ctx = _context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
+            config = StepConfig.load(step.config or "")
+            ctx = _context(Attempt(self, call, step, config, max(1, step.attempts)))
             output = decode(step.data) if step.state == "done" and step.data else None
             info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
             call.args = (step, info)
@@ -3133,8 +3121,7 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.ended]
-        return cut_off + [key for key in self._cancelled if self.steps[key].open]
+        return [key for key in (*self._attempts, *self._cancelled) if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         if self.dead:
@@ -3174,7 +3161,7 @@ def _note_attempt() -> None:
     """Before what a callback does to the history: that it has begun comes first."""
     attempt = _attempt.get()
     if attempt is not None and not attempt.recorded:
-        attempt.run.record_start(attempt, _ignore)
+        attempt.run.record_start(attempt)
 
 
 def _is_final(attempt: Attempt, error: BaseException) -> bool:
@@ -3182,9 +3169,24 @@ def _is_final(attempt: Attempt, error: BaseException) -> bool:
     return fatal or attempt.number > attempt.config.limit
 
 
-def _context(call: StepCall, number: int, config: StepConfig) -> WorkflowStepContext:
-    info = WorkflowStepInfo(call.name, call.count)
-    return WorkflowStepContext(info, number, copy.deepcopy(config.raw))
+def _context(attempt: Attempt) -> WorkflowStepContext:
+    info = WorkflowStepInfo(attempt.call.name, attempt.call.count)
+    return WorkflowStepContext(info, attempt.number, copy.deepcopy(attempt.config.raw))
+
+
+def _encode_result(call: StepCall, limit: int | None, value: Any) -> tuple[str | None, Any]:
+    """What is stored of a callback's result, and what that reads as."""
+    if call.kind == "rollback":
+        return None, None  # it is ignored
+    try:
+        text, fresh = encode(value)
+    except _Unserializable as bad:
+        what = f"step {call.name!r} returned a value that can't be stored: {bad}"
+        raise _fatal("step.not_serializable", what) from None
+    if limit is not None and size_of(text) > limit:
+        what = f"{size_of(text)} bytes: at most {limit} (limit step_bytes)"
+        raise _fatal("limit.step_output", f"step {call.name!r} returned {what}")
+    return text, fresh
 
 
 def _fatal(code: str, message: str) -> WorkflowFatalError:
