@@ -2227,7 +2227,7 @@ class WorkflowStep:
         return StepCall(self._run, "wait_for_event", name, args, options)
 
 
-Work = Callable[["Step"], Coroutine[Any, Any, None]]
+Work = Coroutine[Any, Any, None]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2528,35 +2528,24 @@ class Run:
                 await self._leave()
             self.last_move = self.engine.turn
             _check_name(call.name)
-            step = self.steps.get(call.key)
-            if call.kind == "do" and not (step and step.called):
-                self._steps_left -= 1
-                if self._steps_left < 0:
-                    limit = self.bound.step_limit
-                    raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
-            if call.kind == "do" and (call.options or len(call.args) > 1):
-                self._note_handler(call)
+            if (step := self.steps.get(call.key)) is None:
+                step = self.steps[call.key] = Step(call.key)
+            if call.kind == "do":
+                self._note(call, step)
+            step.called, step.task = True, asyncio.current_task()
             if self.searching:
                 self._search()
-            carry_out: Work | None = None
-            if self.searching and (step is None or step.state in ("new", "pending")):
-                step = self.steps[call.key] = Step(call.key)  # beyond the history: it stays so
-                step.state = "pending"
-            elif step is None or step.state in ("new", "pending"):
-                carry_out = self._plan(call, step)
+            if step.state in ("new", "pending") and not self.searching:
+                work = self._plan(call, step)
                 _note_attempt()
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
-                if step is None:
-                    step = self.steps[call.key] = Step(call.key)
+                await work
             elif step.state == "cancelled":
                 self._held += 1  # until `run` cancels it again
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
-            step.called, step.task = True, asyncio.current_task()
-            if carry_out is not None:
-                await carry_out(step)
-            if step.queued or step.state in ("pending", "cancelled"):
+            if step.queued or step.state not in ("done", "error"):
                 await self._wait(step)
             return self._value(step, call)
         except asyncio.CancelledError:
@@ -2567,6 +2556,19 @@ class Run:
             self.open_calls.discard(call)
             if step is not None:
                 step.task = None
+
+    def _note(self, call: StepCall, step: Step) -> None:
+        """Counts a `do`, and notes its rollback handler, if it has one."""
+        if not step.called:
+            self._steps_left -= 1
+            if self._steps_left < 0:
+                limit = self.bound.step_limit
+                raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
+        if call.options or len(call.args) > 1:
+            with contextlib.suppress(TypeError, ValueError):  # which `_plan` refuses, if need be
+                *_, handler, config = _do_arguments(*call.args, **call.options)
+                if handler is not None:
+                    self.handlers[call.key] = handler, config
 
     def _is_alone(self) -> bool:
         """Whether nothing of the run can happen before the task that calls a step goes on: it is
@@ -2619,86 +2621,88 @@ class Run:
 
     # -- what a call asks for
 
-    def _plan(self, call: StepCall, step: Step | None) -> Work:
+    def _plan(self, call: StepCall, step: Step) -> Work:
         """Checks a call that has no result yet; the answer carries it out. Nothing is stored for
         one that is refused: wrong arguments are wrong as for any Python function."""
         plan: Callable[..., Work] = getattr(self, f"_plan_{call.kind}")
         try:
-            return plan(call, *call.args, **call.options)
+            return plan(call, step, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
             what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
-    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
+    def _plan_do(self, call: StepCall, step: Step, *args: Any, **options: Any) -> Work:
         given, callback, handler, given_rollback = _do_arguments(*args, **options)
         if not callable(callback):
             what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
             message = f"step {call.name!r}: {what}: expected an async or plain function"
             raise _fatal("step.invalid_callback", message)
-        step = self.steps.get(call.key)
-        longest = self.engine.limits.max_sleep
-        if step is not None and step.config is not None:
+        if step.config is not None:
             config = StepConfig.load(step.config, given)
         elif given is None and handler is None:
             config = _DEFAULT_CONFIG
         else:
+            longest = self.engine.limits.max_sleep
             undo = {} if handler is not None and given_rollback is None else given_rollback
             config = StepConfig(given, longest, undo)
-        wants = _wants_context(call.name, callback)
-        return functools.partial(self._try, call, config, callback, wants)
+        return self._try(call, step, config, callback, _wants_context(call.name, callback))
 
-    def _plan_rollback(self, call: StepCall, undone: Step, _: WorkflowRollbackContext) -> Work:
+    def _plan_rollback(self, call: StepCall, step: Step, undone: Step, _: object) -> Work:
         handler, given = self.handlers.get(undone.key, (None, None))
         if handler is None:
             message = f"the rollback handler of step {call.name!r} was not found by replay"
             raise _fatal("workflow.fatal", message)
         config = StepConfig.load(undone.config or "", None, given).rollback or _DEFAULT_CONFIG
-        wants = _wants_context(call.name, handler)
-        return functools.partial(self._try, call, config, handler, wants)
+        return self._try(call, step, config, handler, _wants_context(call.name, handler))
 
-    def _plan_sleep(self, call: StepCall, parse: Callable[[Any], int], given: Any) -> Work:
-        fixed = parse is _parse_moment
+    def _plan_sleep(
+        self, call: StepCall, step: Step, parse: Callable[[Any], int], given: Any
+    ) -> Work:
         moment = parse(given)
-        ms = max(0, moment - self.engine.clock.now()) if fixed else moment
-        return self._begin_wait(call, ("sleep", None), ms, moment if fixed else None)
+        if parse is not _parse_moment:
+            return self._begin_wait(call, step, None, moment)
+        left = max(0, moment - self.engine.clock.now())
+        return self._begin_wait(call, step, None, left, until=moment)
 
     def _plan_wait_for_event(
-        self, call: StepCall, type: Any = None, timeout: Any = "24 hours", **options: Any
+        self,
+        call: StepCall,
+        step: Step,
+        type: Any = None,
+        timeout: Any = "24 hours",
+        *,
+        event_type: Any = None,  # the Python SDK's name
     ) -> Work:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
-        if "event_type" in options:  # the Python SDK's name
-            type = options.pop("event_type")
-        _options(options, ("type", "timeout"), "options")
-        _check_event_type(type, WorkflowFatalError)
-        ms = parse_duration(timeout)
-        return self._begin_wait(call, ("wait", type), ms)
+        type = _check_event_type(type if event_type is None else event_type, WorkflowFatalError)
+        return self._begin_wait(call, step, type, parse_duration(timeout))
 
     def _begin_wait(
-        self, call: StepCall, what: tuple[str, str | None], ms: int, until: int | None = None
+        self, call: StepCall, step: Step, event: str | None, ms: int, until: int | None = None
     ) -> Work:
-        longest = self.engine.limits.max_sleep
+        longest, kind = self.engine.limits.max_sleep, "sleep" if event is None else "wait"
         if ms > longest:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
             raise _fatal("limit.sleep", message)
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
 
-        async def begin(step: Step) -> None:
+        async def begin() -> None:
             if step.state == "new":
                 step.state = "pending"
                 self._waiting.add(step.key)
                 due = self.engine.clock.now() + ms if until is None else until
-                if self._is_skipped(what[0], call):
+                if self._is_skipped(kind, call):
                     due = 0  # 1970: long ago, and before any event
-                wait = (what[0], step.key, what[1], due, int(until is not None))
-                data = ms if what[1] is None else {"type": what[1], "timeout": ms}
-                row = (what[0], step.key, None, None, _to_json(data), None)
+                data = ms if event is None else {"type": event, "timeout": ms}
+                row = (kind, step.key, None, None, _to_json(data), None)
+                wait = (kind, step.key, event, due, int(until is not None))
                 self._post(self.engine.store.begin_wait, row, wait)
 
-        return begin
+        return begin()
 
     def _is_skipped(self, kind: str, call: StepCall) -> bool:
         """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
@@ -2707,7 +2711,7 @@ class Run:
     # -- attempts
 
     async def _try(
-        self, call: StepCall, config: StepConfig, callback: Any, wants: Any, step: Step
+        self, call: StepCall, step: Step, config: StepConfig, callback: Any, wants: Any
     ) -> None:
         """A step's attempts, up to the last one, whose end is on its way to the store then."""
         step.state = "pending"
@@ -2993,15 +2997,15 @@ class Run:
         self.last_move = self.engine.turn
         self._attempts.pop(step.key, None)
         self._waiting.discard(step.key)
-        if step.nested and step.state == "pending":
-            # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
-            self._post(self.engine.store.give_up, "stop", [step.key])
-        elif step.state == "cancelled":
+        if step.state == "cancelled":
             self._held -= 1
         elif not step.nested:
             step.state = "cancelled"
             self._cancelled.append(step.key)
+        elif step.state == "pending":
+            # A callback is repeated as a whole: what it broke off is as if it had not been called.
+            apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
+            self._post(self.engine.store.give_up, "stop", [step.key])
         self._check_pause()
         self._arm()
 
@@ -3052,12 +3056,6 @@ class Run:
     def _undoable(self) -> list[Step]:
         """The steps that have started, in that order, and have a rollback handler."""
         return [step for step in self.steps.values() if '"rollback":' in (step.config or "")]
-
-    def _note_handler(self, call: StepCall) -> None:
-        with contextlib.suppress(TypeError, ValueError):  # which `_plan` refuses, if need be
-            *_, handler, config = _do_arguments(*call.args, **call.options)
-            if handler is not None:
-                self.handlers[call.key] = handler, config
 
     def _search(self) -> None:
         """Goes on until every handler has been seen, `run` has ended, or is idle for 5 s."""
@@ -3234,6 +3232,8 @@ def _in_order(  # Python itself refuses what doesn't fit
         rollback_config = options.get("rollbackConfig", rollback_config)
     if not callable(rollback) and (options, rollback, rollback_config) != (None, None, None):
         raise ValueError(f"rollback is {_show(rollback)}: expected a function")
+    if rollback_config is not None:
+        _options(rollback_config, ("retries", "timeout"), "rollbackConfig")
     return config, callback, rollback, rollback_config
 
 
