@@ -2429,22 +2429,12 @@ class Run:
     """One life of one instance."""
 
     __slots__ = (
-        *("engine", "bound", "loop", "key", "generation", "seq", "status", "id", "careful"),
-        *("steps", "event", "counts", "open_calls", "task", "dead", "orphan", "ended", "successor"),
-        *("last_move", "_inbox", "_waiting", "_attempts", "_gate", "_cancelled", "_held", "tasks"),
-        "_timer",
-        *(
-            "_steps_left",
-            "_writing",
-            "_settling",
-            "_idling",
-            "_finishing",
-            "_left",
-            "_deadline",
-            "__weakref__",
-        ),
-        *("instance", "functions", "declarations", "outcomes", "handlers", "searching"),
-        "_started_rollback",
+        *("__weakref__", "_attempts", "_cancelled", "_finishing", "_gate", "_held", "_inbox"),
+        *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
+        *("_writing", "bound", "careful", "counts", "dead", "declarations", "ended", "engine"),
+        *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
+        *("loop", "open_calls", "orphan", "outcomes", "searching", "seq", "status", "steps"),
+        *("successor", "task", "tasks"),
     )
 
     def __init__(
@@ -2456,12 +2446,10 @@ class Run:
         waits: list[str],
         previous: Run | None,
     ) -> None:
-        self.engine, self.bound, self.instance = engine, bound, inst
-        self.loop = engine.loop
-        self.key, self.generation = inst.key, inst.generation
-        self.seq, self.status = inst.seq, inst.status
-        self.id = inst.id or ""
-        self.careful = bool(inst.careful)
+        self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
+        self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
+        self.seq, self.careful = inst.seq, bool(inst.careful)
+        self.status = inst.status  # or "idling" while it is not certain that it may wait
         self.steps, self._inbox = fold(rows)
         self.event = WorkflowEvent(
             freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
@@ -2480,8 +2468,8 @@ class Run:
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = self._idling = self._finishing = False
-        self._timer: Any = None
+        self._settling = self._finishing = False
+        self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], list[StepFunction]] = {}
         self.declarations = itertools.count()
@@ -2491,7 +2479,7 @@ class Run:
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         self.searching = False
         if self._started_rollback is not None and not (previous and previous.searching):
-            self.searching = any(step.key not in self.handlers for step in self._undoable())
+            self.searching = not self._all_found()
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2502,21 +2490,27 @@ class Run:
         if self.searching:
             self._search()
 
-    async def _main(self) -> tuple[Any, BaseException | None]:
+    async def _main(self) -> tuple[str, BaseException | None]:
+        """The output of `run`, as it is stored, or the error that has left it."""
         try:
             if self._started_rollback is not None and not self.searching:
-                return await self._roll_back(self._started_rollback), None
-            context = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
-            result = self.bound.cls(context, self.engine.env).run(self.event, WorkflowStep(self))
-            return (await result if inspect.isawaitable(result) else result), None
-        except KeyboardInterrupt:
-            raise
-        except asyncio.CancelledError as error:
-            if self.dead or self.task.cancelling():
-                raise
-            return None, error
+                output = await self._roll_back(self._started_rollback)
+            else:
+                info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
+                output = self.bound.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
+                if inspect.isawaitable(output):
+                    output = await output
+            return encode(output)[0], None
+        except _Unserializable as bad:
+            what = f"the output of run can't be stored: {bad}"
+            return "", _fatal("output.not_serializable", what)
         except BaseException as error:
-            return None, error
+            cancelled = isinstance(error, asyncio.CancelledError)
+            if isinstance(error, KeyboardInterrupt) or (
+                cancelled and (self.dead or self.task.cancelling())
+            ):
+                raise
+            return "", error
 
     # -- step calls
 
@@ -2770,7 +2764,7 @@ class Run:
                     attempt.slot = await self.engine.threads.slots.acquire()
                     continue
                 attempt.free_slot()
-                if self.status == "waiting":
+                if self.status in ("idling", "waiting"):
                     self._post(self.engine.store.requeue, "waiting")
                 await self._wait(step)
         finally:
@@ -2907,8 +2901,7 @@ class Run:
             self._deliver()
             self._arm()
         elif self._may_be_idle():
-            self._idling = True
-            self.status = "waiting"  # until we know better: no callback may start now
+            self.status = "idling"  # until we know better: no callback may start now
             self._post(self.engine.store.go_idle, self.seq, then=self._idled)
 
     def _deliver(self) -> None:
@@ -2922,15 +2915,16 @@ class Run:
             self.status == "running"
             and self._waiting
             and self._started_rollback is None
-            and not (self._attempts or self._held or self._writing or self._idling or self._gate)
+            and not (self._attempts or self._held or self._writing or self._gate)
             and any(key in self.steps and self.steps[key].waiter for key in self._waiting)
         )
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
-        self._idling = False
         if idle:
+            self.status = "waiting"
             self._timer = self.engine.clock.call_later(self.engine.hibernate_after, self._hibernate)
-        else:
+        elif self.status == "idling":
+            self.status = "running"
             self._become("running")
 
     def _hibernate(self) -> None:
@@ -2953,12 +2947,11 @@ class Run:
         self._become(inst.status)
 
     def _become(self, status: str) -> None:
-        if self._idling and status == "running":
+        if (self.status, status) == ("idling", "running"):
             return  # written before we went idle; the answer to that will say
         self.status = status
         if status != "waiting" and self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         for step in self._gate.values():
             self._poke(step)
         self._check_pause()
@@ -3024,16 +3017,11 @@ class Run:
         if task.cancelled() or task.exception() is not None:
             self.engine.orphaned(self)  # the loop is being torn down
             return
-        output, error = task.result()
+        text, error = task.result()
         if self._started_rollback is None:
             self._warn_about_calls()
         if self._cancelled:
             self._record_cancelled()
-        text = ""
-        try:
-            text = encode(output)[0]
-        except _Unserializable as bad:
-            error = _fatal("output.not_serializable", f"the output of run can't be stored: {bad}")
         end = ("complete", text, size_of(text))
         if error is not None:
             log.warning("%s: an error has left run", self, exc_info=error)
@@ -3062,8 +3050,11 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.engine.clock.call_later(5000, self._end_search)
-        if all(step.key in self.handlers for step in self._undoable()):
+        if self._all_found():
             self._end_search()
+
+    def _all_found(self) -> bool:
+        return all(step.key in self.handlers for step in self._undoable())
 
     def _end_search(self) -> None:
         self.successor = self.instance
@@ -3107,14 +3098,13 @@ class Run:
         self.dead = True
         if self._timer is not None:
             self._timer.cancel()
+        self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
         calling = (step.task for step in self.steps.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
-        self._left = {task for task in tasks if not task.done()}
-        for task in tasks:
-            task.cancel()
+        self._left = {task: None for task in tasks if not task.done()}
         for task in self._left:
             task.add_done_callback(self._task_ended)
-        self._deadline = self.loop.call_later(GRACE, self._give_up_on_tasks)
+            task.cancel()
         self._check_ended()
 
     def interrupted(self) -> list[str]:
@@ -3122,13 +3112,12 @@ class Run:
         return [key for key in (*self._attempts, *self._cancelled) if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        if self.dead:
-            self._left.discard(task)
-            self._check_ended()
+        self._left.pop(task, None)
+        self._check_ended()
 
     def _check_ended(self) -> None:
         if not (self._left or self._finishing or self.ended.done()):
-            self._deadline.cancel()
+            self._timer.cancel()
             self.ended.set_result(None)
             self.engine.unloaded(self)
 
