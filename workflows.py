@@ -2087,8 +2087,10 @@ class Threads:
             except BaseException as raised:
                 error = raised
             outcome = (value, error, time.thread_time_ns() - began)
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+            try:
                 self._loop.call_soon_threadsafe(self._done, reply, outcome)
+            except RuntimeError:  # the loop is gone, and so is whoever asked
+                _discard(value)
             del job, function, reply, outcome, value, error  # or it keeps them until the next job
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
@@ -2256,8 +2258,8 @@ class Attempt:
     def end(self, type: str, data: str | None) -> RowTail:
         """The row of its end, which stands for its start, too, if that has no row."""
         self.step.open = False
-        first = (None, None) if self.recorded else (self.started, self.extra)
-        return (type, self.step.key, self.number, first[0], data, first[1])
+        started, extra = (None, None) if self.recorded else (self.started, self.extra)
+        return (type, self.step.key, self.number, started, data, extra)
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """What the callback returned or raised, or what else became of it."""
@@ -2332,22 +2334,21 @@ class Attempt:
     @types.coroutine
     def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
         """Awaits it, and adds up its CPU time."""
-        proceed, value = coroutine.send, None
+        resume, given = coroutine.send, None
         while True:
             self.run.engine.activity += 1
             began = time.thread_time_ns()
             try:
-                awaited = proceed(value)
+                awaited = resume(given)
             except StopIteration as stop:
                 return stop.value
             finally:
                 self.cpu += time.thread_time_ns() - began
             self.suspended()
             try:
-                value = yield awaited
-                proceed = coroutine.send
-            except BaseException as error:
-                proceed, value = coroutine.throw, error
+                resume, given = coroutine.send, (yield awaited)
+            except BaseException as raised:
+                resume, given = coroutine.throw, raised
 
     def free_slot(self) -> None:
         if self.slot:
@@ -2504,11 +2505,11 @@ class Run:
         except _Unserializable as bad:
             what = f"the output of run can't be stored: {bad}"
             return "", _fatal("output.not_serializable", what)
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
-            cancelled = isinstance(error, asyncio.CancelledError)
-            if isinstance(error, KeyboardInterrupt) or (
-                cancelled and (self.dead or self.task.cancelling())
-            ):
+            by_others = self.dead or self.task.cancelling()
+            if isinstance(error, asyncio.CancelledError) and by_others:
                 raise
             return "", error
 
@@ -2771,9 +2772,8 @@ class Run:
             del self._gate[step.key]
 
     def _may_start(self, step: Step) -> bool:
-        if self.status == "waitingForPause" and step.nested:
-            return True  # or the outer callback could not finish
-        return self.status == "running"
+        # A nested one also while it's pausing, or the outer callback could not finish.
+        return self.status == "running" or (step.nested and self.status == "waitingForPause")
 
     def _bind(self, attempt: Attempt, callback: Any, wants: Any) -> Any:
         """The callback with the argument that it wants, or what a test has put in its place."""
@@ -2787,8 +2787,9 @@ class Run:
         if not wants:
             return callback
         argument = _context(attempt) if attempt.call.kind == "do" else attempt.call.args[1]
-        named = {"ctx": argument} if wants == "ctx" else {}
-        return functools.partial(callback, *(() if named else (argument,)), **named)
+        if wants == "ctx":
+            return functools.partial(callback, ctx=argument)
+        return functools.partial(callback, argument)
 
     async def _delay(self, attempt: Attempt, error: BaseException) -> tuple[int, BaseException]:
         """How long to wait before the next attempt: a function may say that. Its failure is that of
@@ -2819,9 +2820,7 @@ class Run:
     def _record_failure(self, attempt: Attempt, error: BaseException, delay: int) -> None:
         """Hands a failure to the store, and the wait before the next attempt."""
         step, clock = attempt.step, self.engine.clock
-        longest = self.engine.limits.max_sleep
-        if self._is_skipped("retry", attempt.call):
-            longest = 0
+        longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
         delay = attempt.config.delay_after(attempt.number, delay, longest)
         row = attempt.end("failed", encode_error(error, retry_delay_ms=delay))
         wait = ("retry", step.key, None, clock.now() + delay, 0)
@@ -2924,7 +2923,6 @@ class Run:
             self.status = "waiting"
             self._timer = self.engine.clock.call_later(self.engine.hibernate_after, self._hibernate)
         elif self.status == "idling":
-            self.status = "running"
             self._become("running")
 
     def _hibernate(self) -> None:
@@ -2944,11 +2942,11 @@ class Run:
                 self._poke(self.steps.get(row.step or ""))
             elif step := apply(self.steps, row):
                 self._finished(step)
-        self._become(inst.status)
+        # What was written before it went idle is old; the answer to that will say.
+        if (self.status, inst.status) != ("idling", "running"):
+            self._become(inst.status)
 
     def _become(self, status: str) -> None:
-        if (self.status, status) == ("idling", "running"):
-            return  # written before we went idle; the answer to that will say
         self.status = status
         if status != "waiting" and self._timer is not None:
             self._timer.cancel()
@@ -3084,11 +3082,11 @@ class Run:
         for call in self.open_calls:
             if call._coroutine is None:
                 log.warning("%s: step %r was called but never awaited", self, call.name)
-        if not any(step.state == "cancelled" for step in self.steps.values()):
-            for step in self.steps.values():
-                if not step.called and not step.nested and step.state != "new":
-                    what = "replay never reached the recorded step %r; is its name deterministic?"
-                    log.warning(f"%s: {what}", self, step_label(step.key))
+        steps = [step for step in self.steps.values() if step.state != "new"]
+        if not any(step.state == "cancelled" for step in steps):
+            what = "%s: replay never reached the recorded step %r; is its name deterministic?"
+            for step in (step for step in steps if not (step.called or step.nested)):
+                log.warning(what, self, step_label(step.key))
 
     def unload(self) -> None:
         """Ends this life: cancels the run, then the tasks of its calls. Whatever they do is
@@ -3122,7 +3120,8 @@ class Run:
             self.engine.unloaded(self)
 
     def _give_up_on_tasks(self) -> None:
-        log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._left))
+        if self._left:
+            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._left))
         self._left.clear()
         self._check_ended()
 
