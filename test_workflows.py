@@ -1263,6 +1263,35 @@ class Attempts(Lives):
 
         self.assertEqual(await self.lives(run), [1, 0])
 
+    async def test_a_nested_step_still_in_flight_is_joined_when_its_outer_step_is_retried(self):
+        ran = []
+        slow = asyncio.Event()
+
+        async def run(event, step):
+            async def fails():
+                raise ValueError
+
+            async def patient():
+                ran.append(1)
+                await slow.wait()
+                return len(ran)
+
+            async def outer(ctx):
+                calls = [step.do("patient", ONCE, patient)]
+                calls += [step.do("fails", ONCE, fails)] if ctx.attempt == 1 else []
+                return (await asyncio.gather(*calls))[0]
+
+            return await step.do("outer", constant(1), outer)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("1 minute")
+            slow.set()
+            self.assertEqual(await self.finish(instance), 1)
+        self.assertEqual(ran, [1])
+        ends = "SELECT type FROM journal WHERE step LIKE '%patient%' AND type <> 'start'"
+        self.assertEqual(self.rows(ends), [("done",)])
+
     async def test_cpu_time_of_a_nested_step_counts_once(self):
         def burn(ms):
             end = time.thread_time() + ms / 1000

@@ -798,7 +798,7 @@ class Step:
     # Slots, here and elsewhere: what there are many of costs the garbage collector time.
     __slots__ = (
         *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
-        *("called", "queued", "waiter", "task", "alone", "fresh"),
+        *("called", "queued", "waiter", "task", "freed", "alone", "fresh"),
     )
 
     def __init__(self, key: str) -> None:
@@ -815,6 +815,7 @@ class Step:
         self.queued = False  # its result has not been handed to `run` yet
         self.waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
         self.task: asyncio.Task[Any] | None = None
+        self.freed: asyncio.Future[None] | None = None  # done when that call has ended
         self.alone = False  # nothing else of the run was under way when it was called
         self.fresh: Any = None  # its value or error itself, if made in this life
 
@@ -832,7 +833,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         if step.config is None:
             step.config = row.extra or ""  # "": the defaults
     if kind in ("done", "error", "slept", "event", "timeout"):
-        if step.state == "cancelled":
+        if step.state not in ("new", "pending"):
             return None
         step.state = "error" if kind in ("error", "timeout") else "done"
         step.open = False
@@ -2244,6 +2245,7 @@ class Attempt:
     started: int = 0  # ms
     cpu: int = 0  # ns
     recorded: bool = False  # its start has been handed to the writer
+    ended: bool = False  # and its end
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
     task: asyncio.Task[Any] | None = None  # of an async callback
@@ -2257,7 +2259,7 @@ class Attempt:
 
     def end(self, type: str, data: str | None) -> RowTail:
         """The row of its end, which stands for its start, too, if that has no row."""
-        self.step.open = False
+        self.ended, self.step.open = True, False
         started, extra = (None, None) if self.recorded else (self.started, self.extra)
         return (type, self.step.key, self.number, started, data, extra)
 
@@ -2325,7 +2327,9 @@ class Attempt:
     async def _metered(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task()
         try:
-            self.outcome = await self._drive(callback()), None
+            made = callback()
+            coroutine = made if isinstance(made, types.CoroutineType) else _awaited(made)
+            self.outcome = await self._drive(coroutine), None
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -2391,6 +2395,9 @@ class Attempt:
 
     def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
+        for step in self.run.steps.values():
+            if step.task is not None and step.key.startswith(self.step.key + SEPARATOR):
+                step.task.cancel()
         _resolve(self.over, (None, None))
 
 
@@ -2523,8 +2530,14 @@ class Run:
                 await self._leave()
             self.last_move = self.engine.turn
             _check_name(call.name)
-            if (step := self.steps.get(call.key)) is None:
-                step = self.steps[call.key] = Step(call.key)
+            if (found := self.steps.get(call.key)) is None:
+                found = self.steps[call.key] = Step(call.key)
+            while (
+                found.task is not None
+            ):  # a nested one, called by the attempt before, which failed
+                found.freed = found.freed or self.loop.create_future()
+                await asyncio.shield(found.freed)
+            step = found
             if call.kind == "do":
                 self._note(call, step)
             step.called, step.task = True, asyncio.current_task()
@@ -2551,6 +2564,9 @@ class Run:
             self.open_calls.discard(call)
             if step is not None:
                 step.task = None
+                if step.freed is not None:
+                    _resolve(step.freed)
+                    step.freed = None
 
     def _note(self, call: StepCall, step: Step) -> None:
         """Counts a `do`, and notes its rollback handler, if it has one."""
@@ -2813,7 +2829,7 @@ class Run:
         return 0, WorkflowFatalError(message, name="NonRetryableDelayError")
 
     def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
-        attempt.recorded = attempt.step.open = True
+        attempt.recorded = True
         row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
@@ -2986,7 +3002,8 @@ class Run:
         if self.searching:
             return
         self.last_move = self.engine.turn
-        self._attempts.pop(step.key, None)
+        attempt = self._attempts.pop(step.key, None)
+        step.open = attempt is not None and attempt.recorded and not attempt.ended
         self._waiting.discard(step.key)
         if step.state == "cancelled":
             self._held -= 1
@@ -3107,7 +3124,8 @@ class Run:
 
     def interrupted(self) -> list[str]:
         """The steps whose recorded attempts a clean stop has cut off."""
-        return [key for key in (*self._attempts, *self._cancelled) if self.steps[key].open]
+        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.ended]
+        return cut_off + [key for key in self._cancelled if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self._left.pop(task, None)
