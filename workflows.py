@@ -36,7 +36,8 @@ The file reads downwards; each section begins with what it is for and why it is 
     run          one life of one instance: replay, attempts, the `step` object
     engine       which instances live now, and what happens when something fails
     binding      `Workflow` and `WorkflowInstance`, the side that callers see
-    test tools   introspection, and a clock that moves only when told
+    dialect      the decorator form of `step.do`, and the modules of Cloudflare's Python SDK
+    test tools   introspection, and a clock that moves only when told; then the camelCase names
     command line `demo`, which kills its own engine
 """
 
@@ -93,7 +94,13 @@ __all__ = [
     *("WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance"),
     *("WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError"),
     *("WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext"),
-    *("WorkflowStepEvent", "WorkflowTimeoutError", "install_workers_shim", "parse_duration"),
+    *(
+        "WorkflowStepEvent",
+        "WorkflowStepInfo",
+        "WorkflowTimeoutError",
+        "install_workers_shim",
+        "parse_duration",
+    ),
 ]
 
 log = logging.getLogger("workflows")
@@ -106,12 +113,13 @@ Params = TypeVar("Params")
 # An instance moves through eight statuses (Cloudflare's names, also in the database):
 #
 #     queued ──▶ running ──▶ complete | errored | terminated
-#                │  ▲  ╲
-#                ▼  │   ▶ waitingForPause ──▶ paused ──▶ queued | waiting
-#               waiting
+#       ▲         │     ╲
+#       │         ▼      ▶ waitingForPause ──▶ paused
+#       └───── waiting
 #
-# A caller moves it to paused, waitingForPause and terminated (and back to queued, by `restart`);
-# all other moves are the engine's.
+# A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
+# (paused → queued or waiting; waitingForPause → running), `terminate` and `restart` (→ queued, from
+# anywhere); all other moves are the engine's. What ran when its process ended is queued again.
 
 FINISHED = ("complete", "errored", "terminated")
 
@@ -291,7 +299,8 @@ class WorkflowHistoryEvent(_Attributes):
 
 # --------------------------------------------------------------------------------------------------
 # Durations and the clock. Inside the module every time is a whole number of milliseconds, every
-# moment one since the Unix epoch; nothing else reads a clock.
+# moment one since the Unix epoch, read from a `Clock`. (Elsewhere only real spans are measured: CPU
+# time, and patience with locks and threads.)
 
 _UNITS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year", 365))}
@@ -416,7 +425,8 @@ def encode(value: Any) -> tuple[str, Any]:
 
 
 def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
-    """Whether other code, with less of the stack left, could not read it back."""
+    """Whether it is nested deeper than `DEEPEST`, where code with less of the stack left might not
+    be able to read it back."""
     for item in value.values() if isinstance(value, dict) else value:
         if isinstance(item, (dict, list, tuple)) and (levels == 1 or _is_deep(item, levels - 1)):
             return True
@@ -674,7 +684,8 @@ class StepConfig:
         if not whole or isinstance(limit, bool) or limit < 0:
             raise ValueError(f"config key 'limit': {_show(limit)}: expected 0, 1, 2, … or inf")
         if not 0 < self.timeout <= max_sleep:
-            raise ValueError(f"config key 'timeout': expected over 0 and up to {max_sleep} ms")
+            expected = f"expected over 0 and up to {max_sleep} ms"
+            raise ValueError(f"config key 'timeout': {_show(self.raw['timeout'])}: {expected}")
         if not isinstance(backoff, str) or backoff not in _BACKOFF:
             known = ", ".join(_BACKOFF)
             raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
@@ -690,8 +701,10 @@ class StepConfig:
             del merged["delay"]
         self.rollback: StepConfig | None = None
         if undo is not None:
-            undo = _options(undo, ("retries", "timeout"), "rollbackConfig")
-            self.rollback = StepConfig(undo, max_sleep)
+            try:
+                self.rollback = StepConfig(undo, max_sleep)
+            except ValueError as error:
+                raise ValueError(f"rollbackConfig: {error}") from None
             self.stored["rollback"] = self.rollback.stored
         self.text: str = encode(self.stored)[0] if given or undo is not None else ""
 
@@ -720,11 +733,11 @@ def _gone(_: WorkflowDelayContext) -> NoReturn:
     raise LookupError("config['retries']['delay'] is no function any more")
 
 
-def _config_ms(part: Mapping[str, Any], key: str) -> int:
+def _config_ms(part: Mapping[str, Any], key: str, what: str = "config") -> int:
     try:
         return parse_duration(part[key])
     except ValueError as error:
-        raise ValueError(f"config key {key!r}: {error}") from None
+        raise ValueError(f"{what} key {key!r}: {error}") from None
 
 
 def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
@@ -747,9 +760,10 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 # else.
 #
 #     type                               step    what happened
-#     queued started running waiting     –       the instance changed its status; the first
-#       waitingForPause paused complete          `queued` row of a life holds the params,
-#       errored terminated                       `complete` the output, `errored` the error
+#     queued started running waiting     –       the instance changed its status; the first row
+#       waitingForPause paused complete          of all, `queued`, holds the params, `complete`
+#       errored terminated                       the output, `errored` the error; after a rollback
+#                                                `extra` says how that went: null, or what failed
 #     start                              do      an attempt began
 #     done | failed | error              do      it ended: a result, a failure with a retry to
 #                                                follow, one for good. Without a `start` row,
@@ -760,8 +774,9 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     cancel                             any     `run` itself cancelled the call: never again
 #     stop                               any     interrupted by a clean stop: as if not begun
 #     due                                do      its retry delay is over
-#     rollback                           –       `run` has failed: from here on only rollback
-#                                                handlers run; the error that started it
+#     rollback                           –       `run` has failed, or is told to roll back: from
+#                                                here on only handlers run; the error that
+#                                                started it
 #
 # A rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
 
@@ -806,7 +821,7 @@ class Step:
         self.nested = key.count(SEPARATOR) > 2
         self.state = "new"  # → pending → done | error | cancelled
         self.attempts = 0
-        self.open = False  # an attempt has a recorded start and no end
+        self.open = False  # an attempt of an earlier life, or of a cancelled call, has no end
         self.config: str | None = None
         self.data: str | None = None
         self.extra: str | None = None
@@ -1006,11 +1021,11 @@ CREATE TABLE instances (
     workflow INTEGER NOT NULL,
     id TEXT,                       -- NULL once deleted, until the owner has cleared it away
     status TEXT NOT NULL,
-    generation INTEGER NOT NULL,   -- raised by restart, terminate, delete: older runs can't write
-    seq INTEGER NOT NULL,          -- of the newest journal row or event; and
-    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: but see `_READ`
+    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
+    seq INTEGER NOT NULL,          -- of the newest journal row or event, or before: see `_READ`
+    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: the same
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
-    place INTEGER,                 -- in the queue
+    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
     wake INTEGER,                  -- when the owner must look
     created INTEGER NOT NULL, modified INTEGER NOT NULL, started INTEGER, ended INTEGER,
     paused INTEGER,
@@ -1106,8 +1121,8 @@ def _row(
 
 
 class News(NamedTuple):
-    """What the writer tells the engine about one instance; `rows` is what a live run hasn't
-    seen."""
+    """What the writer tells the engine about one instance; `rows` is what a live run hasn't seen,
+    `admitted` that a life must be loaded: it has got a slot, or its rollback begins."""
 
     instance: Instance
     rows: list[Row]
@@ -1535,7 +1550,7 @@ class Store:
         if limit is not None and new > self._room:
             room = limit + self._free_slots() - sum(self._each("count(*)", "status = 'queued'"))
             if new > room:
-                message = f"{limit} instances may be queued (limit queued)"
+                message = f"more than {limit} instances would be queued (limit queued)"
                 raise WorkflowError(message, code="limit.queued_instances")
             self._room = int(min(room, 10**9) - new) // 10 + new
         self._room -= new
@@ -1822,6 +1837,9 @@ class Store:
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
             raise WorkflowError(message, code="instance.cannot_terminate")
+        if rollback and inst.rollback == "begun" and inst.termination is None:
+            self._change(inst.key, termination=source)  # by the one that is under way
+            return
         ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
         if rollback:
             message = f"instance {id!r} was terminated"
@@ -1871,7 +1889,8 @@ class Store:
         keys = [f"{kind}{SEPARATOR}{name}{SEPARATOR}{count}" for kind in kinds]
         cut = next((began[key] for key in keys if key in began), None)
         if cut is None:
-            message = f"instance {inst.id!r} has no step {name!r} with count {count}"
+            of = "step" if kind is None else f"{kind} step"
+            message = f"instance {inst.id!r} has no {of} {name!r} with count {count}"
             raise WorkflowError(message, code="instance.cannot_restart")
         kept = {step for step, seq in began.items() if seq < cut} - {None}
         rows = [row for row in rows if row.seq < cut or row.step in kept]
@@ -1919,7 +1938,7 @@ class Store:
         self._check_state(inst.state_bytes, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
-    # -- operations of a run: each is guarded, and answers None if the run is outdated. A run whose
+    # -- operations of a run: each is guarded, and does nothing for an outdated run. A run whose
     #    instance was running when its process died is `careful`: it commits each start before the
     #    callback, until one more step has finished, so that a step which kills its process is
     #    noticed.
@@ -2202,8 +2221,10 @@ class WorkflowStep:
         `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
         function: see `StepFunction`.
 
-        Errors: `step.invalid_name`, `step.invalid_config`, `step.invalid_callback`,
-        `step.not_serializable`, `limit.steps`, `limit.step_output`, `limit.instance_state`."""
+        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
+        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
+        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
+        `limit.instance_state`."""
         if "callback" in options or any(callable(given) for given in args):
             return StepCall(self._run, "do", name, args, options)
         return StepDecorator(self._run, name, args, options)
@@ -2211,13 +2232,14 @@ class WorkflowStep:
     def sleep(self, name: Any = None, duration: float | str | timedelta | None = None) -> StepCall:
         """Waits for a duration, at most 365 days, across restarts.
 
+        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
         Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
         return StepCall(self._run, "sleep", name, (parse_duration, duration), {})
 
     def sleep_until(self, name: Any = None, when: datetime | float | None = None) -> StepCall:
         """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since
-        1970. One that has passed returns at once. It is a sleep: both share the counts of a
-        name."""
+        1970. One that has passed returns at once. It is a sleep: both share the counts of a name,
+        and the errors."""
         return StepCall(self._run, "sleep", name, (_parse_moment, when), {})
 
     def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
@@ -2273,7 +2295,7 @@ class Attempt:
                 if self.verdict is not None:
                     _discard(value)
                 elif inspect.isawaitable(value):
-                    value, error = await self._in_task(context, functools.partial(_awaited, value))
+                    value, error = await self._in_task(context, lambda: value)
             else:
                 value, error = await self._in_task(context, callback)
         finally:
@@ -2574,7 +2596,7 @@ class Run:
             self._steps_left -= 1
             if self._steps_left < 0:
                 limit = self.bound.step_limit
-                raise _fatal("limit.steps", f"a run may call {limit} steps (limit steps)")
+                raise _fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
         if call.options or len(call.args) > 1:
             with contextlib.suppress(TypeError, ValueError):  # which `_plan` refuses, if need be
                 *_, handler, config = _do_arguments(*call.args, **call.options)
@@ -3203,16 +3225,18 @@ def _check_name(name: Any) -> None:
     if len(name) > 256:
         raise _fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
     if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        raise _fatal("step.invalid_name", f"the step name {name!r} holds control characters")
+        what = "holds a control character or a lone surrogate"
+        raise _fatal("step.invalid_name", f"the step name {_show(name)} {what}")
 
 
 _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
+_NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
 
 
 def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
-    message = f"{_show(type)} is not an event type: expected up to 100 letters, digits, '_' and '-'"
+    message = f"{_show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
     raise error(message, code="event.invalid_type")
 
 
@@ -3311,7 +3335,7 @@ class Engine:
         clock: Clock | None = None,
         hibernate_after: float | str | timedelta = "1 second",
     ) -> None:
-        path = os.fspath(database)
+        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
         if not isinstance(path, str) or not path:
             raise TypeError(f"database is {_show(database)}: expected a path")
         kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
@@ -3355,8 +3379,7 @@ class Engine:
             raise TypeError(f"{cls.__name__} has no run(self, event, step)")
         name = _kebab(cls.__name__) if name is None else name
         if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-            expected = "up to 64 letters, digits, '_', '-'"
-            raise ValueError(f"{_show(name)} is not a workflow name: expected {expected}")
+            raise ValueError(f"{_show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
         binding = name.upper().replace("-", "_") if binding is None else binding
         if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
             raise ValueError(f"{_show(binding)} is not a binding: expected one like MY_WORKFLOW")
@@ -3459,7 +3482,7 @@ class Engine:
         self._check_open()
         limit, now = self.limits.creations_per_second, self.clock.now()
         if len(self._created) == limit and all(at > now - 1000 for at in self._created):
-            message = f"{limit} creations per second (limit creations_per_second)"
+            message = f"more than {limit} creations within a second (limit creations_per_second)"
             raise WorkflowError(message, code="limit.creation_rate")
         self._created.append(now)
 
@@ -3582,7 +3605,8 @@ class Engine:
                 self.loop.call_soon(self._next_turn)
 
     def watch(self, key: int) -> asyncio.Future[None]:
-        """A future that is done when the instance may have ended; kept by those who wait for it."""
+        """A future that is done when the instance may have ended, or (if it is followed) may have
+        new rows; kept by those who wait for it."""
         return self._watchers.setdefault(key, self.loop.create_future())
 
     def _wake(self, keys: Iterable[int]) -> None:
@@ -3615,7 +3639,8 @@ class Workflow:
     ) -> WorkflowInstance:
         """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
         is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
-        `params` any value that can be stored (default `{}`).
+        `params` any value that can be stored (default `{}`), `retention` how long it is kept when
+        it has ended: `{"successRetention": …, "errorRetention": …}`, up to the limits'.
 
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
@@ -3652,7 +3677,7 @@ class Workflow:
         for n, name in enumerate(names):
             longest = kept[n]
             if name in retention:
-                kept[n] = ms = parse_duration(retention[name])
+                kept[n] = ms = _config_ms(retention, name, f"{where}retention")
                 if longest is not None and ms > longest:
                     message = f"{where}{name} is longer than {longest} ms (limit retention)"
                     raise WorkflowError(message, code="limit.retention")
@@ -3666,8 +3691,7 @@ class Workflow:
         limit = self.engine.limits.id_length
         if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
             return id
-        expected = f"1 to {limit} letters, digits, '_' and '-', not beginning with '-'"
-        message = f"{where}{_show(id)} is not an instance id: expected {expected}"
+        message = f"{where}{_show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
         raise WorkflowError(message, code="instance.invalid_id")
 
     async def get(self, id: str) -> WorkflowInstance:
@@ -3752,7 +3776,7 @@ def _start(given: Any) -> tuple[str, int, str | None]:
         raise TypeError(f"from: the name is {_show(name)}: expected the name of a step")
     if type(count) is not int or count < 1:
         raise ValueError(f"from: the count is {_show(count)}: expected a whole number from 1")
-    if type_ is not None and type_ not in _KINDS:
+    if type_ is not None and not (isinstance(type_, str) and type_ in _KINDS):
         raise ValueError(f"from: the type is {_show(type_)}: expected one of {', '.join(_KINDS)}")
     return name, count, type_ and _KINDS[type_]
 
@@ -3787,15 +3811,18 @@ class WorkflowInstance:
     ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
         """`async for event in instance.subscribe()`: its history, then live what happens, until the
         instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
-        list of the types to show. Each event comes once, in order."""
+        list of the types to show. Each event comes once, in order.
+
+        Errors: `instance.not_found`, also when it is deleted meanwhile."""
         if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
             raise TypeError(f"cursor is {_show(cursor)}: expected an event_id or None")
         if isinstance(filter, str) or not isinstance(filter, (Iterable, type(None))):
             raise TypeError(f"filter is {_show(filter)}: expected a list of event types or None")
-        shown = EVENT_TYPES if filter is None else frozenset(filter)
-        if unknown := shown - EVENT_TYPES:
-            known = ", ".join(sorted(EVENT_TYPES))
-            raise ValueError(f"filter has {_show(min(unknown))}: expected some of {known}")
+        shown = [*(EVENT_TYPES if filter is None else filter)]
+        for kind in shown:
+            if not isinstance(kind, str) or kind not in EVENT_TYPES:
+                known = ", ".join(sorted(EVENT_TYPES))
+                raise ValueError(f"filter has {_show(kind)}: expected some of {known}")
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -3841,8 +3868,9 @@ class WorkflowInstance:
         await self._call("resume")
 
     async def terminate(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
-        """Stops it for good, at once; with `rollback=True` (or a dict with that) after the rollback
-        handlers of its steps have run: then it returns when that is recorded.
+        """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
+        handlers of its steps run first: it returns when their beginning is recorded, and another
+        `terminate()` ends that at once.
 
         Error: `instance.cannot_terminate` if it has finished."""
         rollback = _merge(options, given, ("rollback",), "terminate").get("rollback", False)
@@ -3908,8 +3936,6 @@ class StepDecorator(StepCall):
     """`step.do(…)` without a callback: it awaits a function to decorate. If it is itself awaited,
     the callback was forgotten, which the call says then."""
 
-    __slots__ = ("_declared",)
-
     def __init__(self, *declared: Any) -> None:
         self._declared = declared
         self._coroutine = None
@@ -3952,7 +3978,10 @@ class StepFunction:
         for key in (("step", str(self.__name__)), ("function", own)):
             run.functions.setdefault(key, []).append(self)
 
-    def __call__(self) -> StepCall:
+    def __call__(self, *args: Any, **named: Any) -> StepCall:
+        if args or named:
+            what = "is called without arguments: it gets its dependencies' results"
+            raise _fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         call = StepCall(self._run, "do", self.__name__, self._args, self._options)
         call.function = self
         return call
@@ -4073,7 +4102,7 @@ class _Placeholder:
 
 # --------------------------------------------------------------------------------------------------
 # Test tools: introspection, which looks into the instances of a test and changes what happens to
-# them, their workflow being what it is; and a clock that moves only when told, so that a year of
+# them, without a change to their workflow; and a clock that moves only when told, so that a year of
 # sleeps is tested in milliseconds.
 #
 # The engine asks the open blocks at four points: when an instance starts (for its events), when a
@@ -4490,12 +4519,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="kill a workflow's process, and see it go on")
     demo.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         if given.engine:
             asyncio.run(_run_demo_engine(given.engine))
             return
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(_run_demo(os.path.join(folder, "demo.db")))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
