@@ -2808,6 +2808,25 @@ class Ending(Case):
 
 
 class Refusals(Case):
+    async def test_a_refusal_says_where_it_is_and_what_was_expected(self) -> None:
+        async def step_with_rollback(event: Any, step: Any) -> None:
+            undo = {"rollback": value, "rollbackConfig": {"timeout": 0}}
+            await step.do("s", value, undo)
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(step_with_rollback))
+            with self.assertRaisesRegex(ValueError, r"batch\[1\].*'successRetention'.*'soon'"):
+                await bound.create_batch([{}, {"retention": {"successRetention": "soon"}}])
+            instance = await bound.create()
+            with self.assertRaisesRegex(WorkflowError, "not beginning with '-'"):
+                await instance.send_event(type="-x")
+            with self.assertRaisesRegex(ValueError, "type is .*: expected one of do"):
+                await instance.restart({"from": {"name": "s", "type": []}})
+            with self.assertRaisesRegex(WorkflowFatalError, "rollbackConfig: .*'timeout': 0"):
+                await self.finish(instance)
+        with self.assertRaisesRegex(TypeError, "database is 5"):
+            Engine(5)  # type: ignore[arg-type]
+
     async def test_outside_of_a_run_the_limit_of_state_is_a_plain_workflow_error(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=50)) as engine:
             bound = engine.bind(workflow(one_event))
@@ -6895,6 +6914,8 @@ class Subscribing(Undoing):
                 {"filter": "workflow_queued"},
                 {"filter": ["workflow_ended"]},
                 {"filter": [5]},
+                {"filter": ["workflow_queued", 5]},
+                {"filter": [[]]},
                 {"filter": 5},
             ):
                 with self.subTest(options), self.assertRaises((TypeError, ValueError)):
@@ -7551,6 +7572,8 @@ class Decorated(Lives):
                 error = await caught(function())
                 self.assertIs(type(error), WorkflowFatalError, error)
                 self.assertEqual((error.code, text in str(error)), (code, True), error)
+            with self.assertRaisesRegex(WorkflowFatalError, "'good' is called without arguments"):
+                await good(1)
             return await good()
 
         with self.assertNoLogs("workflows", "WARNING"):
