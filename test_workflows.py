@@ -7666,6 +7666,24 @@ class Decorated(Lives):
 
         self.assertEqual(await self.lives(run), ["cancelled", 1])
 
+    async def test_calls_of_one_function_may_be_cancelled_in_any_order(self):
+        async def run(event, step):
+            @step.do()
+            async def slow():
+                await asyncio.Event().wait()
+
+            kinds = []
+            for order in ((0, 1), (1, 0)):
+                tasks = [asyncio.create_task(slow()) for _ in range(2)]
+                await asyncio.sleep(0)
+                for n in order:
+                    tasks[n].cancel()
+                    await asyncio.wait({tasks[n]})
+                kinds += [task.cancelled() for task in tasks]
+            return kinds
+
+        self.assertEqual(await self.outcome(run), [True] * 4)
+
     async def test_a_cancelled_direct_call_takes_no_result_from_those_that_depend(self):
         async def run(event, step):
             @step.do()

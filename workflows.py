@@ -916,6 +916,7 @@ class History:
         self._configs: dict[str, Any] = {}  # of the steps that have begun
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
+        """What the next row is shown as: rows come in order, from the first."""
         types = list(_TOLD.get(row.type, ()))
         key, data = row.step or "", None if row.data is None else decode(row.data)
         if row.attempt is not None:
@@ -1090,6 +1091,7 @@ class Instance(NamedTuple):
         return None if self.ended is None or kept is None else self.ended + kept
 
     def is_over(self, now: int) -> bool:
+        """Whether nobody may see it any more: it is deleted, or has expired."""
         expiry = self.expiry()
         return self.id is None or (expiry is not None and expiry <= now)
 
@@ -1816,6 +1818,7 @@ class Store:
             self._move(inst.key, _row("paused"), paused=now, wake=now)
 
     def resume(self, workflow: str, id: str) -> None:
+        """A paused one goes back to where it was: to its place in the queue, if it had one."""
         inst = self._get(workflow, id)
         now = self.clock.now()
         if inst.status == "waitingForPause":
@@ -1833,6 +1836,7 @@ class Store:
             self._db.execute(sql, (self.clock.now() - inst.paused, inst.key, inst.paused))
 
     def terminate(self, workflow: str, id: str, source: str, rollback: bool = False) -> None:
+        """At once; or, with a rollback that has anything to undo, at the end of that."""
         inst = self._get(workflow, id)
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
@@ -3997,9 +4001,11 @@ class StepFunction:
             call.options = call.options | {"callback": callback}
             value = await self._run.perform(call)
         except BaseException as error:
-            if before is not None and before.done() and not before.exception():
-                outcomes[self] = before
-            elif isinstance(error, asyncio.CancelledError):
+            if before is not None and (before.cancelled() or before.done() and before.exception()):
+                before = None
+            if outcomes.get(self) is outcome and before is not None:
+                outcomes[self] = before  # a good one, or one that may become it
+            elif outcomes.get(self) is outcome and not isinstance(error, Exception):
                 del outcomes[self]
             if isinstance(error, Exception):
                 outcome.set_exception(error)
@@ -4038,9 +4044,8 @@ class StepFunction:
             expected = f"a list of at most {len(names)} steps"
             raise self._wrong(call, "config", f"depends is {_show(self._depends)}: not {expected}")
         if not isinstance(self._concurrent, bool):
-            raise self._wrong(
-                call, "config", f"concurrent is {_show(self._concurrent)}: not a bool"
-            )
+            what = f"concurrent is {_show(self._concurrent)}: expected True or False"
+            raise self._wrong(call, "config", what)
         for name in names:
             if name not in found and parameters[name].default is inspect.Parameter.empty:
                 what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
