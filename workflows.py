@@ -807,65 +807,58 @@ def step_label(key: str | None) -> str:
     return f"{name}-{count}"
 
 
+# Slots, here and elsewhere: what there are many of costs the garbage collector time.
+@dataclasses.dataclass(slots=True, eq=False)
 class Step:
     """What is known of one step: recorded facts, and while its run lives, who waits for it."""
 
-    # Slots, here and elsewhere: what there are many of costs the garbage collector time.
-    __slots__ = (
-        *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
-        *("called", "queued", "waiter", "task", "freed", "alone", "fresh"),
-    )
+    key: str
+    state: str = "new"  # → pending → done | error | cancelled
+    attempts: int = 0
+    open: bool = False  # an attempt of an earlier life, or of a cancelled call, has no end
+    config: str | None = None
+    data: str | None = None
+    extra: str | None = None
+    # In this life:
+    called: bool = False
+    queued: bool = False  # its result has not been handed to `run` yet
+    waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
+    task: asyncio.Task[Any] | None = None
+    freed: asyncio.Future[None] | None = None  # done when that call has ended
+    alone: bool = False  # nothing else of the run was under way when it was called
+    fresh: Any = None  # its value or error itself, if made in this life
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.nested = key.count(SEPARATOR) > 2
-        self.state = "new"  # → pending → done | error | cancelled
-        self.attempts = 0
-        self.open = False  # an attempt of an earlier life, or of a cancelled call, has no end
-        self.config: str | None = None
-        self.data: str | None = None
-        self.extra: str | None = None
-        # In this life:
-        self.called = False
-        self.queued = False  # its result has not been handed to `run` yet
-        self.waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
-        self.task: asyncio.Task[Any] | None = None
-        self.freed: asyncio.Future[None] | None = None  # done when that call has ended
-        self.alone = False  # nothing else of the run was under way when it was called
-        self.fresh: Any = None  # its value or error itself, if made in this life
+    @property
+    def nested(self) -> bool:
+        """Whether a step's callback has called it."""
+        return self.key.count(SEPARATOR) > 2
+
+
+_ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
     """Takes one row into account; returns the step if the row is its result."""
-    key, kind = row.step, row.type
-    if key is None:
+    if row.step is None:
         return None
-    step = steps.get(key)
-    if step is None:
-        step = steps[key] = Step(key)
+    step = steps[row.step] = steps.get(row.step) or Step(row.step)
+    live = step.state in ("new", "pending")  # the first end counts
     if row.attempt is not None:
         step.attempts = row.attempt
         if step.config is None:
             step.config = row.extra or ""  # "": the defaults
-    if kind in ("done", "error", "slept", "event", "timeout"):
-        if step.state not in ("new", "pending"):
-            return None
-        step.state = "error" if kind in ("error", "timeout") else "done"
+    if row.type == "stop":
+        step.attempts -= step.open
         step.open = False
-        step.data, step.extra = row.data, row.extra
-        return step
-    if kind == "cancel":
-        step.state = "cancelled"
-        step.open = False
-    elif kind == "stop":
-        if step.open:
-            step.open = False
-            step.attempts -= 1
-        if step.config is None and step.state in ("new", "pending"):
-            del steps[key]  # it had not even begun
-    elif step.state != "cancelled":
-        step.state = "pending"
-        step.open = kind == "start"
+        if step.config is None and live:
+            del steps[row.step]  # it had not even begun
+    elif row.type == "cancel":
+        step.state, step.open = "cancelled", False
+    elif live:
+        step.state, step.open = _ENDS.get(row.type, "pending"), row.type == "start"
+        if row.type in _ENDS:
+            step.data, step.extra = row.data, row.extra
+            return step
     return None
 
 
@@ -880,31 +873,16 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     return steps, inbox
 
 
-_TOLD = {  # by a row's type: the events that it is shown as, beside the beginnings that it implies
-    "queued": ["workflow_queued"],
-    "started": ["workflow_started"],
-    "running": ["workflow_running"],
-    "waiting": ["workflow_waiting"],
-    "waitingForPause": ["workflow_waiting_for_pause"],
-    "paused": ["workflow_paused"],
-    "complete": ["workflow_completed"],
-    "errored": ["workflow_errored"],
-    "terminated": ["workflow_terminated"],
-    "rollback": ["rollback_started"],
-    "done": ["attempt_completed", "step_completed"],
-    "failed": ["attempt_errored"],
-    "error": ["attempt_errored", "step_errored"],
-    "sleep": ["sleep_started"],
-    "slept": ["sleep_completed"],
-    "wait": ["wait_started"],
-    "event": ["wait_completed"],
-    "timeout": ["wait_timed_out"],
-}
-_OF_STEPS = {
-    f"{of}_{how}" for of in ("step", "attempt") for how in ("started", "completed", "errored")
-}
-EVENT_TYPES = {"rollback_completed", "rollback_errored"}.union(*_TOLD.values(), _OF_STEPS)
-EVENT_TYPES |= {f"rollback_{type}" for type in _OF_STEPS}
+_STATUSES = "queued started running waiting waiting_for_pause paused errored terminated"
+# By a row's type: the events that it is shown as, beside the beginnings that it implies.
+_TOLD = {_camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
+_TOLD |= {"complete": ["workflow_completed"], "rollback": ["rollback_started"]}
+_TOLD |= {"start": ["attempt_started"], "done": ["attempt_completed", "step_completed"]}
+_TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
+_TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
+_TOLD |= {"wait": ["wait_started"], "event": ["wait_completed"], "timeout": ["wait_timed_out"]}
+EVENT_TYPES = {"step_started", "rollback_completed", "rollback_errored"}.union(*_TOLD.values())
+EVENT_TYPES |= {f"rollback_{t}" for t in EVENT_TYPES if t.startswith(("step_", "attempt_"))}
 
 
 class History:
@@ -913,34 +891,33 @@ class History:
 
     def __init__(self, instance_id: str) -> None:
         self._instance_id = instance_id
-        self._configs: dict[str, Any] = {}  # of the steps that have begun
+        self._configs: dict[str | None, str] = {}  # of the steps that have begun
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as: rows come in order, from the first."""
         types = list(_TOLD.get(row.type, ()))
-        key, data = row.step or "", None if row.data is None else decode(row.data)
-        if row.attempt is not None:
-            if row.type == "start" or row.started is not None:
-                types.insert(0, "attempt_started")
-            if row.extra is not None:
-                self._configs[key] = decode(row.extra or "{}")
-                types.insert(0, "step_started")
-            if key.startswith(ROLLBACK):
-                types = [f"rollback_{type}" for type in types]
-        elif not key and row.extra is not None:  # how the rollback went
+        if row.started is not None:
+            types.insert(0, "attempt_started")
+        if row.step is None and row.extra is not None:  # how the rollback went
             types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
+        elif row.attempt is not None and row.extra is not None:
+            types.insert(0, "step_started")
+            self._configs[row.step] = row.extra
+        if row.step is not None and row.step.startswith(ROLLBACK):
+            types = [f"rollback_{type}" for type in types]
+        data = None if row.data is None else decode(row.data)
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         began = row.started if row.started is not None and type.endswith("_started") else row.at
-        head = {"type": type, "event_id": row.seq * 10 + n, "timestamp": _to_datetime(began)}
-        event = WorkflowHistoryEvent(head, instance_id=self._instance_id)
+        event = WorkflowHistoryEvent(type=type, event_id=row.seq * 10 + n)
+        event |= {"timestamp": _to_datetime(began), "instance_id": self._instance_id}
         if row.step is not None:
             event["step_name"] = step_label(row.step)
         if "attempt_" in type:
             event["attempt"] = row.attempt
         if type in ("workflow_completed", "wait_completed") or type.endswith("step_completed"):
-            sensitive = "sensitive" in self._configs.get(row.step or "", ())
+            sensitive = '"sensitive"' in self._configs.get(row.step, "")
             event["output"] = "[REDACTED]" if sensitive else data
         if type.endswith(("_errored", "timed_out")) or type == "rollback_started":
             event["error"] = _brief(decode(row.extra or "") if type == "rollback_errored" else data)
