@@ -647,7 +647,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "retries": {"limit": 5, "delay": 10_000, "backoff": "exponential"},
     "timeout": "10 minutes",
 }
-DYNAMIC = "[dynamic]"  # stands for a function as the delay
+_config_to_json = json.JSONEncoder(default=parse_duration).encode  # with infinity
 _BACKOFF: dict[str, Callable[[int], int]] = {
     "constant": lambda attempts: 1,
     "linear": lambda attempts: attempts,
@@ -656,84 +656,66 @@ _BACKOFF: dict[str, Callable[[int], int]] = {
 
 
 class StepConfig:
-    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in;
-    `rollback` the configuration of its rollback handler, if it has one.
+    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in
+    (without a delay that is a function); `text` is that with the `raw` of the rollback handler, as
+    it is stored.
 
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
-    __slots__ = ("backoff", "delay", "limit", "raw", "rollback", "stored", "text", "timeout")
+    __slots__ = ("backoff", "delay", "limit", "raw", "text", "timeout")
 
     def __init__(
-        self, config: Mapping[str, Any] | None, max_sleep: int = _YEAR, undo: Any = None
+        self, config: Any, max_sleep: int = _YEAR, undo: Any = None, what: str = "config"
     ) -> None:
-        keys = ("retries", "timeout", "sensitive")
-        given = _options({} if config is None else config, keys, "config")
+        given = {} if config is None else config
+        given = _options(given, ("retries", "timeout", "sensitive"), what)
         retries = given.get("retries", {})
-        retries = _options(retries, ("limit", "delay", "backoff"), "config['retries']")
-        self.raw = DEFAULT_CONFIG | given
-        self.raw["retries"] = merged = DEFAULT_CONFIG["retries"] | retries
-        for part, key in ((merged, "delay"), (self.raw, "timeout")):
-            if isinstance(part[key], timedelta):
-                part[key] = parse_duration(part[key])  # as it is stored
-        limit, backoff, delay = merged["limit"], merged["backoff"], merged["delay"]
-        self.limit: float = limit
-        self.delay: Any = delay if callable(delay) else _config_ms(merged, "delay")
-        self.timeout = _config_ms(self.raw, "timeout")
-        whole = isinstance(limit, (int, float)) and (limit == math.inf or limit == limit // 1)
-        if not whole or isinstance(limit, bool) or limit < 0:
-            raise ValueError(f"config key 'limit': {_show(limit)}: expected 0, 1, 2, … or inf")
-        if not 0 < self.timeout <= max_sleep:
-            expected = f"expected over 0 and up to {max_sleep} ms"
-            raise ValueError(f"config key 'timeout': {_show(self.raw['timeout'])}: {expected}")
-        if not isinstance(backoff, str) or backoff not in _BACKOFF:
-            known = ", ".join(_BACKOFF)
-            raise ValueError(f"config key 'backoff': {_show(backoff)} is none of {known}")
-        if given.get("sensitive", "output") != "output":
-            raise ValueError(f"config key 'sensitive': {_show(given['sensitive'])} is not 'output'")
+        retries = _options(retries, ("limit", "delay", "backoff"), f"{what}['retries']")
+        merged = DEFAULT_CONFIG | given
+        merged["retries"] = retries = DEFAULT_CONFIG["retries"] | retries
+        self.limit, self.delay, backoff = retries.values()
+        self.timeout = _config_ms(merged, "timeout", what)
+        if callable(self.delay):
+            del retries["delay"]
+        else:
+            self.delay = _config_ms(retries, "delay", what)
+        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        whole = number and self.limit >= 0 and self.limit in (math.inf, self.limit // 1)
+        for legal, part, key, expected in (
+            (whole, retries, "limit", "0, 1, 2, … or inf"),
+            (backoff in list(_BACKOFF), retries, "backoff", f"one of {', '.join(_BACKOFF)}"),
+            (0 < self.timeout <= max_sleep, merged, "timeout", f"over 0 and up to {max_sleep} ms"),
+            (given.get("sensitive", "output") == "output", merged, "sensitive", "'output'"),
+        ):
+            if not legal:
+                raise ValueError(f"{what} key {key!r}: {_show(part[key])}: expected {expected}")
         self.backoff = _BACKOFF[backoff]
-        # What is stored; nothing for the defaults, which most steps have. JSON knows no infinity.
-        self.stored = self.raw | {"retries": dict(merged)}
-        if limit == math.inf:
-            self.stored["retries"]["limit"] = None
-        if callable(delay):
-            self.stored["retries"]["delay"] = DYNAMIC
-            del merged["delay"]
-        self.rollback: StepConfig | None = None
         if undo is not None:
-            try:
-                self.rollback = StepConfig(undo, max_sleep)
-            except ValueError as error:
-                raise ValueError(f"rollbackConfig: {error}") from None
-            self.stored["rollback"] = self.rollback.stored
-        self.text: str = encode(self.stored)[0] if given or undo is not None else ""
+            merged["rollback"] = StepConfig(undo, max_sleep, None, "rollbackConfig").raw
+        text = _config_to_json(merged)
+        self.text = "" if merged == DEFAULT_CONFIG else text  # which most steps have
+        self.raw: dict[str, Any] = json.loads(text)  # as it is in every life
+        self.raw.pop("rollback", None)
 
     @classmethod
-    def load(cls, text: str, given: Any = None, given_undo: Any = None) -> StepConfig:
-        """The configuration that a step was started with. A function for a delay is not stored: it
-        is that of the present call."""
+    def load(cls, text: str, given: Any = None, undo: bool = False) -> StepConfig:
+        """The configuration that a step was started with, or that of its rollback handler. A
+        function for a delay is not stored: it is that of the present call."""
         if not text:
             return _DEFAULT_CONFIG
-        config = decode(text)
-        undo = config.pop("rollback", None)
-        for part, present in ((config, given), (undo, given_undo)):
-            if part is not None and part["retries"]["limit"] is None:
-                part["retries"]["limit"] = math.inf
-            if part is not None and part["retries"]["delay"] == DYNAMIC:
-                retries = ({} if present is None else present).get("retries", {})
-                part["retries"]["delay"] = retries.get("delay", _gone)
-        return cls(config, undo=undo)
-
-    def delay_after(self, attempts: int, delay: int, longest: int) -> int:
-        """Milliseconds to wait when so many attempts have failed."""
-        return min(delay * self.backoff(attempts), longest)
+        config = json.loads(text)
+        undo_config = config.pop("rollback", None)
+        config = undo_config if undo else config
+        config["retries"].setdefault("delay", _gone if given is None else cls(given).delay)
+        return cls(config)
 
 
 def _gone(_: WorkflowDelayContext) -> NoReturn:
     raise LookupError("config['retries']['delay'] is no function any more")
 
 
-def _config_ms(part: Mapping[str, Any], key: str, what: str = "config") -> int:
+def _config_ms(part: Mapping[str, Any], key: str, what: str) -> int:
     try:
         return parse_duration(part[key])
     except ValueError as error:
@@ -2667,7 +2649,7 @@ class Run:
         if handler is None:
             message = f"the rollback handler of step {call.name!r} was not found by replay"
             raise _fatal("workflow.fatal", message)
-        config = StepConfig.load(undone.config or "", None, given).rollback or _DEFAULT_CONFIG
+        config = StepConfig.load(undone.config or "", given, undo=True)
         return self._try(call, step, config, handler, _wants_context(call.name, handler))
 
     def _plan_sleep(
@@ -2840,7 +2822,7 @@ class Run:
         """Hands a failure to the store, and the wait before the next attempt."""
         step, clock = attempt.step, self.engine.clock
         longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
-        delay = attempt.config.delay_after(attempt.number, delay, longest)
+        delay = min(delay * attempt.config.backoff(attempt.number), longest)
         row = attempt.end("failed", encode_error(error, retry_delay_ms=delay))
         wait = ("retry", step.key, None, clock.now() + delay, 0)
         self._waiting.add(step.key)
