@@ -46,6 +46,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import collections.abc
 import contextlib
 import contextvars
 import copy
@@ -74,34 +75,19 @@ import urllib.parse
 import uuid
 import weakref
 from collections import Counter, deque
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
 
 __all__ = [
-    *("Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage"),
-    *("Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent"),
-    *("WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance"),
-    *("WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError"),
-    *("WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext"),
-    *(
-        "WorkflowStepEvent",
-        "WorkflowStepInfo",
-        "WorkflowTimeoutError",
-        "install_workers_shim",
-        "parse_duration",
-    ),
-]
+    "Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage",
+    "Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent",
+    "WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance",
+    "WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError",
+    "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext",
+    "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowTimeoutError", "install_workers_shim",
+    "parse_duration",
+]  # fmt: skip
 
 log = logging.getLogger("workflows")
 
@@ -2321,7 +2307,7 @@ class Attempt:
             self.outcome = None, error
 
     @types.coroutine
-    def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
+    def _drive(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
         """Awaits it, and adds up its CPU time."""
         resume, given = coroutine.send, None
         while True:
@@ -2414,7 +2400,7 @@ def _discard(value: Any) -> None:
         value.close()
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
+async def _awaited(awaitable: collections.abc.Awaitable[Any]) -> Any:
     return await awaitable
 
 
@@ -3771,7 +3757,7 @@ class WorkflowInstance:
 
     async def subscribe(
         self, cursor: int | None = None, filter: Iterable[str] | None = None
-    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+    ) -> collections.abc.AsyncGenerator[WorkflowHistoryEvent, None]:
         """`async for event in instance.subscribe()`: its history, then live what happens, until the
         instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
         list of the types to show. Each event comes once, in order.
@@ -3802,7 +3788,9 @@ class WorkflowInstance:
                 if inst.status in FINISHED:
                     return
 
-    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+    async def follow(
+        self,
+    ) -> collections.abc.AsyncGenerator[tuple[Instance | None, list[Row]], None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
         engine, key, seq = self.workflow.engine, NEW, 0
