@@ -492,7 +492,7 @@ class Values(Lives):
             ({1: 2}, "$: a key of type int"),
             ({"a": {None: 2}}, "$.a: a key of type NoneType"),
             (cycle, "$[0]: a cycle"),
-            (10**5000, "$: int"),
+            (10**5000, "$: <int>: Exceeds the limit"),
             (datetime(2020, 1, 1), "$: datetime"),
             (1j, "$: complex"),
             (deep, "$"),

@@ -379,7 +379,6 @@ _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(","
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
 # (`_parse` is json.loads without its search for blanks, which we don't write.)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ATOMS = frozenset((type(None), bool, int))  # equal to what their JSON reads as, and immutable
 
 
 class _Unserializable(ValueError):
@@ -389,18 +388,13 @@ class _Unserializable(ValueError):
 def encode(value: Any) -> tuple[str, Any]:
     """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
     value."""
-    try:
+    with contextlib.suppress(Exception):  # the slow way finds out what, and where
         text = _to_json(value)
-        if type(value) in _ATOMS:
-            return text, value
         deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
-        if '"$' not in text and not deep:
-            size_of(text)  # fails for surrogates
+        if '"$' not in text and not deep and size_of(text):  # which fails for surrogates
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
-    except Exception:
-        pass  # the slow way finds out what, and where
     try:
         text = _to_json(_tagged(value, "$", frozenset()))
         return text, decode(text)
@@ -429,13 +423,11 @@ def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
     `above` is what it lies in: the ids of dicts and lists."""
     if isinstance(value, str) and _SURROGATE.search(value):
         return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
-    if isinstance(value, int):
+    if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
         try:
-            int.__repr__(value)
-        except ValueError:
-            raise _Unserializable(f"{path}: int with too many digits") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _Unserializable(f"{path}: {float.__repr__(value)}")
+            _to_json(value)
+        except ValueError as error:  # not finite, or too many digits
+            raise _Unserializable(f"{path}: {_show(value)}: {error}") from None
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, datetime):
