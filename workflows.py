@@ -51,7 +51,6 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
-import decimal
 import functools
 import importlib.util
 import inspect
@@ -310,14 +309,13 @@ def parse_duration(value: float | str | timedelta) -> int:
     singular or plural. Anything else is a `ValueError`.
 
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
+    ms: Any = value
     if isinstance(value, timedelta):
-        if value >= timedelta(0):
-            return round(value / timedelta(milliseconds=1))
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if 0 <= value < math.inf:
-            return round(value)
+        ms = value / timedelta(milliseconds=1)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-        return round(decimal.Decimal(match[1]) * _UNITS[match[2]])
+        ms = float(match[1]) * _UNITS[match[2]]
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
+        return round(ms)
     raise ValueError(
         f"{_show(value)} is not a duration: expected milliseconds (0 or more), a timedelta, or "
         f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
@@ -597,9 +595,11 @@ class Limits:
     success_retention: int | None = 30 * _UNITS["day"]
     error_retention: int | None = 30 * _UNITS["day"]
 
+    _needed = {"max_sleep", "steps", "batch", "id_length"}  # can't be lifted
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            lifted = value is None and name not in ("max_sleep", "steps", "batch", "id_length")
+            lifted = value is None and name not in self._needed
             if not lifted and (type(value) is not int or value < 0):
                 raise ValueError(f"Limits.{name} is {_show(value)}: expected a whole number from 0")
         if self.steps > 25_000 or self.max_sleep > _YEAR:
@@ -614,9 +614,8 @@ Limits.PAID = Limits(creations_per_second=100)
 _FREE: dict[str, int] = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
 _FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day"])
 Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
-Limits.UNLIMITED = Limits(
-    None, None, None, None, _YEAR, 25_000, None, None, None, 100, 100, None, None
-)
+_LIFTED: dict[str, Any] = dict.fromkeys(vars(Limits()).keys() - Limits._needed)
+Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
 
 # --------------------------------------------------------------------------------------------------
 # Retry: a step's configuration, and how long it waits before it tries again.
@@ -705,9 +704,8 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
     keys = ", ".join(known)
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} is {type(given).__name__}: expected a dict with {keys}")
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{what} has the unknown key {_show(key)}: expected {keys}")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"{what} has the unknown key {_show(unknown[0])}: expected {keys}")
     return dict(given)
 
 
@@ -813,11 +811,11 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         if step.config is None and live:
             del steps[row.step]  # it had not even begun
     elif row.type == "cancel":
-        step.state, step.open = "cancelled", False
+        step.state, step.open, step.queued = "cancelled", False, False
     elif live:
         step.state, step.open = _ENDS.get(row.type, "pending"), row.type == "start"
         if row.type in _ENDS:
-            step.data, step.extra = row.data, row.extra
+            step.data, step.extra, step.queued = row.data, row.extra, not step.nested
             return step
     return None
 
@@ -826,11 +824,8 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     """The steps of a history, and those that have a result, in the order in which `run` gets
     them."""
     steps: dict[str, Step] = {}
-    results = [step for row in rows if (step := apply(steps, row)) and not step.nested]
-    inbox = deque(step for step in results if step.state != "cancelled")
-    for step in inbox:
-        step.queued = True
-    return steps, inbox
+    results = [step for row in rows if (step := apply(steps, row))]
+    return steps, deque(step for step in results if step.queued)
 
 
 _STATUSES = "queued started running waiting waiting_for_pause paused errored terminated"
