@@ -316,10 +316,9 @@ def parse_duration(value: float | str | timedelta) -> int:
         ms = float(match[1]) * _UNITS[match[2]]
     if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
         return round(ms)
-    raise ValueError(
-        f"{_show(value)} is not a duration: expected milliseconds (0 or more), a timedelta, or "
-        f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    )
+    text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
+    expected = f"milliseconds (0 or more), a timedelta, or {text}"
+    raise ValueError(f"{_show(value)} is not a duration: expected {expected}")
 
 
 def _parse_moment(value: float | datetime) -> int:
@@ -443,14 +442,11 @@ def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
     above |= {id(value)}
     if not isinstance(value, dict):
         return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
-    pairs = []
-    for key, item in value.items():
-        if not isinstance(key, str):
-            raise _Unserializable(f"{path}: a key of type {type(key).__name__}")
-        pairs.append((str.__str__(key), _tagged(item, f"{path}.{key}", above)))
-    if any(key in _TAGS or _SURROGATE.search(key) for key, _ in pairs):
-        return {"$dict": [(_tagged(key, path, above), item) for key, item in pairs]}
-    return dict(pairs)
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise _Unserializable(f"{path}: a key of type {type(odd[0]).__name__}")
+    pairs = [(_tagged(k, path, above), _tagged(v, f"{path}.{k}", above)) for k, v in value.items()]
+    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
+    return dict(pairs) if plain else {"$dict": pairs}
 
 
 def _untag(pairs: dict[str, Any]) -> Any:
@@ -464,10 +460,8 @@ def size_of(text: str) -> int:
 
 
 def _read_only(*_: Any, **__: Any) -> NoReturn:
-    raise TypeError(
-        "an event's payload is read-only: changes would be lost at the next replay. "
-        "Copy it, and return state from a step instead"
-    )
+    instead = "changes would be lost at the next replay; copy it, and return state from a step"
+    raise TypeError(f"an event's payload is read-only: {instead}")
 
 
 class _FrozenDict(dict[str, Any]):
@@ -634,8 +628,8 @@ _BACKOFF: dict[str, Callable[[int], int]] = {
 
 class StepConfig:
     """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in
-    (without a delay that is a function); `text` is that with the `raw` of the rollback handler, as
-    it is stored.
+    (without a delay that is a function); `text` is what is stored: that, and the same for the
+    rollback handler, if there is one.
 
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
@@ -668,12 +662,12 @@ class StepConfig:
             if not legal:
                 raise ValueError(f"{what} key {key!r}: {_show(part[key])}: expected {expected}")
         self.backoff = _BACKOFF[backoff]
+        stored = {"config": merged}
         if undo is not None:
-            merged["rollback"] = StepConfig(undo, max_sleep, None, "rollbackConfig").raw
-        text = _config_to_json(merged)
-        self.text = "" if merged == DEFAULT_CONFIG else text  # which most steps have
-        self.raw: dict[str, Any] = json.loads(text)  # as it is in every life
-        self.raw.pop("rollback", None)
+            stored["rollback"] = StepConfig(undo, max_sleep, None, "rollbackConfig").raw
+        text = _config_to_json(stored)
+        self.text = "" if stored == {"config": DEFAULT_CONFIG} else text  # which most steps have
+        self.raw: dict[str, Any] = json.loads(text)["config"]  # as it is in every life
 
     @classmethod
     def load(cls, text: str, given: Any = None, undo: bool = False) -> StepConfig:
@@ -681,9 +675,7 @@ class StepConfig:
         function for a delay is not stored: it is that of the present call."""
         if not text:
             return _DEFAULT_CONFIG
-        config = json.loads(text)
-        undo_config = config.pop("rollback", None)
-        config = undo_config if undo else config
+        config = json.loads(text)["rollback" if undo else "config"]
         config["retries"].setdefault("delay", _gone if given is None else cls(given).delay)
         return cls(config)
 
