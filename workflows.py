@@ -614,10 +614,8 @@ Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
 # --------------------------------------------------------------------------------------------------
 # Retry: a step's configuration, and how long it waits before it tries again.
 
-DEFAULT_CONFIG: dict[str, Any] = {
-    "retries": {"limit": 5, "delay": 10_000, "backoff": "exponential"},
-    "timeout": "10 minutes",
-}
+_RETRIES: dict[str, Any] = {"limit": 5, "delay": 10_000, "backoff": "exponential"}
+DEFAULT_CONFIG: dict[str, Any] = {"retries": _RETRIES, "timeout": "10 minutes"}
 _config_to_json = json.JSONEncoder(default=parse_duration).encode  # with infinity
 _BACKOFF: dict[str, Callable[[int], int]] = {
     "constant": lambda attempts: 1,
@@ -634,25 +632,18 @@ class StepConfig:
     `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
-    __slots__ = ("backoff", "delay", "limit", "raw", "text", "timeout")
-
     def __init__(
         self, config: Any, max_sleep: int = _YEAR, undo: Any = None, what: str = "config"
     ) -> None:
-        given = {} if config is None else config
-        given = _options(given, ("retries", "timeout", "sensitive"), what)
-        retries = given.get("retries", {})
-        retries = _options(retries, ("limit", "delay", "backoff"), f"{what}['retries']")
-        merged = DEFAULT_CONFIG | given
-        merged["retries"] = retries = DEFAULT_CONFIG["retries"] | retries
-        self.limit, self.delay, backoff = retries.values()
+        given = _options({} if config is None else config, [*DEFAULT_CONFIG, "sensitive"], what)
+        retries = _RETRIES | _options(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
+        merged = DEFAULT_CONFIG | given | {"retries": retries}
+        limit, delay, backoff = retries.values()
+        self.limit: float = limit
+        self.delay: Any = delay if callable(delay) else _config_ms(retries, "delay", what)
         self.timeout = _config_ms(merged, "timeout", what)
-        if callable(self.delay):
-            del retries["delay"]
-        else:
-            self.delay = _config_ms(retries, "delay", what)
-        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
-        whole = number and self.limit >= 0 and self.limit in (math.inf, self.limit // 1)
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        whole = number and limit >= 0 and limit in (math.inf, limit // 1)
         for legal, part, key, expected in (
             (whole, retries, "limit", "0, 1, 2, … or inf"),
             (backoff in list(_BACKOFF), retries, "backoff", f"one of {', '.join(_BACKOFF)}"),
@@ -662,6 +653,8 @@ class StepConfig:
             if not legal:
                 raise ValueError(f"{what} key {key!r}: {_show(part[key])}: expected {expected}")
         self.backoff = _BACKOFF[backoff]
+        if callable(delay):
+            del retries["delay"]
         stored = {"config": merged}
         if undo is not None:
             stored["rollback"] = StepConfig(undo, max_sleep, None, "rollbackConfig").raw
@@ -751,10 +744,7 @@ SEPARATOR = "\n"  # between the parts of a step's key; names hold no control cha
 
 def step_label(key: str | None) -> str:
     """`<name>-<count>`, as Cloudflare shows a step."""
-    if key is None:
-        return ""
-    *_, name, count = key.split(SEPARATOR)
-    return f"{name}-{count}"
+    return "-".join((key or "").split(SEPARATOR)[-2:])
 
 
 # Slots, here and elsewhere: what there are many of costs the garbage collector time.
