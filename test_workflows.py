@@ -6450,6 +6450,33 @@ class DynamicDelay(Undoing):
             self.assertEqual(await self.finish(await engine.bind(made).get("i")), "done")
         self.assertEqual(self.log, ["attempt 1", "asked 1", "attempt 2", "asked 2", "attempt 3"])
 
+    async def test_it_is_that_of_the_present_call(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", config, lambda: 1 / 0)
+
+        for changed, outcome in (
+            ({"retries": {"delay": "1 minute"}}, ("ZeroDivisionError", 120_000)),
+            ({"retries": {"delay": lambda info: "2 minutes"}}, ("ZeroDivisionError", 240_000)),
+            (None, ("NonRetryableDelayError", 0)),
+            (5, ("WorkflowFatalError", 0)),
+        ):
+            self.setUp()
+            made = workflow(run)
+            config: Any = {"retries": {"limit": 2, "delay": lambda info: "1 hour"}}
+            async with self.engine() as engine:
+                await engine.bind(made).create(id="i")
+                await self.clock.advance("1 minute")
+            config = changed
+            async with self.engine() as engine:
+                instance = await engine.bind(made).get("i")
+                await self.clock.advance("59 minutes")
+                began = self.clock.now()
+                while (status := await instance.status()).error is None:
+                    await self.clock.advance("1 minute")
+            with self.subTest(changed):
+                taken = self.clock.now() - began
+                self.assertEqual((status.error["name"], taken), outcome)
+
     async def test_the_contexts_config_has_no_delay_in_every_life(self) -> None:
         async def run(event: Any, step: Any) -> None:
             async def callback(ctx: Any) -> None:
