@@ -164,6 +164,10 @@ async def caught(awaitable: Any) -> BaseException:
     raise AssertionError("no error was raised")
 
 
+class InSlots(Exception):
+    __slots__ = ("x",)
+
+
 class Attributes(Exception):
     """A user's error: its own `__init__`, and attributes of all kinds."""
 
@@ -667,6 +671,13 @@ class Errors(Lives):
         self.assertEqual((got.number, got.text, str(got)), (7, "seven", "7 seven"))
         self.assertFalse(hasattr(got, "bad"))
         self.assertEqual(Attributes.made, made)
+
+    async def test_attributes_in_slots_are_kept(self):
+        error = InSlots("a")
+        error.x = [5]
+        errors = (error, AttributeError("a", name="n", obj=[1]), ImportError("i", name="n"))
+        one, two, three = await self.rebuilt(*errors)
+        self.assertEqual((one.x, two.name, two.obj, three.name), ([5], "n", None, "n"))
 
     async def test_notes_are_attributes(self):
         error = ValueError("a")

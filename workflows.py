@@ -518,10 +518,11 @@ def _describe(error: BaseException) -> dict[str, Any]:
     cls = type(error)
     members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     message = error.message if isinstance(error, BaseExceptionGroup) else _message(error)
-    # What `pickle` would keep: OSError.filename is among these args, ImportError.name in the state.
-    _, args, state = (*_native(cls).__reduce__(error), None)[:3]
+    # `OSError.filename` and the like aren't in `__dict__`, but in slots.
+    names = [name for base in cls.__mro__ for name in vars(base) if _is_slot(base, name)]
+    slots = {name: value for name in names if (value := getattr(error, name, None)) is not None}
     kept = {}
-    for name, value in {**(state or {}), "args": list(args)}.items():
+    for name, value in {**slots, **vars(error), "args": list(error.args)}.items():
         with contextlib.suppress(_Unserializable):
             kept[name] = encode(value)[1]
     label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
@@ -534,6 +535,13 @@ def _describe(error: BaseException) -> dict[str, Any]:
         "attributes": kept,
         "members": [_describe(member) for member in members],
     }
+
+
+def _is_slot(cls: type, name: str) -> bool:
+    if name.startswith("__") or (cls, name) == (AttributeError, "obj"):  # which pickle drops, too
+        return False
+    slot = vars(cls)[name]
+    return inspect.ismemberdescriptor(slot) or inspect.isgetsetdescriptor(slot)
 
 
 def rebuild_error(record: dict[str, Any]) -> Exception:
