@@ -62,6 +62,7 @@ import math
 import os
 import queue
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -4363,7 +4364,8 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
 
         async def process(ctx: WorkflowStepContext) -> dict[str, Any]:
             if ctx.attempt == 1:
-                await asyncio.sleep(3600)  # the demo kills its process here
+                await asyncio.sleep(0.5)
+                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
             return {"processed": True, "user": user["id"], "process": os.getpid()}
 
         once_more = {"retries": {"limit": 3, "delay": "1 second"}}
@@ -4372,11 +4374,9 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
         return result | {"approved": approval.approved}
 
 
-def timeline(events: Iterable[WorkflowHistoryEvent]) -> Iterator[str]:
+def timeline(events: Sequence[WorkflowHistoryEvent]) -> Iterator[str]:
     """A history as lines of text: when, what, and what came of it."""
-    began = None
     for event in events:
-        began = event.timestamp if began is None else began
         attempt = f"#{event.attempt}" if "attempt" in event else ""
         what = event.type
         if event.get("error"):
@@ -4385,57 +4385,24 @@ def timeline(events: Iterable[WorkflowHistoryEvent]) -> Iterator[str]:
             what += f"; again in {event.retry_delay_ms} ms"
         if event.get("output") is not None:
             what += f"   {event.output!r}"
-        at = (event.timestamp - began).total_seconds()
+        at = (event.timestamp - events[0].timestamp).total_seconds()
         yield f"{at:9.3f} s   {event.get('step_name', ''):25} {attempt:3} {what}"
 
 
-async def _run_demo_engine(database: str) -> None:
+async def _run_demo(database: str) -> None:
+    """What both processes of the demo do: create the instance, or go on with it, to the end."""
     async with Engine(database) as engine:
         workflow = engine.bind(_MyWorkflow)
-        try:
-            instance = await workflow.get("demo")
-        except WorkflowError:
-            instance = await workflow.create(id="demo", params={"userId": "123"})
-        await instance.result()
-
-
-async def _run_demo(database: str) -> None:
-    """Steers from outside: this process is a client, the workflow runs in children."""
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, __file__, "demo", "--engine", database])
-
-    async with Engine(database) as client:
-        instance = WorkflowInstance(Workflow(client, "my-workflow", _MyWorkflow, 0), "demo")
-
-        async def until(type: str, step: str) -> None:
-            while True:
-                with contextlib.suppress(WorkflowError):  # it has not been created yet
-                    async for event in instance.subscribe(filter=[type]):
-                        if event.step_name == step:
-                            return
-                await asyncio.sleep(0.02)
-
-        child = start()
-        try:
-            print(f"process {child.pid} runs the workflow …")
-            await until("attempt_started", "process action-1")
-            child.kill()
-            child.wait()
-            print(f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'")
-            child = start()
-            print(f"process {child.pid} goes on; it gets its approval when it waits for it …\n")
-            await until("wait_started", "wait for approval-1")
-            await instance.send_event(type="user_approval", payload={"approved": True})
-            output = await instance.result()
-            child.wait()
-        finally:
-            child.kill()
-            child.wait()
-        events = [event async for event in instance.subscribe()]
+        await workflow.create_batch([{"id": "demo", "params": {"userId": "123"}}])  # only once
+        instance = await workflow.get("demo")
+        events = []
+        async for event in instance.subscribe():
+            events.append(event)
+            if event.type == "wait_started":
+                await instance.send_event(type="user_approval", payload={"approved": True})
         print(*timeline(events), sep="\n")
+        print(f"\noutput: {await instance.result()}")
         runs = Counter(event.step_name for event in events if event.type == "step_completed")
-        print(f"\noutput: {output}")
         print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
         if set(runs.values()) != {1}:
             raise SystemExit("a finished step ran again: this must not happen")
@@ -4450,10 +4417,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         if given.engine:
-            asyncio.run(_run_demo_engine(given.engine))
+            asyncio.run(_run_demo(given.engine))
             return
         with tempfile.TemporaryDirectory() as folder:
-            asyncio.run(_run_demo(os.path.join(folder, "demo.db")))
+            database = os.path.join(folder, "demo.db")
+            command = [sys.executable, __file__, "demo", "--engine", database]
+            print("a process runs the workflow …", flush=True)
+            subprocess.run(command)
+            print("it was killed (SIGKILL) in 'process action'; another goes on …\n", flush=True)
+            sys.exit(subprocess.run(command).returncode)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
