@@ -1054,7 +1054,6 @@ class News(NamedTuple):
     admitted: bool = False
 
 
-Life = tuple[int, int]  # key, generation
 Then = Callable[[Any, BaseException | None], None]
 Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
@@ -1376,10 +1375,7 @@ class Store:
         """The owner's look at the database: everything whose `wake` has come, then the queue."""
         now = self.clock.now()
         self._look_again = False
-        for workflow in self._inherited:  # from an owner that died
-            where = "workflow = ? AND status IN ('running', 'waitingForPause')"
-            for inst in self._instances(where, workflow):
-                self._requeue(inst, careful=1)
+        self.requeue_all(self._inherited, careful=1)  # of an owner that died
         self._inherited.clear()
         due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
         if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
@@ -1388,6 +1384,13 @@ class Store:
             self._look_at(inst, now)
         self._admit()
         self.next_wake = min(self._each("min(wake)", "wake IS NOT NULL"), default=math.inf)
+
+    def requeue_all(self, workflows: Iterable[int], **columns: Any) -> None:
+        """What was running in a process that has ended."""
+        for workflow in workflows if self.owner else ():
+            where = "workflow = ? AND status IN ('running', 'waitingForPause')"
+            for inst in self._instances(where, workflow):
+                self._requeue(inst, **columns)
 
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
@@ -1870,14 +1873,14 @@ class Store:
     #    callback, until one more step has finished, so that a step which kills its process is
     #    noticed.
 
-    def load(self, lives: list[Life]) -> list[tuple[Instance, list[Row], list[str], str]]:
+    def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], list[str], str]]:
         """What lives begin with: the instance, its whole journal (in one query), the steps that
         wait, and the workflow's name. Those that are outdated are left out."""
         sql = "SELECT step FROM waits WHERE instance = ?"
         loaded = []
-        self._read([key for key, _ in lives])
+        self._read([life.key for life in lives])
         for life in lives:
-            if inst := self._mine(*life, "running", "waitingForPause"):
+            if inst := self._mine(life.key, life.generation, "running", "waitingForPause"):
                 waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
                 steps = [step for (step,) in waits]
                 loaded.append((inst, self._journal(inst.key), steps, self.bound[inst.workflow]))
@@ -2390,7 +2393,7 @@ class Run:
         *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
         *("_writing", "bound", "careful", "counts", "dead", "declarations", "ended", "engine"),
         *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
-        *("loop", "open_calls", "orphan", "outcomes", "searching", "seq", "status", "steps"),
+        *("loop", "open_calls", "outcomes", "searching", "seq", "status", "steps"),
         *("successor", "task", "tasks"),
     )
 
@@ -2413,7 +2416,7 @@ class Run:
         )
         self.counts: dict[str, int] = {}
         self.open_calls: set[StepCall] = set()
-        self.dead = self.orphan = False
+        self.dead = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
         self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
@@ -2896,9 +2899,11 @@ class Run:
 
     # -- news from the store
 
-    def on_news(self, inst: Instance, rows: list[Row]) -> None:
-        if inst.generation != self.generation or inst.status in (*FINISHED, "paused"):
+    def on_news(self, inst: Instance, rows: list[Row], admitted: bool) -> None:
+        outdated = inst.generation != self.generation or inst.status in (*FINISHED, "paused")
+        if self.dead or outdated:
             self.unload()
+            self.successor = inst if admitted else self.successor
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
@@ -3283,7 +3288,6 @@ class Engine:
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
-        self._loading: set[Life] = set()
         self._watchers: weakref.WeakValueDictionary[int, asyncio.Future[None]]
         self._watchers = weakref.WeakValueDictionary()  # by instance
 
@@ -3372,19 +3376,17 @@ class Engine:
             run.unload()
         await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
         for run in runs:
-            self._hand_back([(run.key, run.generation)], run.interrupted())
-            if run.successor is not None:
-                self._hand_back([(run.successor.key, run.successor.generation)])
-        self._hand_back(self._loading)
+            self._hand_back(run)
+        self.store.post(self.store.requeue_all, self.store.bound, then=_ignore)
         self.store.ops.put(None)
         await self.store.closed
         self.store.thread.join()
         self.threads.close()
         self._wake(list(self._watchers))
 
-    def _hand_back(self, lives: Iterable[Life], interrupted: Sequence[str] = ()) -> None:
-        for life in lives:
-            self.store.post(self.store.hand_back, *life, interrupted, then=_ignore)
+    def _hand_back(self, run: Run) -> None:
+        life = (run.key, run.generation)
+        self.store.post(self.store.hand_back, *life, run.interrupted(), then=_ignore)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -3429,7 +3431,13 @@ class Engine:
                 then(result, error)
             except Exception:
                 log.exception("a bug in workflows.py: please report it")
-        self._load([(item[0].key, item[0].generation) for item in news if self._hear(item)])
+        admitted = []
+        for item in news:
+            if (run := self.runs.get(item.instance.key)) is not None:
+                run.on_news(*item)
+            elif item.admitted:
+                admitted.append(item.instance)
+        self._load(admitted)
         if touched:
             self._wake(touched)
         elif touched is None and self._watchers:  # another process wrote; but what?
@@ -3439,57 +3447,32 @@ class Engine:
                 then=lambda keys, _: self._wake(keys or ()),
             )
 
-    def _hear(self, news: News) -> bool:
-        """Tells a run; says whether a life must be loaded."""
-        inst = news.instance
-        run = self.runs.get(inst.key)
-        if run is None:
-            return news.admitted
-        if not run.dead and run.generation == inst.generation:
-            run.on_news(inst, news.rows)
-        else:
-            run.unload()
-            run.successor = inst if news.admitted else run.successor
-        return False
+    def _load(self, lives: list[Instance], previous: Run | None = None) -> None:
+        if lives and self._state == "open":
+            self.store.post(self.store.load, lives, then=functools.partial(self._begin, previous))
 
-    def _load(self, lives: list[Life], previous: Run | None = None) -> None:
-        if self._state != "open":
-            self._hand_back(lives)
-        elif lives := [life for life in dict.fromkeys(lives) if life not in self._loading]:
-            self._loading.update(lives)
-            then = functools.partial(self._begin, lives, previous)
-            self.store.post(self.store.load, lives, then=then)
-
-    def _begin(
-        self, lives: list[Life], previous: Run | None, loaded: Any, _: BaseException | None
-    ) -> None:
-        self._loading.difference_update(lives)
-        if self._state != "open":
-            self._hand_back(lives)
-            return
+    def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
         for inst, rows, waits, workflow in loaded or ():
-            bound = self._workflows[workflow]
-            self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
-            run.begin()
+            if self._state == "open" and inst.key not in self.runs:
+                bound = self._workflows[workflow]
+                self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
+                run.begin()
 
     def unloaded(self, run: Run) -> None:
         """A life has ended; the next one may begin."""
-        if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
+        if self._state == "open":
             del self.runs[run.key]
             if run.successor is not None:
-                self._load([(run.successor.key, run.successor.generation)], run)
+                self._load([run.successor], run)
 
     def orphaned(self, run: Run) -> None:
         """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes
         on."""
-        run.orphan = True
-        run.unload()
 
         def go_on() -> None:
-            if self._state == "open":
-                run.orphan = False
-                self._hand_back([(run.key, run.generation)], run.interrupted())
-                self.unloaded(run)
+            if self._state == "open" and not run.dead:
+                run.unload()
+                self._hand_back(run)
 
         self.loop.call_later(1, go_on)
 
@@ -3506,8 +3489,7 @@ class Engine:
         """Whether anything will happen by itself, without an event, a timer or the world
         outside."""
         return (
-            self.store.failure is None
-            and (self.store.pending > 0 or bool(self._loading) or self.threads.may_end_soon())
+            self.store.failure is None and (self.store.pending > 0 or self.threads.may_end_soon())
         ) or any(run.busy() for run in self.runs.values())
 
     def when_settled(self, run: Run) -> None:
