@@ -4810,7 +4810,7 @@ class Waits(Introspected):
             await asyncio.sleep(0.01)
             await self.workflow.create(id="x")
             self.assertEqual((await together)[3:], ["done"] * 2)
-            self.assertEqual(one.workflow.engine.store.followed, [])
+            self.assertEqual([*one.workflow.engine._watchers], [])
 
     async def test_a_past_status_does_not_count(self) -> None:
         async with self.one() as one:
@@ -6597,7 +6597,7 @@ class Subscribing(Undoing):
             for type in {event.type for event in events}:
                 wanted = [word for word in words if word.split()[0] == type]
                 self.assertEqual(await self.told(instance, filter=[type]), wanted)
-            self.assertEqual(engine.store.followed, [])
+            self.assertEqual([*engine._watchers], [])
         return events
 
     async def test_a_step(self) -> None:
@@ -6887,18 +6887,20 @@ class Subscribing(Undoing):
         async with self.engine() as engine:
             instance = await engine.bind(workflow(one_sleep)).create()
             await self.first(instance, 1)
-            self.assertEqual(engine.store.followed, [])
+            self.assertEqual([*engine._watchers], [])
             waiting = asyncio.create_task(self.told(instance))
             await self.clock.settle()
-            self.assertEqual(len(engine.store.followed), 1)
+            self.assertEqual(len(engine._watchers), 1)
             waiting.cancel()
             await asyncio.wait([waiting])
-            self.assertEqual(engine.store.followed, [])
+            del waiting
+            gc.collect()
+            self.assertEqual([*engine._watchers], [])
             async for _ in instance.subscribe():
                 break
             gc.collect()
             await asyncio.sleep(0.01)
-            self.assertEqual(engine.store.followed, [])
+            self.assertEqual([*engine._watchers], [])
 
     async def test_several_subscribers_see_the_same_also_slow_ones(self) -> None:
         async def slow(instance: Any) -> list[Any]:
@@ -6927,7 +6929,7 @@ class Subscribing(Undoing):
             instance = await engine.bind(workflow(one_sleep)).create()
             await instance.delete()
             await self.assertCode("instance.not_found", self.told(instance))
-            self.assertEqual(engine.store.followed, [])
+            self.assertEqual([*engine._watchers], [])
 
     async def test_an_instance_that_is_deleted_meanwhile_is_not_found_any_more(self) -> None:
         for again in (False, True):
@@ -7049,7 +7051,7 @@ class SubscribingForReal(Real):
             await running
             whole = [(e.event_id, brief(e)) async for e in instance.subscribe()]
             self.assertEqual(told, whole)
-            self.assertEqual(client.store.followed, [])
+            self.assertEqual([*client._watchers], [])
 
     async def test_another_process_sees_events_within_100_ms(self) -> None:
         script = """

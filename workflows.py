@@ -980,7 +980,6 @@ SCHEMA_VERSION = len(_SCHEMA)
 TICK = 0.05  # seconds between looks at what other processes did
 BATCH = 256  # instances that one transaction wakes at most
 WOKEN = -(2**53)  # added to a place: ahead of those that never started
-NEW = 0  # stands for the key of any instance to come, for those who watch
 
 
 class Instance(NamedTuple):
@@ -1054,6 +1053,7 @@ class News(NamedTuple):
     admitted: bool = False
 
 
+Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
 Then = Callable[[Any, BaseException | None], None]
 Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
@@ -1067,7 +1067,7 @@ class Store:
         self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.path, self.clock, self.limits, self.loop = path, clock, limits, loop
-        self.deliver: Callable[[list[Any], list[News], set[int] | None], None]
+        self.deliver: Callable[[list[Any], list[News], set[Topic] | None], None]
         self.broke: Callable[[BaseException, list[Any]], None]
         self.ops: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
         self.pending = 0  # operations whose results have not been delivered; the loop's count
@@ -1075,8 +1075,6 @@ class Store:
         self.closing = False  # nothing new begins
         self.owner = False
         self.bound: dict[int, str] = {}  # workflow key → name
-        # Instances of which every row is wanted, not only the last; once for each watcher.
-        self.followed: list[int] = []
         self.introspections: list[WorkflowInstanceModifier] = []  # open blocks: see "Test tools"
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
@@ -1089,7 +1087,7 @@ class Store:
         self._present: dict[int, Instance] = {}
         self._changed: set[int] = set()
         self._advanced: set[int] = set()
-        self._touched: set[int] = set()  # instances whose watchers want to know
+        self._touched: set[Topic] = set()
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
         self._requests = self._storage = self._cpu_counted = 0  # what usage must still be told
@@ -1583,8 +1581,10 @@ class Store:
         self._present[key] = inst = inst._replace(**columns) if columns else inst
         for n, row in enumerate(rows, was.seq + 1):
             self._rows.append((key, n, now, *row))
-        if rows and (key in self.followed or rows[-1][0] in FINISHED):
-            self._touched.add(key)
+        if rows:
+            self._touched.add(was.id or "")
+            if rows[-1][0] in FINISHED:
+                self._touched.add(key)
         return inst
 
     def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
@@ -1690,7 +1690,6 @@ class Store:
         self._write_back()  # so that they are found
         self._requests += len(made)
         self._look_again = True
-        self._touched.add(NEW)
         return made
 
     def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
@@ -1699,13 +1698,13 @@ class Store:
         rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
         return inst.key, inst.status, rows[0].data if rows else None
 
-    def which_ended(self, keys: list[int]) -> set[int]:
-        """Which of these instances have finished, or are gone; and those that may have new
-        rows."""
+    def which_changed(self, topics: list[Topic]) -> list[Topic]:
+        """On which of these there may be news, when another process wrote."""
         self._write_back()
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
-                 ON i.key = asked.value WHERE i.id IS NULL OR i.ended IS NOT NULL"""
-        return {key for (key,) in self._db.execute(sql, (str(keys),))}.union(self.followed)
+                 ON i.key = asked.value AND asked.type = 'integer'
+                 WHERE i.id IS NULL OR i.ended IS NOT NULL"""
+        return [topic for (topic,) in self._db.execute(sql, (_to_json(topics),))]
 
     def look(
         self, workflow: str, id: str, key: int, after: int
@@ -1845,7 +1844,7 @@ class Store:
         self._change(inst.key, generation=inst.generation + 1, **gone)
         # (What has changed is written without the id, which costs an index.)
         self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
-        self._touched.add(inst.key)
+        self._touched |= {inst.key, id}
 
     def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
@@ -3288,8 +3287,8 @@ class Engine:
         self._workflows: dict[str, Workflow] = {}
         self._state = "new"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
-        self._watchers: weakref.WeakValueDictionary[int, asyncio.Future[None]]
-        self._watchers = weakref.WeakValueDictionary()  # by instance
+        self._watchers: weakref.WeakValueDictionary[Topic, asyncio.Future[None]]
+        self._watchers = weakref.WeakValueDictionary()
 
     # -- bindings
 
@@ -3424,7 +3423,7 @@ class Engine:
 
     # -- what the store tells, on the loop
 
-    def _deliver(self, results: list[Any], news: list[News], touched: set[int] | None) -> None:
+    def _deliver(self, results: list[Any], news: list[News], touched: set[Topic] | None) -> None:
         self.store.pending -= len(results)
         for then, result, error in results:
             try:
@@ -3438,14 +3437,10 @@ class Engine:
             elif item.admitted:
                 admitted.append(item.instance)
         self._load(admitted)
-        if touched:
+        if touched is not None:
             self._wake(touched)
-        elif touched is None and self._watchers:  # another process wrote; but what?
-            self.store.post(
-                self.store.which_ended,
-                list(self._watchers),
-                then=lambda keys, _: self._wake(keys or ()),
-            )
+        elif topics := list(self._watchers):  # another process wrote; but what?
+            self.store.post(self.store.which_changed, topics, then=self._wake)
 
     def _load(self, lives: list[Instance], previous: Run | None = None) -> None:
         if lives and self._state == "open":
@@ -3513,14 +3508,13 @@ class Engine:
             if self.ticking:
                 self.loop.call_soon(self._next_turn)
 
-    def watch(self, key: int) -> asyncio.Future[None]:
-        """A future that is done when the instance may have ended, or (if it is followed) may have
-        new rows; kept by those who wait for it."""
-        return self._watchers.setdefault(key, self.loop.create_future())
+    def watch(self, topic: Topic) -> asyncio.Future[None]:
+        """A future that is done when there may be news; kept by those who wait for it."""
+        return self._watchers.setdefault(topic, self.loop.create_future())
 
-    def _wake(self, keys: Iterable[int]) -> None:
-        for key in keys:
-            if (watched := self._watchers.pop(key, None)) is not None:
+    def _wake(self, topics: Iterable[Topic] | None, _: BaseException | None = None) -> None:
+        for topic in topics or ():
+            if (watched := self._watchers.pop(topic, None)) is not None:
                 _resolve(watched)
 
 
@@ -3753,20 +3747,14 @@ class WorkflowInstance:
     ) -> collections.abc.AsyncGenerator[tuple[Instance | None, list[Row]], None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
-        engine, key, seq = self.workflow.engine, NEW, 0
+        engine, key, seq = self.workflow.engine, 0, 0
         while True:
-            engine.store.followed.append(key)
-            try:
-                changed = engine.watch(key)  # before the look, so that nothing is missed
-                inst, rows = await engine.call("look", self.workflow.name, self.id, key, seq)
-                yield inst, rows
-                if key == (NEW if inst is None else inst.key):
-                    await asyncio.wait({changed})
-            finally:
-                engine.store.followed.remove(key)
-            if rows:
-                seq = rows[-1].seq
-            key = NEW if inst is None else inst.key
+            changed = engine.watch(self.id)  # before the look, so that nothing is missed
+            inst, rows = await engine.call("look", self.workflow.name, self.id, key, seq)
+            yield inst, rows
+            if inst is not None:
+                key, seq = inst.key, inst.seq
+            await asyncio.wait({changed})
 
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
@@ -3816,21 +3804,21 @@ class WorkflowInstance:
         """Waits for the end. Returns the output; raises the error that left `run`, or
         `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
         after `timeout`."""
-        engine = self.workflow.engine
-        patience = None if timeout is None else parse_duration(timeout)
+        patience = math.inf if timeout is None else parse_duration(timeout)
         key, status, data = await self._call("status")
+        engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
-        with contextlib.ExitStack() as stack:
-            if patience is not None:
-                wake = functools.partial(_resolve, late)
-                stack.callback(engine.clock.call_later(patience, wake).cancel)
+        timer = engine.clock.call_later(patience, functools.partial(_resolve, late))
+        try:
             while status not in FINISHED:
                 ended = engine.watch(key)
                 key, status, data = await self._call("status")
+                if status not in FINISHED and late.done():
+                    raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
                     await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
-                    if late.done() and not ended.done():
-                        raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
+        finally:
+            timer.cancel()
         if status == "complete":
             return decode(data)
         if status == "errored":
