@@ -153,6 +153,10 @@ class WorkflowInternalError(WorkflowError):
     code = "workflow.internal"
 
 
+def _refusal(code: str, message: str) -> WorkflowError:
+    return WorkflowError(message, code=code)
+
+
 class _Unload(asyncio.CancelledError):
     """Raised by step calls in a run that is being unloaded. A `CancelledError`, so that `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
@@ -3405,14 +3409,15 @@ class Engine:
         self.store.post(getattr(self.store, op), *args, then=then)
         return await future
 
-    def count_creation(self) -> None:
-        """Refuses one creation (or batch) too many within a second."""
+    async def create(self, workflow: str, entries: list[Entry]) -> list[str]:
+        """Stores instances, but refuses a call too many within a second; the ids of the new."""
         self._check_open()
         limit, now = self.limits.creations_per_second, self.clock.now()
         if len(self._created) == limit and all(at > now - 1000 for at in self._created):
-            message = f"more than {limit} creations within a second (limit creations_per_second)"
-            raise WorkflowError(message, code="limit.creation_rate")
+            what = f"more than {limit} creations within a second (limit creations_per_second)"
+            raise _refusal("limit.creation_rate", what)
         self._created.append(now)
+        return await self.call("create", workflow, entries, "binding")  # type: ignore[no-any-return]
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
@@ -3548,54 +3553,18 @@ class Workflow:
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
         `limit.queued_instances`, `limit.retention`."""
-        entry = self._entry(_merge(options, given, _CREATE, "create"), "")
-        if not await self._create([entry]):
-            message = f"workflow {self.name!r} has an instance {entry[0]!r} already"
-            raise WorkflowError(message, code="instance.already_exists")
+        entry = self._entry(_merge(options, given, _CREATE, "create"), "create")
+        if not await self.engine.create(self.name, [entry]):
+            what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
+            raise _refusal("instance.already_exists", what)
         return WorkflowInstance(self, entry[0])
 
     async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
         `limit.batch_size`."""
-        if isinstance(batch, (str, bytes, Mapping)) or not isinstance(batch, Iterable):
-            raise TypeError(f"the batch is {type(batch).__name__}: expected a list of dicts")
-        entries = [
-            self._entry(_options(options, _CREATE, f"batch[{n}]"), f"batch[{n}]: ")
-            for n, options in enumerate(batch)
-        ]
-        self._check_batch(entries)
-        return [WorkflowInstance(self, id) for id in await self._create(entries)]
-
-    def _entry(self, options: dict[str, Any], where: str) -> Entry:
-        limits = self.engine.limits
-        id = options.get("id")
-        id = str(uuid.uuid4()) if id is None else self._check_id(id, where)
-        params = options.get("params", {})
-        text = _payload(params, limits, f"{where}params", "params.not_serializable")
-        retention = {} if options.get("retention") is None else options["retention"]
-        names = ("successRetention", "errorRetention")
-        retention = _options(retention, names, f"{where}retention")
-        kept: list[int | None] = [limits.success_retention, limits.error_retention]
-        for n, name in enumerate(names):
-            longest = kept[n]
-            if name in retention:
-                kept[n] = ms = _config_ms(retention, name, f"{where}retention")
-                if longest is not None and ms > longest:
-                    message = f"{where}{name} is longer than {longest} ms (limit retention)"
-                    raise WorkflowError(message, code="limit.retention")
-        return id, text, kept[0], kept[1]
-
-    async def _create(self, entries: list[Entry]) -> Any:
-        self.engine.count_creation()
-        return await self.engine.call("create", self.name, entries, "binding")
-
-    def _check_id(self, id: Any, where: str = "") -> str:
-        limit = self.engine.limits.id_length
-        if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
-            return id
-        message = f"{where}{_show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
-        raise WorkflowError(message, code="instance.invalid_id")
+        made = await self.engine.create(self.name, self._batch(batch, "batch", self._entry))
+        return [WorkflowInstance(self, id) for id in made]
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
@@ -3607,19 +3576,45 @@ class Workflow:
         [{"id", "code", "message"}]}`, with one entry for each id.
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-            raise TypeError(f"ids is {type(ids).__name__}: expected a list of ids")
-        checked = [self._check_id(id, f"ids[{n}]: ") for n, id in enumerate(ids)]
-        self._check_batch(checked)
-        answer: dict[str, list[dict[str, Any]]]
-        answer = await self.engine.call("delete_batch", self.name, checked)
-        return answer
+        checked = self._batch(ids, "ids", self._check_id)
+        return await self.engine.call("delete_batch", self.name, checked)  # type: ignore[no-any-return]
 
-    def _check_batch(self, batch: list[Any]) -> None:
+    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> list[Any]:
+        """A caller's list, when each of its entries has been checked, and their number."""
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+            raise TypeError(f"{what} is {type(given).__name__}: expected a list")
+        checked = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
-        if not 0 < len(batch) <= limit:
-            message = f"the batch has {len(batch)} entries: expected 1 to {limit} (limit batch)"
-            raise WorkflowError(message, code="limit.batch_size")
+        if not 0 < len(checked) <= limit:
+            what = f"{what} has {len(checked)} entries: expected 1 to {limit} (limit batch)"
+            raise _refusal("limit.batch_size", what)
+        return checked
+
+    def _entry(self, given: Any, where: str) -> Entry:
+        options, limits = _options(given, _CREATE, where), self.engine.limits
+        id = (
+            str(uuid.uuid4()) if options.get("id") is None else self._check_id(options["id"], where)
+        )
+        params, code = options.get("params", {}), "params.not_serializable"
+        text = _payload(params, limits, f"{where}: params", code)
+        names = ("successRetention", "errorRetention")
+        kept = [limits.success_retention, limits.error_retention]
+        retention = {} if options.get("retention") is None else options["retention"]
+        for name in _options(retention, names, f"{where}: retention"):
+            n, ms = names.index(name), _config_ms(retention, name, f"{where}: retention")
+            longest = kept[n]
+            if longest is not None and ms > longest:
+                what = f"{where}: {name} is longer than {longest} ms (limit retention)"
+                raise _refusal("limit.retention", what)
+            kept[n] = ms
+        return id, text, kept[0], kept[1]
+
+    def _check_id(self, id: Any, where: str = "id") -> str:
+        limit = self.engine.limits.id_length
+        if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
+            return id
+        what = f"{where}: {_show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
+        raise _refusal("instance.invalid_id", what)
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -3632,21 +3627,19 @@ class Workflow:
         may also be created inside the block. Error: `instance.invalid_id`."""
         return WorkflowInstanceIntrospector(self, self._check_id(id))
 
-    def _event(self, options: Any, given: Mapping[str, Any], what: str) -> tuple[str, str]:
+    def _event(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         event = _merge(options, given, ("type", "payload"), what)
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
         type = _check_event_type(event["type"], WorkflowError)
-        limits = self.engine.limits
-        return type, _payload(event.get("payload"), limits, "payload", "event.not_serializable")
+        payload, code = event.get("payload"), "event.not_serializable"
+        return type, _payload(payload, self.engine.limits, "payload", code)
 
 
 _CREATE = ("id", "params", "retention")
 
 
-def _merge(
-    options: Any, given: Mapping[str, Any], known: Sequence[str], what: str
-) -> dict[str, Any]:
+def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
     """An options object, or keyword arguments, or both; every key known."""
     options = _options({} if options is None else options, known, what)
     for key in options.keys() & given:
@@ -3658,13 +3651,11 @@ def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
     try:
         text = encode(value)[0]
     except _Unserializable as bad:
-        raise WorkflowError(f"{what} can't be stored: {bad}", code=code) from None
-    size = size_of(text)
-    if limits.payload_bytes is not None and size > limits.payload_bytes:
-        raise WorkflowError(
-            f"{what} has {size} bytes: the limit is {limits.payload_bytes} (limit payload_bytes)",
-            code="limit.event_payload",
-        )
+        raise _refusal(code, f"{what} can't be stored: {bad}") from None
+    size, limit = size_of(text), limits.payload_bytes
+    if limit is not None and size > limit:
+        what = f"{what} has {size} bytes: the limit is {limit} (limit payload_bytes)"
+        raise _refusal("limit.event_payload", what)
     return text
 
 
@@ -3674,14 +3665,21 @@ _KINDS = {_camel(kind): kind for kind in STEP_KINDS}
 def _start(given: Any) -> tuple[str, int, str | None]:
     """The step that a restart begins from: name, count, and kind if that is given."""
     step = _options(given, ("name", "count", "type"), "from")
-    name, count, type_ = step.get("name"), step.get("count", 1), step.get("type")
-    if not isinstance(name, str):
-        raise TypeError(f"from: the name is {_show(name)}: expected the name of a step")
-    if type(count) is not int or count < 1:
-        raise ValueError(f"from: the count is {_show(count)}: expected a whole number from 1")
-    if type_ is not None and not (isinstance(type_, str) and type_ in _KINDS):
-        raise ValueError(f"from: the type is {_show(type_)}: expected one of {', '.join(_KINDS)}")
-    return name, count, type_ and _KINDS[type_]
+    kind = step.pop("type", None)
+    if kind is not None and kind not in [*_KINDS]:
+        raise ValueError(f"from: the type is {_show(kind)}: expected one of {', '.join(_KINDS)}")
+    return *_named(step, "count"), kind and _KINDS[kind]
+
+
+def _named(step: Any, index: str = "index") -> tuple[str, int]:
+    """The name and the count of a step."""
+    given = step if isinstance(step, Mapping) else {"name": step}
+    _options(given, ("name", index), "step")
+    name, count = given.get("name"), given.get(index, 1)
+    if isinstance(name, str) and type(count) is int and count > 0:
+        return name, count
+    expected = f'its name, or {{"name": …, "{index}": …}} with a number from 1'
+    raise ValueError(f"{_show(step)} is not a step: expected {expected}")
 
 
 class WorkflowInstance:
@@ -3703,11 +3701,9 @@ class WorkflowInstance:
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now."""
         _, status, data = await self._call("status")
-        if status == "complete":
-            return InstanceStatus(status, decode(data))
-        if status == "errored":
-            return InstanceStatus(status, None, _brief(decode(data)))
-        return InstanceStatus(status)
+        output = decode(data) if status == "complete" else None
+        error = _brief(decode(data)) if status == "errored" else None
+        return InstanceStatus(status, output, error)
 
     async def subscribe(
         self, cursor: int | None = None, filter: Iterable[str] | None = None
@@ -3730,10 +3726,8 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    message = (
-                        f"workflow {self.workflow.name!r} has no instance {self.id!r} (any more)"
-                    )
-                    raise WorkflowError(message, code="instance.not_found")
+                    what = f"workflow {self.workflow.name!r} has no instance {self.id!r} any more"
+                    raise _refusal("instance.not_found", what)
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
@@ -3783,10 +3777,8 @@ class WorkflowInstance:
         that step: what started before it is kept, and so are buffered events.
 
         Error: `instance.cannot_restart` if its history has no such step."""
-        options = _merge(options, given, ("from",), "restart")
-        await self._call(
-            "restart", None if options.get("from") is None else _start(options["from"])
-        )
+        start = _merge(options, given, ("from",), "restart").get("from")
+        await self._call("restart", None if start is None else _start(start))
 
     async def delete(self) -> None:
         """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
@@ -3823,7 +3815,7 @@ class WorkflowInstance:
             return decode(data)
         if status == "errored":
             raise rebuild_error(decode(data))
-        raise WorkflowError(f"instance {self.id!r} was terminated", code="instance.terminated")
+        raise _refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4116,17 +4108,6 @@ async def _give(result: Any) -> Any:
     if isinstance(result, Exception):
         raise result
     return result
-
-
-def _named(step: Any) -> tuple[str, int]:
-    """The name and the count of a step."""
-    given = step if isinstance(step, Mapping) else {"name": step}
-    _options(given, ("name", "index"), "step")
-    name, index = given.get("name"), given.get("index", 1)
-    if isinstance(name, str) and type(index) is int and index > 0:
-        return name, index
-    expected = 'its name, or {"name": …, "index": …} with an index from 1'
-    raise ValueError(f"{_show(step)} is not a step: expected {expected}")
 
 
 class _Introspector(WorkflowInstanceModifier):
