@@ -2987,7 +2987,7 @@ class Run:
             self._end_search()
             return
         if task.cancelled() or task.exception() is not None:
-            self.engine.orphaned(self)  # the loop is being torn down
+            self.loop.call_later(1, self.engine.orphaned, self)  # if the loop still runs then
             return
         text, error = task.result()
         if self._started_rollback is None:
@@ -3323,10 +3323,8 @@ class Engine:
             raise ValueError(f"workflow {name!r} is bound already")
         if binding in self.env:
             raise ValueError(f"env has {binding!r} already: give another binding")
-        if self._state == "closed":
-            raise RuntimeError("the engine is closed")
         workflow = Workflow(self, name, cls, steps or self.limits.steps)
-        if self._state == "open":
+        if self._state != "new":
             self._check_open()
             self._define(workflow, binding)
         self._workflows[name] = workflow
@@ -3405,8 +3403,7 @@ class Engine:
         self._check_open()
         _note_attempt()
         future: asyncio.Future[Any] = self.loop.create_future()
-        then = functools.partial(_resolve, future)
-        self.store.post(getattr(self.store, op), *args, then=then)
+        self.store.post(getattr(self.store, op), *args, then=functools.partial(_resolve, future))
         return await future
 
     async def create(self, workflow: str, entries: list[Entry]) -> list[str]:
@@ -3466,15 +3463,11 @@ class Engine:
                 self._load([run.successor], run)
 
     def orphaned(self, run: Run) -> None:
-        """Somebody cancelled a run's task. Usually the loop is being torn down; if not, it goes
-        on."""
-
-        def go_on() -> None:
-            if self._state == "open" and not run.dead:
-                run.unload()
-                self._hand_back(run)
-
-        self.loop.call_later(1, go_on)
+        """Somebody has cancelled a run's task, and not because the loop is being torn down: it
+        goes on."""
+        if self._state == "open" and not run.dead:
+            run.unload()
+            self._hand_back(run)
 
     def _broke(self, error: BaseException, callbacks: list[Then]) -> None:
         """Storage failed: nothing goes on, and everybody who waits is told."""
@@ -3488,9 +3481,10 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything will happen by itself, without an event, a timer or the world
         outside."""
-        return (
-            self.store.failure is None and (self.store.pending > 0 or self.threads.may_end_soon())
-        ) or any(run.busy() for run in self.runs.values())
+        if any(run.busy() for run in self.runs.values()):
+            return True
+        pending = self.store.pending > 0 or self.threads.may_end_soon()
+        return pending and self.store.failure is None
 
     def when_settled(self, run: Run) -> None:
         """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
@@ -3501,17 +3495,15 @@ class Engine:
 
     def _next_turn(self) -> None:
         self.turn += 1
-        try:
-            while self._settling and self._settling[0][0] <= self.turn:
-                _, run = self._settling.popleft()
-                if run.last_move + SETTLED > self.turn and not run.dead:
-                    self._settling.append((run.last_move + SETTLED, run))
-                else:
-                    run.settled()
-        finally:
-            self.ticking = bool(self._settling)
-            if self.ticking:
-                self.loop.call_soon(self._next_turn)
+        self.ticking = bool(self._settling)
+        if self.ticking:
+            self.loop.call_soon(self._next_turn)
+        while self._settling and self._settling[0][0] <= self.turn:
+            _, run = self._settling.popleft()
+            if run.last_move + SETTLED > self.turn and not run.dead:
+                self._settling.append((run.last_move + SETTLED, run))
+            else:
+                run.settled()
 
     def watch(self, topic: Topic) -> asyncio.Future[None]:
         """A future that is done when there may be news; kept by those who wait for it."""
