@@ -54,7 +54,6 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-import itertools
 import json
 import keyword
 import logging
@@ -2394,7 +2393,7 @@ class Run:
     __slots__ = (
         *("__weakref__", "_attempts", "_cancelled", "_finishing", "_gate", "_held", "_inbox"),
         *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
-        *("_writing", "bound", "careful", "counts", "dead", "declarations", "ended", "engine"),
+        *("_writing", "bound", "careful", "counts", "dead", "ended", "engine"),
         *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
         *("loop", "open_calls", "outcomes", "searching", "seq", "status", "steps"),
         *("successor", "task", "tasks"),
@@ -2434,8 +2433,7 @@ class Run:
         self._settling = self._finishing = False
         self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
-        self.functions: dict[tuple[str, str], list[StepFunction]] = {}
-        self.declarations = itertools.count()
+        self.functions: dict[tuple[str, str], StepFunction] = {}
         self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
@@ -3829,10 +3827,8 @@ class StepDecorator(StepCall):
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
             run, name, args, options = self._declared
-            legal = (Mapping, list, tuple, bool, type(None))
-            odd = tuple(given for given in args if not isinstance(given, legal))
             more = {key: options[key] for key in options if key not in _DECORATION}
-            super().__init__(run, "do", "" if name is None else name, odd, more)
+            super().__init__(run, "do", "" if name is None else name, args[:1], more)
         return super()._begin()
 
 
@@ -3857,9 +3853,14 @@ class StepFunction:
             self._args = args[3:]
         self._depends = self._options.pop("depends", None)
         self._concurrent = self._options.pop("concurrent", False)
-        self._number = next(run.declarations)
-        for key in (("step", str(self.__name__)), ("function", own)):
-            run.functions.setdefault(key, []).append(self)
+        self._signature = inspect.Signature()
+        with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
+            self._signature = inspect.signature(function)
+        self._names = [name for name in self._signature.parameters if name != "ctx"]
+        latest = run.functions  # by the name of the step, and by that of the function
+        known = {n: latest.get(("step", n)) or latest.get(("function", n)) for n in self._names}
+        self._by_name = {name: step for name, step in known.items() if step is not None}
+        latest["step", str(self.__name__)] = latest["function", own] = self
 
     def __call__(self, *args: Any, **named: Any) -> StepCall:
         if args or named:
@@ -3880,12 +3881,9 @@ class StepFunction:
             call.options = call.options | {"callback": callback}
             value = await self._run.perform(call)
         except BaseException as error:
-            if before is not None and (before.cancelled() or before.done() and before.exception()):
-                before = None
-            if outcomes.get(self) is outcome and before is not None:
+            failed = before and before.done() and (before.cancelled() or before.exception())
+            if before and not failed and outcomes[self] is outcome:
                 outcomes[self] = before  # a good one, or one that may become it
-            elif outcomes.get(self) is outcome and not isinstance(error, Exception):
-                del outcomes[self]
             if isinstance(error, Exception):
                 outcome.set_exception(error)
                 outcome.exception()  # whether or not anybody depends on it
@@ -3899,7 +3897,7 @@ class StepFunction:
 
     async def _result(self, scope: Attempt | Run) -> Any:
         """For a step that depends on this one."""
-        while (outcome := scope.outcomes.get(self)) is not None:
+        while (outcome := scope.outcomes.get(self)) is not None and not outcome.cancelled():
             try:
                 return copy.deepcopy(await asyncio.shield(outcome))
             except asyncio.CancelledError:
@@ -3910,49 +3908,31 @@ class StepFunction:
 
     async def _bind(self, call: StepCall) -> Callable[..., Any]:
         """The function, with the results of its dependencies as arguments."""
-        try:
-            parameters: Mapping[str, Any] = inspect.signature(self._function).parameters
-        except (TypeError, ValueError):  # no function, or a built-in that doesn't say
-            return self._function
-        names = [name for name in parameters if name != "ctx"]
-        if self._depends is None:
-            found = {name: step for name in names if (step := self._earlier(name)) is not None}
-        elif isinstance(self._depends, (list, tuple)) and len(self._depends) <= len(names):
-            found = dict(zip(names, self._depends, strict=False))
-        else:
-            expected = f"a list of at most {len(names)} steps"
-            raise self._wrong(call, "config", f"depends is {_show(self._depends)}: not {expected}")
+        names, depends, found = self._names, self._depends, self._by_name
+        if depends is not None:
+            legal = isinstance(depends, (list, tuple)) and len(depends) <= len(names)
+            if not legal or not all(isinstance(step, StepFunction) for step in depends):
+                what = f"depends is {_show(depends)}: expected up to {len(names)} steps, decorated"
+                raise _fatal("step.invalid_config", f"step {call.name!r}: {what} with step.do")
+            found = dict(zip(names, depends, strict=False))
         if not isinstance(self._concurrent, bool):
             what = f"concurrent is {_show(self._concurrent)}: expected True or False"
-            raise self._wrong(call, "config", what)
+            raise _fatal("step.invalid_config", f"step {call.name!r}: {what}")
         for name in names:
-            if name not in found and parameters[name].default is inspect.Parameter.empty:
+            empty = self._signature.parameters[name].default is inspect.Parameter.empty
+            if empty and name not in found:
                 what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
-                raise self._wrong(call, "callback", what)
-        for step in found.values():
-            if not isinstance(step, StepFunction):
-                what = f"depends on {_show(step)}: expected functions decorated with step.do"
-                raise self._wrong(call, "config", what)
+                raise _fatal("step.invalid_callback", f"step {call.name!r}: {what}")
         scope = call.attempt or self._run
         if self._concurrent:
             results = await asyncio.gather(*(step._result(scope) for step in found.values()))
         else:
             results = [await step._result(scope) for step in found.values()]
-        named = dict(zip(found, results, strict=True))
-        only = inspect.Parameter.POSITIONAL_ONLY
-        args = [named.pop(name) for name in list(named) if parameters[name].kind is only]
-        return functools.partial(self._function, *args, **named)
-
-    def _earlier(self, name: str) -> StepFunction | None:
-        """The last one with this name that was declared before: of the step, or of the function."""
-        for key in (("step", name), ("function", name)):
-            for step in reversed(self._run.functions.get(key, ())):
-                if step._number < self._number:
-                    return step
-        return None
-
-    def _wrong(self, call: StepCall, what: str, message: str) -> WorkflowFatalError:
-        return _fatal(f"step.invalid_{what}", f"step {call.name!r}: {message}")
+        if not found:
+            return self._function
+        bound = self._signature.bind_partial()
+        bound.arguments.update(zip(found, results, strict=True))
+        return functools.partial(self._function, *bound.args, **bound.kwargs)
 
 
 def install_workers_shim() -> None:
