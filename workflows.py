@@ -2395,7 +2395,7 @@ class Run:
         *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
         *("_writing", "bound", "careful", "counts", "dead", "ended", "engine"),
         *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
-        *("loop", "open_calls", "outcomes", "searching", "seq", "status", "steps"),
+        *("loop", "open_calls", "orphan", "outcomes", "searching", "seq", "status", "steps"),
         *("successor", "task", "tasks"),
     )
 
@@ -2418,7 +2418,7 @@ class Run:
         )
         self.counts: dict[str, int] = {}
         self.open_calls: set[StepCall] = set()
-        self.dead = False
+        self.dead = self.orphan = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
         self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
@@ -2985,7 +2985,9 @@ class Run:
             self._end_search()
             return
         if task.cancelled() or task.exception() is not None:
-            self.loop.call_later(1, self.engine.orphaned, self)  # if the loop still runs then
+            self.orphan = True  # cancelled from outside: usually the loop is being torn down
+            self.unload()
+            self.loop.call_later(1, self.engine.adopt, self)
             return
         text, error = task.result()
         if self._started_rollback is None:
@@ -3242,8 +3244,7 @@ class WorkflowEntrypoint(Generic[Params]):
     developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
 
     def __init__(self, ctx: Any, env: Any) -> None:
-        self.ctx = ctx
-        self.env = env
+        self.ctx, self.env = ctx, env
 
     async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
         """The workflow. What it returns becomes the output, an error that leaves it the error."""
@@ -3287,10 +3288,9 @@ class Engine:
         self.runs: dict[int, Run] = {}  # by the instance's key
         self.told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # that their run is dead
         self._workflows: dict[str, Workflow] = {}
-        self._state = "new"  # → open → closed
+        self._state = "not open yet"  # → open → closed
         self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
-        self._watchers: weakref.WeakValueDictionary[Topic, asyncio.Future[None]]
-        self._watchers = weakref.WeakValueDictionary()
+        self._watchers = weakref.WeakValueDictionary[Topic, asyncio.Future[None]]()
 
     # -- bindings
 
@@ -3305,10 +3305,11 @@ class Engine:
         """Makes a workflow known, before entering the engine or later. `name` defaults to the
         class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
         the most steps that a run may call, up to 25,000."""
-        if not (isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)):
-            raise TypeError(f"{_show(cls)} is not a class that extends WorkflowEntrypoint")
-        if cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-            raise TypeError(f"{cls.__name__} has no run(self, event, step)")
+        extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
+        if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
+            raise TypeError(
+                f"{_show(cls)} is no class that extends WorkflowEntrypoint with a `run`"
+            )
         name = _kebab(cls.__name__) if name is None else name
         if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
             raise ValueError(f"{_show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
@@ -3322,7 +3323,7 @@ class Engine:
         if binding in self.env:
             raise ValueError(f"env has {binding!r} already: give another binding")
         workflow = Workflow(self, name, cls, steps or self.limits.steps)
-        if self._state != "new":
+        if self._state != "not open yet":
             self._check_open()
             self._define(workflow, binding)
         self._workflows[name] = workflow
@@ -3336,7 +3337,7 @@ class Engine:
     # -- opening and closing
 
     async def __aenter__(self) -> Engine:
-        if self._state != "new":
+        if self._state != "not open yet":
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
         # What the loop will run next; a loop that doesn't show it is taken to be busy always.
@@ -3362,9 +3363,8 @@ class Engine:
         leaving = self.loop.create_task(self._leave())
         try:
             await asyncio.shield(leaving)
-        except asyncio.CancelledError:
-            await leaving  # it takes a second at most
-            raise
+        finally:
+            await leaving  # also when cancelled: it takes a second at most
 
     async def _leave(self) -> None:
         self._state = "closed"
@@ -3389,8 +3389,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._state != "open":
-            what = "not open yet" if self._state == "new" else "closed"
-            raise RuntimeError(f"the engine is {what}: use it inside `async with Engine(…)`")
+            raise RuntimeError(f"the engine is {self._state}: use it inside `async with Engine(…)`")
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError("the engine was entered in another event loop")
         if self.store.failure is not None:
@@ -3406,7 +3405,6 @@ class Engine:
 
     async def create(self, workflow: str, entries: list[Entry]) -> list[str]:
         """Stores instances, but refuses a call too many within a second; the ids of the new."""
-        self._check_open()
         limit, now = self.limits.creations_per_second, self.clock.now()
         if len(self._created) == limit and all(at > now - 1000 for at in self._created):
             what = f"more than {limit} creations within a second (limit creations_per_second)"
@@ -3455,17 +3453,17 @@ class Engine:
 
     def unloaded(self, run: Run) -> None:
         """A life has ended; the next one may begin."""
-        if self._state == "open":
+        if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
             del self.runs[run.key]
             if run.successor is not None:
                 self._load([run.successor], run)
 
-    def orphaned(self, run: Run) -> None:
-        """Somebody has cancelled a run's task, and not because the loop is being torn down: it
-        goes on."""
-        if self._state == "open" and not run.dead:
-            run.unload()
+    def adopt(self, run: Run) -> None:
+        """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
+        if self._state == "open":
+            run.orphan = False
             self._hand_back(run)
+            self.unloaded(run)
 
     def _broke(self, error: BaseException, callbacks: list[Then]) -> None:
         """Storage failed: nothing goes on, and everybody who waits is told."""
@@ -3522,6 +3520,9 @@ def _kebab(name: str) -> str:
 # Binding: the side that callers see, in any process.
 
 
+Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+
+
 class Workflow:
     """A bound workflow: creates instances and finds them again.
 
@@ -3532,9 +3533,7 @@ class Workflow:
     ) -> None:
         self.engine, self.name, self.cls, self.step_limit = engine, name, cls, step_limit
 
-    async def create(
-        self, options: Mapping[str, Any] | None = None, /, **given: Any
-    ) -> WorkflowInstance:
+    async def create(self, options: Options = None, /, **given: Any) -> WorkflowInstance:
         """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
         is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
         `params` any value that can be stored (default `{}`), `retention` how long it is kept when
@@ -3582,9 +3581,8 @@ class Workflow:
 
     def _entry(self, given: Any, where: str) -> Entry:
         options, limits = _options(given, _CREATE, where), self.engine.limits
-        id = (
-            str(uuid.uuid4()) if options.get("id") is None else self._check_id(options["id"], where)
-        )
+        id = options.get("id")
+        id = str(uuid.uuid4()) if id is None else self._check_id(id, where)
         params, code = options.get("params", {}), "params.not_serializable"
         text = _payload(params, limits, f"{where}: params", code)
         names = ("successRetention", "errorRetention")
@@ -3679,8 +3677,7 @@ class WorkflowInstance:
     developers.cloudflare.com/workflows/build/workers-api/ (WorkflowInstance)"""
 
     def __init__(self, workflow: Workflow, id: str) -> None:
-        self.workflow = workflow
-        self.id = id
+        self.workflow, self.id = workflow, id
 
     def __repr__(self) -> str:
         return f"<WorkflowInstance {self.workflow.name} {self.id}>"
@@ -3705,13 +3702,10 @@ class WorkflowInstance:
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
         if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
             raise TypeError(f"cursor is {_show(cursor)}: expected an event_id or None")
-        if isinstance(filter, str) or not isinstance(filter, (Iterable, type(None))):
-            raise TypeError(f"filter is {_show(filter)}: expected a list of event types or None")
-        shown = [*(EVENT_TYPES if filter is None else filter)]
-        for kind in shown:
-            if not isinstance(kind, str) or kind not in EVENT_TYPES:
-                known = ", ".join(sorted(EVENT_TYPES))
-                raise ValueError(f"filter has {_show(kind)}: expected some of {known}")
+        shown = EVENT_TYPES if filter is None else {*filter}
+        if unknown := shown - EVENT_TYPES:
+            known = ", ".join(sorted(EVENT_TYPES))
+            raise ValueError(f"filter has {_show(unknown)}: expected some of {known}")
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -3750,7 +3744,7 @@ class WorkflowInstance:
         """Goes on from a pause, or cancels one that hasn't taken effect."""
         await self._call("resume")
 
-    async def terminate(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+    async def terminate(self, options: Options = None, /, **given: Any) -> None:
         """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
         handlers of its steps run first: it returns when their beginning is recorded, and another
         `terminate()` ends that at once.
@@ -3761,7 +3755,7 @@ class WorkflowInstance:
             raise TypeError(f"rollback is {_show(rollback)}: expected True or False")
         await self._call("terminate", "binding", rollback)
 
-    async def restart(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+    async def restart(self, options: Options = None, /, **given: Any) -> None:
         """Begins again with the same id, params and timestamp; everything else is erased. With
         `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
         that step: what started before it is kept, and so are buffered events.
@@ -3774,7 +3768,7 @@ class WorkflowInstance:
         """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
         await self._call("delete")
 
-    async def send_event(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> None:
+    async def send_event(self, options: Options = None, /, **given: Any) -> None:
         """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
         delivered to exactly one `wait_for_event` of that type, now or later.
 
@@ -3941,14 +3935,12 @@ def install_workers_shim() -> None:
     has beside workflows imports as an inert placeholder.
 
     developers.cloudflare.com/workflows/python/"""
-    found = None if "workers" in sys.modules else importlib.util.find_spec("workers")
-    if "workers" in sys.modules or (found is not None and found.origin is not None):
+    if "workers" in sys.modules or getattr(importlib.util.find_spec("workers"), "origin", None):
         return  # (one without an origin is just a folder of that name)
     package, module = types.ModuleType("workers"), types.ModuleType("workers.workflows")
     for name in _INERT.split():
         setattr(package, name, type(name, (_Placeholder,), {}))
-    names: dict[str, Any] = {"WorkflowEntrypoint": WorkflowEntrypoint, "workflows": module}
-    vars(package).update(names, __path__=[])
+    vars(package).update(WorkflowEntrypoint=WorkflowEntrypoint, workflows=module, __path__=[])
     vars(module).update(NonRetryableError=NonRetryableError)
     sys.modules |= {"workers": package, "workers.workflows": module}
 
@@ -4150,18 +4142,14 @@ class WorkflowInstanceIntrospector(_Introspector):
         instance, present = WorkflowInstance(self.workflow, self.id or ""), not label
         async with contextlib.aclosing(instance.follow()) as news:
             async for inst, rows in news:
-                rows = [row for row in rows if _is_of(row, label)]
+                rows = [row for row in rows if step_label(row.step) == label]
                 for row in rows[-1:] if present else rows:
-                    if row.type in types:
+                    if row.type in types and not (row.step or "").startswith(ROLLBACK):
                         return row
                 if inst is not None and inst.status in FINISHED:
                     raise WorkflowError(f"{self.id!r} is {inst.status} before {what}")
                 present = False
         raise AssertionError  # it is followed until we go
-
-
-def _is_of(row: Row, label: str) -> bool:
-    return step_label(row.step) == label and not (row.step or "").startswith(ROLLBACK)
 
 
 class WorkflowIntrospector(_Introspector):
@@ -4180,11 +4168,12 @@ class WorkflowIntrospector(_Introspector):
         block."""
         self._check_open()
         made = await self.workflow.engine.call("created", self.workflow.name, self.after)
-        for inst in made:
-            if inst.id is not None and inst.id not in self._parts:
-                one = WorkflowInstanceIntrospector(self.workflow, inst.id)
-                self._parts[inst.id] = await one.__aenter__()
-        return [self._parts[inst.id] for inst in made if inst.id is not None]
+        ids = [inst.id for inst in made if inst.id is not None]
+        for id in ids:
+            if id not in self._parts:
+                one = WorkflowInstanceIntrospector(self.workflow, id)
+                self._parts[id] = await one.__aenter__()
+        return [self._parts[id] for id in ids]
 
 
 class _Timer:
@@ -4240,9 +4229,8 @@ class ManualClock(Clock):
         return min((*wakes, *(timer.due for timer in self.timers)), default=math.inf)
 
     def _fire(self) -> None:
-        due = [timer for timer in self.timers if timer.due <= self._now]
-        for timer in sorted(due, key=lambda timer: timer.due):
-            if timer in self.timers:  # not cancelled by one before it
+        for timer in sorted(self.timers, key=lambda timer: timer.due):
+            if timer.due <= self._now and timer in self.timers:  # not cancelled by one before it
                 timer.cancel()
                 timer.callback()
 
@@ -4297,19 +4285,7 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
         return result | {"approved": approval.approved}
 
 
-def timeline(events: Sequence[WorkflowHistoryEvent]) -> Iterator[str]:
-    """A history as lines of text: when, what, and what came of it."""
-    for event in events:
-        attempt = f"#{event.attempt}" if "attempt" in event else ""
-        what = event.type
-        if event.get("error"):
-            what += f"   {event.error['name']}: {event.error['message']}"
-        if event.get("retry_delay_ms") is not None:
-            what += f"; again in {event.retry_delay_ms} ms"
-        if event.get("output") is not None:
-            what += f"   {event.output!r}"
-        at = (event.timestamp - events[0].timestamp).total_seconds()
-        yield f"{at:9.3f} s   {event.get('step_name', ''):25} {attempt:3} {what}"
+_SHOWN = ("attempt", "error", "retry_delay_ms", "output")
 
 
 async def _run_demo(database: str) -> None:
@@ -4323,7 +4299,10 @@ async def _run_demo(database: str) -> None:
             events.append(event)
             if event.type == "wait_started":
                 await instance.send_event(type="user_approval", payload={"approved": True})
-        print(*timeline(events), sep="\n")
+        for event in events:
+            at = (event.timestamp - events[0].timestamp).total_seconds()
+            told = [f"{key}: {event[key]}" for key in _SHOWN if event.get(key) is not None]
+            print(f"{at:7.3f} s  {event.get('step_name', ''):25}{event.type:20}{', '.join(told)}")
         print(f"\noutput: {await instance.result()}")
         runs = Counter(event.step_name for event in events if event.type == "step_completed")
         print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
@@ -4334,9 +4313,9 @@ async def _run_demo(database: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="workflows.py", description="Durable workflows.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="kill a workflow's process, and see it go on")
-    demo.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
+    what = "kills the process of a workflow, and shows that it goes on"
+    parser.add_argument("command", choices=["demo"], help=what)
+    parser.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:
         if given.engine:
