@@ -1387,7 +1387,7 @@ class Store:
         self.next_wake = min(self._each("min(wake)", "wake IS NOT NULL"), default=math.inf)
 
     def requeue_all(self, workflows: Iterable[int], **columns: Any) -> None:
-        """What was running in a process that has ended."""
+        """For the next owner: what was running in a process that has ended, or is about to."""
         for workflow in workflows if self.owner else ():
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
             for inst in self._instances(where, workflow):
@@ -3542,7 +3542,7 @@ class Workflow:
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
         `limit.queued_instances`, `limit.retention`."""
-        entry = self._entry(_merge(options, given, _CREATE, "create"), "create")
+        entry = self._entry(_merge(options, given, (*_CREATE,), "create"), "create")
         if not await self.engine.create(self.name, [entry]):
             what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
             raise _refusal("instance.already_exists", what)
@@ -3580,14 +3580,12 @@ class Workflow:
         return checked
 
     def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _options(given, _CREATE, where), self.engine.limits
-        id = options.get("id")
-        id = str(uuid.uuid4()) if id is None else self._check_id(id, where)
-        params, code = options.get("params", {}), "params.not_serializable"
-        text = _payload(params, limits, f"{where}: params", code)
+        options, limits = _CREATE | _options(given, (*_CREATE,), where), self.engine.limits
+        id = str(uuid.uuid4()) if options["id"] is None else self._check_id(options["id"], where)
+        text = _payload(options["params"], limits, f"{where}: params", "params.not_serializable")
         names = ("successRetention", "errorRetention")
         kept = [limits.success_retention, limits.error_retention]
-        retention = {} if options.get("retention") is None else options["retention"]
+        retention = {} if options["retention"] is None else options["retention"]
         for name in _options(retention, names, f"{where}: retention"):
             n, ms = names.index(name), _config_ms(retention, name, f"{where}: retention")
             longest = kept[n]
@@ -3616,15 +3614,15 @@ class Workflow:
         return WorkflowInstanceIntrospector(self, self._check_id(id))
 
     def _event(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
-        event = _merge(options, given, ("type", "payload"), what)
+        event = {"payload": None} | _merge(options, given, ("type", "payload"), what)
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
         type = _check_event_type(event["type"], WorkflowError)
-        payload, code = event.get("payload"), "event.not_serializable"
-        return type, _payload(payload, self.engine.limits, "payload", code)
+        limits = self.engine.limits
+        return type, _payload(event["payload"], limits, "payload", "event.not_serializable")
 
 
-_CREATE = ("id", "params", "retention")
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # and their defaults
 
 
 def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
@@ -3820,13 +3818,9 @@ class StepDecorator(StepCall):
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
-            run, name, args, options = self._declared
-            more = {key: options[key] for key in options if key not in _DECORATION}
-            super().__init__(run, "do", "" if name is None else name, args[:1], more)
+            run, name, args, _ = self._declared
+            super().__init__(run, "do", "" if name is None else name, args[:1], {})
         return super()._begin()
-
-
-_DECORATION = ("depends", "concurrent", "config", "rollback", "rollback_config")
 
 
 class StepFunction:
