@@ -3477,10 +3477,8 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything will happen by itself, without an event, a timer or the world
         outside."""
-        if any(run.busy() for run in self.runs.values()):
-            return True
         pending = self.store.pending > 0 or self.threads.may_end_soon()
-        return pending and self.store.failure is None
+        return pending or any(run.busy() for run in self.runs.values())
 
     def when_settled(self, run: Run) -> None:
         """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
@@ -3829,9 +3827,7 @@ class StepFunction:
 
     developers.cloudflare.com/workflows/python/"""
 
-    def __init__(
-        self, function: Callable[..., Any], run: Run, name: Any, args: Any, options: Any
-    ) -> None:
+    def __init__(self, function: Any, run: Run, name: Any, args: Any, options: Any) -> None:
         self._function, self._run, self._args, self._options = function, run, args, dict(options)
         own = getattr(function, "__name__", "step")
         self.__name__ = own if name is None else name
@@ -3894,7 +3890,7 @@ class StepFunction:
                     raise  # it was us, and not the one who had called it
         return await self()
 
-    async def _bind(self, call: StepCall) -> Callable[..., Any]:
+    async def _bind(self, call: StepCall) -> Any:
         """The function, with the results of its dependencies as arguments."""
         names, depends, found = self._names, self._depends, self._by_name
         if depends is not None:
@@ -4307,8 +4303,7 @@ async def _run_demo(database: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="workflows.py", description="Durable workflows.")
-    what = "kills the process of a workflow, and shows that it goes on"
-    parser.add_argument("command", choices=["demo"], help=what)
+    parser.add_argument("command", choices=["demo"], help="kills a workflow's process; it goes on")
     parser.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:
