@@ -3307,9 +3307,8 @@ class Engine:
         the most steps that a run may call, up to 25,000."""
         extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
         if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-            raise TypeError(
-                f"{_show(cls)} is no class that extends WorkflowEntrypoint with a `run`"
-            )
+            expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
+            raise TypeError(f"{_show(cls)} can't be bound: expected {expected}")
         name = _kebab(cls.__name__) if name is None else name
         if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
             raise ValueError(f"{_show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
@@ -3403,7 +3402,7 @@ class Engine:
         self.store.post(getattr(self.store, op), *args, then=functools.partial(_resolve, future))
         return await future
 
-    async def create(self, workflow: str, entries: list[Entry]) -> list[str]:
+    async def create_instances(self, workflow: str, entries: list[Entry]) -> list[str]:
         """Stores instances, but refuses a call too many within a second; the ids of the new."""
         limit, now = self.limits.creations_per_second, self.clock.now()
         if len(self._created) == limit and all(at > now - 1000 for at in self._created):
@@ -3437,7 +3436,7 @@ class Engine:
         self._load(admitted)
         if touched is not None:
             self._wake(touched)
-        elif topics := list(self._watchers):  # another process wrote; but what?
+        elif self._state == "open" and (topics := list(self._watchers)):  # another process wrote
             self.store.post(self.store.which_changed, topics, then=self._wake)
 
     def _load(self, lives: list[Instance], previous: Run | None = None) -> None:
@@ -3541,7 +3540,7 @@ class Workflow:
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
         `limit.queued_instances`, `limit.retention`."""
         entry = self._entry(_merge(options, given, (*_CREATE,), "create"), "create")
-        if not await self.engine.create(self.name, [entry]):
+        if not await self.engine.create_instances(self.name, [entry]):
             what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
             raise _refusal("instance.already_exists", what)
         return WorkflowInstance(self, entry[0])
@@ -3550,7 +3549,8 @@ class Workflow:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
         `limit.batch_size`."""
-        made = await self.engine.create(self.name, self._batch(batch, "batch", self._entry))
+        entries = self._batch(batch, "batch", self._entry)
+        made = await self.engine.create_instances(self.name, entries)
         return [WorkflowInstance(self, id) for id in made]
 
     async def get(self, id: str) -> WorkflowInstance:
@@ -3706,8 +3706,8 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    what = f"workflow {self.workflow.name!r} has no instance {self.id!r} any more"
-                    raise _refusal("instance.not_found", what)
+                    what = f"{self.workflow.name!r} has no instance {self.id!r} (any more)"
+                    raise _refusal("instance.not_found", f"workflow {what}")
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
