@@ -774,6 +774,7 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     cancel                             any     `run` itself cancelled the call: never again
 #     stop                               any     interrupted by a clean stop: as if not begun
 #     due                                do      its retry delay is over
+#     sent                               –       an event was put into the instance's buffer
 #     rollback                           –       `run` has failed, or is told to roll back: from
 #                                                here on only handlers run; the error that
 #                                                started it
@@ -1007,9 +1008,8 @@ def end_waits(
 # queue.
 #
 # Operations change instances in memory (`_change`), and what they have changed is written before
-# the commit, many rows in one statement. Steps only append to the journal: the row of their
-# instance can wait for the next tick, and whoever reads it before adds what the journal says beyond
-# it (`_READ`). So a step costs one row.
+# the commit, many rows in one statement. Steps only append to the journal, whose newest row says
+# how large the instance's state is by now. So a step costs one row.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -1023,13 +1023,10 @@ CREATE TABLE instances (
     id TEXT,                       -- NULL once deleted, until the owner has cleared it away
     status TEXT NOT NULL,
     generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
-    seq INTEGER NOT NULL,          -- of the newest journal row or event, or before: see `_READ`
-    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: the same
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
     place INTEGER,                 -- in the queue; of a paused one, where it goes back to
     wake INTEGER,                  -- when the owner must look
-    created INTEGER NOT NULL, modified INTEGER NOT NULL, started INTEGER, ended INTEGER,
-    paused INTEGER,
+    created INTEGER NOT NULL, started INTEGER, ended INTEGER, paused INTEGER,
     success_retention INTEGER, error_retention INTEGER,
     trigger TEXT NOT NULL,
     termination TEXT,              -- who has terminated it
@@ -1038,10 +1035,12 @@ CREATE TABLE instances (
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
 CREATE TABLE journal (
-    instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, type TEXT NOT NULL,
-    step TEXT, attempt INTEGER, started INTEGER, data TEXT, extra TEXT,
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL,
+    state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
+    at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, started INTEGER,
+    data TEXT, extra TEXT,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
-CREATE TABLE waits (
+CREATE TABLE waits (               -- with the number of their journal rows, like events
     instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, kind TEXT NOT NULL,
     step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL, fixed INTEGER NOT NULL,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
@@ -1074,16 +1073,15 @@ class Instance(NamedTuple):
     place: int | None
     generation: int = 1
     careful: int = 0
-    seq: int = 0
-    state_bytes: int = 0
-    modified: int = 0
     wake: int | None = None
     started: int | None = None
     ended: int | None = None
     paused: int | None = None
     termination: str | None = None
     rollback: str | None = None
-    stored_bytes: int = 0  # not in the table, but `state_bytes` as it is there
+    # Not in the table, but of its newest journal row:
+    seq: int = 0
+    state: int = 0
 
     def expiry(self) -> int | None:
         """When a finished instance is deleted."""
@@ -1096,17 +1094,11 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
-# How instances are written, and how they are read, where the journal knows better.
-_COLUMNS = Instance._fields[:-1]
+_COLUMNS = Instance._fields[:-2]
 _TABLE = f"instances ({', '.join(_COLUMNS)})"
 _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])  # from `status`
-_NEWER = "FROM journal AS j WHERE j.instance = key AND j.seq > instances.seq"
-_READ = {name: name for name in _COLUMNS} | {
-    "seq": f"coalesce((SELECT max(j.seq) {_NEWER}), seq)",
-    "state_bytes": f"""state_bytes + coalesce((SELECT sum(length(CAST(data AS BLOB))) {_NEWER}
-                       AND j.type = 'done'), 0)""",
-    "stored_bytes": "state_bytes",
-}
+_NEWEST = "FROM journal AS j WHERE j.instance = key ORDER BY j.seq DESC LIMIT 1"
+_READ = ", ".join((*_COLUMNS, f"(SELECT j.seq {_NEWEST})", f"(SELECT j.state {_NEWEST})"))
 _AMONG = "IN (SELECT value FROM json_each(?))"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
 OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
@@ -1162,11 +1154,10 @@ class Store:
         self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
-        # Instances, until the next tick or until another process has written; which of them must be
-        # written before the commit; and which, since only steps have changed them, at a tick.
+        # Instances, until the next tick or until another process has written; and which of them
+        # must be written before the commit.
         self._present: dict[int, Instance] = {}
         self._changed: set[int] = set()
-        self._advanced: set[int] = set()
         self._touched: set[int] = set()  # instances whose watchers want to know
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
@@ -1227,7 +1218,7 @@ class Store:
             asked = len(batch)
             try:
                 if self.failure is None:
-                    self._turn(batch, stop)
+                    self._turn(batch)
                 elif batch:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
@@ -1252,17 +1243,21 @@ class Store:
         except queue.Empty:
             return batch, False
 
-    def _turn(self, batch: list[Op], stop: bool) -> None:
-        """One round of the thread: a transaction if there is reason for one, then the regular
+    def _turn(self, batch: list[Op]) -> None:
+        """One round of the thread: a transaction if there is reason for one, and the regular
         looks."""
         moment = time.monotonic()
-        tick = stop or not batch or moment > self._looked + TICK
+        tick = not batch or moment > self._looked + TICK
         if tick:
             self._looked = moment
-        behind = tick and (self._present or self.cpu_ns != self._cpu_counted or self._see_others())
-        due = self._is_due() and not self.clock.exact
-        if batch or behind or due:
-            self._transact(batch, tick)
+            self._present.clear()
+            self._see_others()
+        outside = tick and self._others_wrote  # not more often: those who hear it look, too
+        if batch or outside or (self._is_due() and not self.clock.exact):
+            self._transact(batch)
+        if outside:
+            self._others_wrote = False
+            self._tell(self.deliver, [], [], None)
         if self.bound and not self.owner and moment > self._contended + 0.2:
             self._contended = moment
             self._contend()
@@ -1274,19 +1269,17 @@ class Store:
         soon = self._look_again or self.next_wake <= self.clock.now()
         return self.owner and soon and not self.closing
 
-    def _see_others(self) -> bool:
+    def _see_others(self) -> None:
         """Whether another process wrote: then what is in memory is worth nothing."""
         version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
         if version != self._version:
             self._others_wrote = self._look_again = True
-        return self._others_wrote
+            self._present.clear()
 
-    def _transact(self, batch: list[Op], tick: bool = True) -> None:
+    def _transact(self, batch: list[Op]) -> None:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
-        if self._see_others():
-            self._present.clear()
-            self._advanced = {inst.key for inst in self._read(list(self._advanced))}
+        self._see_others()
         frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
         self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
@@ -1297,20 +1290,14 @@ class Store:
         if self._is_due():
             self._schedule()
         self._note_queued()
-        self._write_back(tick)
-        if tick:
-            self._present.clear()
-        self._flush()
-        if tick or self._requests or self._storage:
-            self._count_usage()
+        self._write()
+        self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()  # committed: an error from here on must not reject them
-        outside = tick and self._others_wrote  # not more often: those who hear it look, too
-        self._others_wrote = self._others_wrote and not tick
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
-        if results or news or touched or outside:
-            self._tell(self.deliver, results, news, None if outside else touched)
+        if results or news or touched:
+            self._tell(self.deliver, results, news, touched)
 
     def _count_usage(self) -> None:
         cpu = self.cpu_ns
@@ -1327,7 +1314,6 @@ class Store:
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
-        self._write_back(True)
         self._count_usage()
         sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = now), 0),
                  coalesce(sum(cpu_ms) FILTER (WHERE month = now), 0.0),
@@ -1584,7 +1570,7 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        self._write_back()
+        self._write()
         sql = f"SELECT json_group_array(key) FROM (SELECT key FROM instances WHERE {where})"
         return self._read(json.loads(self._one(sql, *args)[0]))
 
@@ -1592,8 +1578,7 @@ class Store:
         """These instances, as far as they exist: from memory, or brought there, in one row (see
         `_insert`)."""
         if missing := [key for key in keys if key not in self._present]:
-            sql = f"""SELECT json_group_array(json_array({", ".join(_READ.values())}))
-                      FROM instances WHERE key {_AMONG}"""
+            sql = f"SELECT json_group_array(json_array({_READ})) FROM instances WHERE key {_AMONG}"
             for row in json.loads(self._one(sql, str(missing))[0]):
                 self._present[row[0]] = Instance(*row)
         return [self._present[key] for key in keys if key in self._present]
@@ -1604,7 +1589,7 @@ class Store:
 
     def _each(self, aggregate: str, where: str) -> list[int]:
         """An aggregate of instances for each bound workflow, if it isn't NULL."""
-        self._write_back()
+        self._write()
         sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND {where}"
         values = [self._one(sql, workflow)[0] for workflow in self.bound]
         return [value for value in values if value is not None]
@@ -1640,23 +1625,25 @@ class Store:
         return inst if inst.status in (statuses or LIVE) else None
 
     def _journal(self, key: int, where: str = "true ORDER BY seq", *args: Any) -> list[Row]:
-        self._flush()
-        sql = f"SELECT * FROM journal WHERE instance = ? AND {where}"
-        return [Row(*row) for _, *row in self._db.execute(sql, (key, *args))]
+        self._write()
+        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
+        return [Row._make(row) for row in self._db.execute(sql, (key, *args))]
 
     def _change(
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
         """Appends journal rows, and changes columns of the instance with them; in memory."""
         was, now = self._present[key], self.clock.now()
-        (self._changed if columns else self._advanced).add(key)
-        if (wake := columns.get("wake")) is not None:
-            self.next_wake = min(self.next_wake, wake)
-        grown = (was.seq + len(rows), was.state_bytes + size, now)
-        inst = Instance._make((*was[:11], *grown, *was[14:]))  # faster than `_replace`
-        self._present[key] = inst = inst._replace(**columns) if columns else inst
+        state = was.state + size
+        self._storage += size
+        inst = Instance._make((*was[:-2], was.seq + len(rows), state))  # faster than `_replace`
+        if columns:
+            inst = inst._replace(**columns)
+            self._changed.add(key)
+            self.next_wake = min(self.next_wake, math.inf if inst.wake is None else inst.wake)
+        self._present[key] = inst
         for n, row in enumerate(rows, was.seq + 1):
-            self._rows.append((key, n, now, *row))
+            self._rows.append((key, n, state, now, *row))
         if rows and (key in self.followed or rows[-1][0] in FINISHED):
             self._touched.add(key)
         return inst
@@ -1666,28 +1653,14 @@ class Store:
         self._look_again = True
         return self._change(key, [row], size, status=row[0], **columns)
 
-    def _flush(self) -> None:
-        """Writes the journal rows that were put aside: before anything reads the table, and before
-        the commit."""
+    def _write(self) -> None:
+        """Writes what has changed: before a query that looks for anything but ids and keys, and
+        before the commit."""
         rows, self._rows = self._rows, []
         self._insert("journal", rows)
-
-    def _write_back(self, tick: bool = False) -> None:
-        """Writes the instances that have changed: before a query that looks for anything but ids
-        and keys, and before the commit."""
-        if tick:
-            self._changed |= self._advanced
-        if not self._changed:
-            return
-        self._advanced -= self._changed
-        changed = [self._present[key] for key in self._changed]
+        changed = [self._present[key][:-2] for key in self._changed]
         self._changed.clear()
-        self._storage += sum(inst.state_bytes - inst.stored_bytes for inst in changed)
-        for inst in changed:
-            if inst.state_bytes != inst.stored_bytes:
-                self._present[inst.key] = inst._replace(stored_bytes=inst.state_bytes)
-        present = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
-        self._insert(_TABLE, [inst[:-1] for inst in changed], present)
+        self._insert(_TABLE, changed, f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}")
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
@@ -1701,15 +1674,14 @@ class Store:
 
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
-        self._write_back()
-        self._advanced.discard(inst.key)
-        self._storage -= self._present.pop(inst.key).stored_bytes
+        self._write()
+        self._storage -= self._present.pop(inst.key).state
         self._erase(inst.key)
         self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
     def _erase(self, key: int) -> None:
         """Clears away what the lives of an instance have recorded."""
-        self._flush()
+        self._write()
         for table in ("journal", "waits", "events"):
             self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
 
@@ -1717,8 +1689,7 @@ class Store:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
         self._look_again = True
-        self._present[inst.key] = inst._replace(seq=inst.seq + 1)
-        inst = self._change(inst.key, (), size_of(payload), wake=now)
+        inst = self._change(inst.key, [_row("sent")], size_of(payload), wake=now)
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
@@ -1761,7 +1732,7 @@ class Store:
                 self._present[key] = taken[id] = inst
                 made.append(id)
                 self._change(key, [_row("queued", None, params)], size_of(params), wake=None)
-        self._write_back()  # so that they are found
+        self._write()  # so that they are found
         self._requests += len(made)
         self._look_again = True
         self._touched.add(NEW)
@@ -1776,7 +1747,7 @@ class Store:
     def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
         rows."""
-        self._write_back()
+        self._write()
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
                  ON i.key = asked.value WHERE i.id IS NULL OR i.ended IS NOT NULL"""
         return {key for (key,) in self._db.execute(sql, (str(keys),))}.union(self.followed)
@@ -1882,7 +1853,7 @@ class Store:
             size = size_of(params)
         else:
             size = self._cut(inst, *start)
-        self._move(inst.key, _row("queued", None, params), size - inst.state_bytes, **fresh)
+        self._move(inst.key, _row("queued", None, params), size - inst.state, **fresh)
 
     def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
         """Drops a step and all that began after it; returns the bytes of the state that is
@@ -1939,7 +1910,7 @@ class Store:
         if inst.status in FINISHED:
             message = f"instance {id!r} is {inst.status}: it takes no more events"
             raise WorkflowError(message, code="instance.not_running")
-        self._check_state(inst.state_bytes, size_of(payload), WorkflowError)
+        self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
     # -- operations of a run: each is guarded, and does nothing for an outdated run. A run whose
@@ -1967,7 +1938,7 @@ class Store:
         inst = self._mine(key, generation)
         if inst is None:
             return None
-        self._check_state(inst.state_bytes, size, WorkflowFatalError)
+        self._check_state(inst.state, size, WorkflowFatalError)
         calmed = {"careful": 0} if ended and inst.careful else {}
         return self._change(key, rows, size, **calmed).seq
 
@@ -2030,7 +2001,7 @@ class Store:
                 if inst.termination is not None:
                     status, data = "terminated", None
             try:
-                self._check_state(inst.state_bytes, size, WorkflowFatalError)
+                self._check_state(inst.state, size, WorkflowFatalError)
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
             if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
