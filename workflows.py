@@ -973,7 +973,7 @@ class Wait(NamedTuple):
 
 
 def end_waits(
-    waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
+    waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
 ) -> list[tuple[int, Wait, tuple[int, int] | None]]:
     """Which waits have ended by now, in the order in which they did, however late we look, as
     (moment, wait, (seq, at) of the buffered event that ends it): the oldest event that came at or
@@ -981,7 +981,7 @@ def end_waits(
     buffered = {type: deque(queue) for type, queue in events.items()}
     ended: list[tuple[int, Wait, tuple[int, int] | None]] = []
     for wait in waits:
-        mine = buffered.get(wait.event) if wait.event is not None else None
+        mine = buffered.get(wait.event)
         if mine and mine[0][1] <= wait.due:
             event = mine.popleft()
             ended.append((max(event[1], wait.at), wait, event))
@@ -1100,6 +1100,7 @@ _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])  # fr
 _NEWEST = "FROM journal AS j WHERE j.instance = key ORDER BY j.seq DESC LIMIT 1"
 _READ = ", ".join((*_COLUMNS, f"(SELECT j.seq {_NEWEST})", f"(SELECT j.state {_NEWEST})"))
 _AMONG = "IN (SELECT value FROM json_each(?))"
+_OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
 OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -1164,12 +1165,9 @@ class Store:
         self._requests = self._storage = self._cpu_counted = 0  # what usage must still be told
         self._room = 0  # so many may be created before the queue must be counted again
         self._answered = threading.Semaphore(0)  # counts operations, for an exact clock
-        self._lock: sqlite3.Connection | None = None
         self._warned: set[str] = set()
-        self._forgotten = False
         self._version = 0  # of the data, as of our last look
-        self._looked = self._contended = -math.inf
-        self._checked = time.monotonic()
+        self._looked = self._checked = time.monotonic()
 
     # -- the thread
 
@@ -1199,21 +1197,16 @@ class Store:
         except Exception as error:
             self._tell(_resolve, opened, None, _storage_error(self.path, error))
         finally:
-            self._disown()
-            if hasattr(self, "_db"):
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.close()
+            self._close()
             self._tell(_resolve, self.closed)
 
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and the engine forgotten
             self.loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the loop was closed, and the engine forgotten
-            self._forgotten = True
 
     def _work(self) -> None:
         stop = False
-        while not (stop or self._forgotten):
+        while not (stop or self.loop.is_closed()):
             batch, stop = self._gather()
             asked = len(batch)
             try:
@@ -1232,16 +1225,13 @@ class Store:
         if self.owner:
             patience = max(0.0, min(TICK, (self.next_wake - self.clock.now()) / 1000))
         batch: list[Op] = []
-        try:
-            op = self.ops.get(timeout=patience) if patience else self.ops.get_nowait()
-            while op is not None:
+        with contextlib.suppress(queue.Empty):
+            while op := self.ops.get(timeout=0 if batch else patience):
                 batch.append(op)
                 if self.clock.exact:
                     return batch, False
-                op = self.ops.get_nowait()
             return batch, True
-        except queue.Empty:
-            return batch, False
+        return batch, False
 
     def _turn(self, batch: list[Op]) -> None:
         """One round of the thread: a transaction if there is reason for one, and the regular
@@ -1258,8 +1248,7 @@ class Store:
         if outside:
             self._others_wrote = False
             self._tell(self.deliver, [], [], None)
-        if self.bound and not self.owner and moment > self._contended + 0.2:
-            self._contended = moment
+        if self.bound and not self.owner:
             self._contend()
         if moment > self._checked + 1:
             self._checked = moment
@@ -1339,9 +1328,7 @@ class Store:
         """Storage failed: nothing of the batch is stored, and nothing more will be."""
         self.failure = _storage_error(self.path, error)
         log.critical("%s; the engine stops here", self.failure, exc_info=error)
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute("ROLLBACK")
-        self._disown()
+        self._close()
         self._tell(self.broke, self.failure, callbacks)
 
     # -- the file
@@ -1350,15 +1337,21 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 35):  # UPDATE … RETURNING
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         memory = self.path == ":memory:"
-        if not memory:
-            self._inspect()
-        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        paths = [self.path, ":memory:" if memory else self.path + "-owner"]
+        if not memory and os.path.exists(self.path) and os.path.getsize(self.path) > 0:
+            # Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
+            # plain file of our own would drop the locks that another engine of this process holds.
+            uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
+                if self._one("PRAGMA application_id") != (APPLICATION_ID,):
+                    raise WorkflowInternalError("not a database of this module")
+                self._schema_version()
+        options: Any = {"timeout": 0, "isolation_level": None, "cached_statements": 500}
+        self._db, self._lock = (sqlite3.connect(path, **options) for path in paths)
         self._insist("PRAGMA synchronous = FULL")
         self._insist("PRAGMA fullfsync = 1")
         self._insist("BEGIN IMMEDIATE")
-        (version,) = self._one("PRAGMA user_version")
-        if version > SCHEMA_VERSION:
-            raise WorkflowInternalError(f"written by a newer version (schema {version})")
+        version = self._schema_version()
         # In one transaction, and before WAL mode: so the main file always says whose it is.
         for script in _SCHEMA[version:]:
             for statement in script.split(";\n"):
@@ -1369,33 +1362,26 @@ class Store:
         self._insist("COMMIT")
         if not memory and self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-        self._files = [] if memory else [(self.path, os.stat(self.path))]
+        self._files = {} if memory else {path: os.stat(path) for path in paths}
 
-    def _inspect(self) -> None:
-        """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
-        plain file of our own would drop the locks that another engine of this process holds on
-        it."""
-        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
-            return
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            (mark,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-        if mark != APPLICATION_ID:
-            raise WorkflowInternalError("not a database of this module")
+    def _schema_version(self) -> int:
+        version: int = self._one("PRAGMA user_version")[0]
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
+        return version
+
+    def _close(self) -> None:
+        self.owner = False
+        with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it failed
+            self._lock.close()
+            self._db.close()
 
     def _look_around(self) -> None:
         """The look once a second. SQLite goes on writing into a file that was removed or replaced,
         where nobody would read it; and the owner may be asked for what it can't do."""
-        for path, was in self._files:
-            same = False
-            with contextlib.suppress(OSError):
-                same = os.path.samestat(os.stat(path), was)
-            if not same:
+        for path, was in self._files.items():
+            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
                 raise WorkflowInternalError(f"{path} was removed or replaced")
-        self._forgotten = self.loop.is_closed()
         if not self.owner:
             return
         sql = """SELECT key, name FROM workflows AS w WHERE
@@ -1411,38 +1397,24 @@ class Store:
     def _contend(self) -> None:
         """Tries to become the one that runs instances: the holder of an exclusive transaction on a
         second, empty database. A process that dies lets go of it on every platform."""
-        if self.path != ":memory:":
-            path = self.path + "-owner"
-            if self._lock is None:
-                self._lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-            try:
-                self._lock.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                if _is_busy(error):
-                    return
+        try:
+            self._lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
                 raise
-            self._files = [*self._files[:1], (path, os.stat(path))]
-        self.owner = self._look_again = True
-        self._inherited = set(self.bound)
-        self._transact([])
-
-    def _disown(self) -> None:
-        self.owner = False
-        if self._lock is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._lock.close()
-            self._lock = None
+        else:
+            self.owner = True
+            self._transact([])
 
     # -- scheduling: what is due, and who may run
 
     def _schedule(self) -> None:
         """The owner's look at the database: everything whose `wake` has come, then the queue."""
         now = self.clock.now()
-        self._look_again = False
         for workflow in self._inherited:  # from an owner that died
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
             for inst in self._instances(where, workflow):
-                self._requeue(inst, careful=1)
+                self._requeue(self._change(inst.key, careful=1))
         self._inherited.clear()
         due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
         if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
@@ -1454,20 +1426,17 @@ class Store:
 
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
-        if inst.status in FINISHED or inst.id is None:
-            if inst.is_over(now):
-                self._purge(inst)
-            else:
-                self._change(inst.key, wake=inst.expiry())
-        elif inst.status == "paused":
-            self._change(inst.key, wake=None)
-        else:
+        due = inst.expiry()
+        if inst.status in LIVE:
             rows = self._end_waits(inst, now)
             if rows and inst.status == "waiting":
                 self._requests += 1
                 self._requeue(inst)
             sql = f"SELECT min(due) FROM waits WHERE {OPEN_WAITS}"
             (due,) = self._one(sql, inst.key, inst.rollback is not None)
+        if inst.is_over(now):
+            self._purge(inst)
+        else:
             inst = self._change(inst.key, wake=due)
         # A rollback is another life: of a running instance, whose slot it keeps.
         begun = inst.status == "running" and inst.rollback == "begun"
@@ -1481,16 +1450,15 @@ class Store:
         args = (inst.key, inst.rollback is not None, now)
         waits = [Wait._make(row) for row in self._db.execute(sql, args)]
         events = {}
-        for type in {wait.event for wait in waits if wait.event is not None}:
+        for type in {wait.event for wait in waits} - {None}:
             sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
             events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
         rows = []
         for _, wait, event in end_waits(waits, events, now):
             where = (inst.key, wait.seq)
             self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
-            if wait.kind == "retry":
-                row = _row("due", wait.step)
-            elif event is not None:
+            row = _row("due" if wait.kind == "retry" else "slept", wait.step)
+            if event is not None:
                 sql = "DELETE FROM events WHERE instance = ? AND seq = ? AND type = ? RETURNING *"
                 *_, data = self._one(sql, inst.key, event[0], wait.event)
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
@@ -1500,8 +1468,6 @@ class Store:
                 ms = json.loads(began.data or "")["timeout"]
                 error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
                 row = _row("timeout", wait.step, encode_error(error))
-            else:
-                row = _row("slept", wait.step)
             seq = self._change(inst.key, [row]).seq
             rows.append(Row(seq, now, *row))
         return rows
@@ -1512,7 +1478,6 @@ class Store:
         queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
-        self._look_again = self._look_again or free == BATCH <= len(queued)
         for inst in queued[:free]:
             first = inst.started is None
             row = _row("started" if first else "running")
@@ -1522,6 +1487,7 @@ class Store:
                 for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
                     inst = self._buffer(inst, *event)
             self._news.append(News(inst, [], True))
+        self._look_again = free == BATCH <= len(queued)
 
     def _free_slots(self) -> float:
         taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
@@ -1543,17 +1509,16 @@ class Store:
             self._room = int(min(room, 10**9) - new) // 10 + new
         self._room -= new
 
-    def _requeue(self, inst: Instance, **columns: Any) -> None:
+    def _requeue(self, inst: Instance) -> None:
         """Puts an instance that has already run at its place in the queue, ahead of all new ones;
         one that was pausing goes there on `resume`."""
         now = self.clock.now()
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
-        self._look_again = True
         if inst.status == "waitingForPause":
-            columns |= {"paused": now, "place": place, "wake": None}
-            self._news.append(News(self._move(inst.key, _row("paused"), **columns), []))
+            inst = self._move(inst.key, _row("paused"), paused=now, place=place, wake=None)
+            self._news.append(News(inst, []))
         else:
-            self._change(inst.key, status="queued", place=place, **columns)
+            self._change(inst.key, status="queued", place=place)
             self._woken.append(inst.key)
 
     def _note_queued(self) -> None:
@@ -1570,17 +1535,18 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
+        """Brings instances into memory, in one row (see `_insert`)."""
         self._write()
-        sql = f"SELECT json_group_array(key) FROM (SELECT key FROM instances WHERE {where})"
-        return self._read(json.loads(self._one(sql, *args)[0]))
+        of = f"(SELECT * FROM instances WHERE {where})"
+        sql = f"SELECT json_group_array(json_array({_READ})) FROM {of}"
+        found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
+        self._present.update((inst.key, inst) for inst in found)
+        return found
 
     def _read(self, keys: Sequence[int]) -> list[Instance]:
-        """These instances, as far as they exist: from memory, or brought there, in one row (see
-        `_insert`)."""
+        """These instances, as far as they exist."""
         if missing := [key for key in keys if key not in self._present]:
-            sql = f"SELECT json_group_array(json_array({_READ})) FROM instances WHERE key {_AMONG}"
-            for row in json.loads(self._one(sql, str(missing))[0]):
-                self._present[row[0]] = Instance(*row)
+            self._instances(f"key {_AMONG}", str(missing))
         return [self._present[key] for key in keys if key in self._present]
 
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
@@ -1597,11 +1563,8 @@ class Store:
     def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids, except those that have expired: they are cleared away (and
         so never seen, however late the owner is)."""
-        sql = f"""SELECT json_group_array(key) FROM instances
-                  WHERE workflow = (SELECT key FROM workflows WHERE name = ?) AND id {_AMONG}"""
-        (keys,) = self._one(sql, workflow, _to_json(ids))
         found = {}
-        for inst in self._read(json.loads(keys)):
+        for inst in self._instances(f"{_OF} AND id {_AMONG}", workflow, _to_json(ids)):
             if inst.is_over(self.clock.now()):
                 self._purge(inst)
             else:
@@ -1617,12 +1580,10 @@ class Store:
 
     def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
         """The instance of a run, if the run still is its, and it has one of these statuses."""
-        if key not in self._present:
-            self._read([key])
-        inst = self._present.get(key)
-        if inst is None or inst.generation != generation:
-            return None
-        return inst if inst.status in (statuses or LIVE) else None
+        for inst in self._read([key]):
+            if inst.generation == generation and inst.status in (statuses or LIVE):
+                return inst
+        return None
 
     def _journal(self, key: int, where: str = "true ORDER BY seq", *args: Any) -> list[Row]:
         self._write()
@@ -1641,6 +1602,7 @@ class Store:
             inst = inst._replace(**columns)
             self._changed.add(key)
             self.next_wake = min(self.next_wake, math.inf if inst.wake is None else inst.wake)
+            self._look_again = self._look_again or "status" in columns
         self._present[key] = inst
         for n, row in enumerate(rows, was.seq + 1):
             self._rows.append((key, n, state, now, *row))
@@ -1650,7 +1612,6 @@ class Store:
 
     def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
         """Changes the status to what the row says."""
-        self._look_again = True
         return self._change(key, [row], size, status=row[0], **columns)
 
     def _write(self) -> None:
@@ -1665,12 +1626,10 @@ class Store:
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
         then wait for its turn."""
-        done = 0
-        while done < len(rows):
-            size = next(size for size in (64, 8, 1) if size <= len(rows) - done)
-            values = [value for row in rows[done : done + size] for value in row]
-            self._db.execute(_insertion(table, len(rows[0]), size, after), values)
-            done += size
+        for n in range(0, len(rows), 64):
+            part = rows[n : n + 64]
+            values = [value for row in part for value in row]
+            self._db.execute(_insertion(table, len(rows[0]), len(part), after), values)
 
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
@@ -1688,7 +1647,6 @@ class Store:
     def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
-        self._look_again = True
         inst = self._change(inst.key, [_row("sent")], size_of(payload), wake=now)
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
@@ -1728,13 +1686,11 @@ class Store:
         for id, params, success, error in entries:
             if id not in taken:
                 key += 1
-                inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
+                inst = Instance(key, of, id, trigger, now, success, error, "new", place)
                 self._present[key] = taken[id] = inst
                 made.append(id)
-                self._change(key, [_row("queued", None, params)], size_of(params), wake=None)
-        self._write()  # so that they are found
+                self._move(key, _row("queued", None, params), size_of(params))
         self._requests += len(made)
-        self._look_again = True
         self._touched.add(NEW)
         return made
 
@@ -1766,8 +1722,7 @@ class Store:
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
         """A workflow's instances with a key above `after`, oldest first."""
-        where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND key > ? ORDER BY key"
-        return self._instances(where, workflow, after)
+        return self._instances(f"{_OF} AND key > ? ORDER BY key", workflow, after)
 
     def mock_event(self, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
         """Buffers an event for each instance of a block: now if it has started, else when it
@@ -1836,7 +1791,6 @@ class Store:
             self._change(inst.key, [row], status="running", **columns)
         else:
             self._requeue(self._change(inst.key, [row], **columns))
-        self._look_again = True
         return True
 
     def restart(self, workflow: str, id: str, start: tuple[str, int, str | None] | None) -> None:
@@ -1885,7 +1839,6 @@ class Store:
     def delete(self, workflow: str, id: str) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
         inst = self._get(workflow, id)
-        self._look_again = True
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
         # (What has changed is written without the id, which costs an index.)
@@ -3480,7 +3433,9 @@ class Engine:
         self._load([(item[0].key, item[0].generation) for item in news if self._hear(item)])
         if touched:
             self._wake(touched)
-        elif touched is None and self._watchers:  # another process wrote; but what?
+        elif (
+            touched is None and self._watchers and self._state == "open"
+        ):  # another process wrote; but what?
             self.store.post(
                 self.store.which_ended,
                 list(self._watchers),
