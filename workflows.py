@@ -881,6 +881,15 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     return steps, inbox
 
 
+def cut(rows: Sequence[Row], name: str, count: int, kind: str | None) -> list[Row]:
+    """What is left of a history when it begins again from a step: what began before that. (Nothing,
+    if there is no such step.)"""
+    began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
+    keys = [SEPARATOR.join((kind, name, str(count))) for kind in ([kind] if kind else STEP_KINDS)]
+    first = next((began[key] for key in keys if key in began), 0)
+    return [row for row in rows if row.seq < first or (row.step and began[row.step] < first)]
+
+
 _TOLD = {  # by a row's type: the events that it is shown as, beside the beginnings that it implies
     "queued": ["workflow_queued"],
     "started": ["workflow_started"],
@@ -1259,7 +1268,7 @@ class Store:
         return self.owner and soon and not self.closing
 
     def _see_others(self) -> None:
-        """Whether another process wrote: then what is in memory is worth nothing."""
+        """If another process wrote, what is in memory is worth nothing."""
         version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
         if version != self._version:
             self._others_wrote = self._look_again = True
@@ -1571,13 +1580,6 @@ class Store:
                 found[inst.id or ""] = inst
         return found
 
-    def _get(self, workflow: str, id: str) -> Instance:
-        found = self._find(workflow, [id])
-        if id not in found:
-            message = f"workflow {workflow!r} has no instance {id!r}"
-            raise WorkflowError(message, code="instance.not_found")
-        return found[id]
-
     def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
         """The instance of a run, if the run still is its, and it has one of these statuses."""
         for inst in self._read([key]):
@@ -1612,6 +1614,9 @@ class Store:
 
     def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
         """Changes the status to what the row says."""
+        if row[0] in FINISHED:
+            now = self.clock.now()
+            columns |= {"ended": now, "wake": now, "place": None}
         return self._change(key, [row], size, status=row[0], **columns)
 
     def _write(self) -> None:
@@ -1635,14 +1640,9 @@ class Store:
         """Clears away an instance and all its rows."""
         self._write()
         self._storage -= self._present.pop(inst.key).state
-        self._erase(inst.key)
-        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
-
-    def _erase(self, key: int) -> None:
-        """Clears away what the lives of an instance have recorded."""
-        self._write()
         for table in ("journal", "waits", "events"):
-            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
+            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
+        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
     def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
         """Adds an event to those that the instance has not consumed."""
@@ -1694,12 +1694,6 @@ class Store:
         self._touched.add(NEW)
         return made
 
-    def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
-        """(key, status, data of the row that ended it)."""
-        inst = self._get(workflow, id)
-        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
-        return inst.key, inst.status, rows[0].data if rows else None
-
     def which_ended(self, keys: list[int]) -> set[int]:
         """Which of these instances have finished, or are gone; and those that may have new
         rows."""
@@ -1716,9 +1710,8 @@ class Store:
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
             return None, []
-        return inst, self._journal(
-            inst.key, "seq > ? ORDER BY seq", after if inst.key == key else 0
-        )
+        seen = after if inst.key == key else 0
+        return inst, self._journal(inst.key, "seq > ? ORDER BY seq", seen)
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
         """A workflow's instances with a key above `after`, oldest first."""
@@ -1733,8 +1726,20 @@ class Store:
             if live and block.id in (None, inst.id):
                 self._buffer(inst, type, payload)
 
-    def pause(self, workflow: str, id: str) -> None:
-        inst = self._get(workflow, id)
+    def on(self, workflow: str, id: str, op: str, *args: Any) -> Any:
+        """Carries out one of the next operations, on the instance with that id."""
+        inst = self._find(workflow, [id]).get(id)
+        if inst is None:
+            message = f"workflow {workflow!r} has no instance {id!r}"
+            raise WorkflowError(message, code="instance.not_found")
+        return getattr(self, op)(inst, *args)
+
+    def status(self, inst: Instance) -> tuple[int, str, str | None]:
+        """(key, status, data of the row that ended it)."""
+        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
+        return inst.key, inst.status, rows[0].data if rows else None
+
+    def pause(self, inst: Instance) -> None:
         now = self.clock.now()
         if inst.rollback == "begun":
             return
@@ -1743,9 +1748,8 @@ class Store:
         elif inst.status in ("waiting", "queued"):
             self._move(inst.key, _row("paused"), paused=now, wake=now)
 
-    def resume(self, workflow: str, id: str) -> None:
+    def resume(self, inst: Instance) -> None:
         """A paused one goes back to where it was: to its place in the queue, if it had one."""
-        inst = self._get(workflow, id)
         now = self.clock.now()
         if inst.status == "waitingForPause":
             self._move(inst.key, _row("running"), wake=now)
@@ -1761,23 +1765,20 @@ class Store:
             sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
             self._db.execute(sql, (self.clock.now() - inst.paused, inst.key, inst.paused))
 
-    def terminate(self, workflow: str, id: str, source: str, rollback: bool = False) -> None:
+    def terminate(self, inst: Instance, source: str, rollback: bool = False) -> None:
         """At once; or, with a rollback that has anything to undo, at the end of that."""
-        inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
+            message = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
             raise WorkflowError(message, code="instance.cannot_terminate")
         if rollback and inst.rollback == "begun" and inst.termination is None:
             self._change(inst.key, termination=source)  # by the one that is under way
             return
         ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
         if rollback:
-            message = f"instance {id!r} was terminated"
+            message = f"instance {inst.id!r} was terminated"
             error = WorkflowError(message, code="instance.terminated", name="Terminated")
             if self._roll_back(inst, encode_error(error), **ended):
                 return
-        now = self.clock.now()
-        ended |= {"ended": now, "wake": now, "place": None}
         self._move(inst.key, _row("terminated"), **ended)
 
     def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
@@ -1793,52 +1794,37 @@ class Store:
             self._requeue(self._change(inst.key, [row], **columns))
         return True
 
-    def restart(self, workflow: str, id: str, start: tuple[str, int, str | None] | None) -> None:
+    def restart(self, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
         """From the top, or from a step: then what started before that step is kept."""
-        inst = self._get(workflow, id)
+        rows, kept, tables = self._journal(inst.key), [], ["journal", "waits"]
         fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
         fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
         fresh["place"] = self._last_place() + 1
-        params = None
         if start is None:
-            params = self._journal(inst.key, "type = 'queued' AND data IS NOT NULL")[0].data or ""
-            self._erase(inst.key)
+            tables.append("events")
             fresh["started"] = None
-            size = size_of(params)
-        else:
-            size = self._cut(inst, *start)
-        self._move(inst.key, _row("queued", None, params), size - inst.state, **fresh)
-
-    def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
-        """Drops a step and all that began after it; returns the bytes of the state that is
-        left."""
-        rows = self._journal(inst.key)
-        began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
-        kinds = STEP_KINDS if kind is None else (kind,)
-        keys = [f"{kind}{SEPARATOR}{name}{SEPARATOR}{count}" for kind in kinds]
-        cut = next((began[key] for key in keys if key in began), None)
-        if cut is None:
+        elif not (kept := cut(rows, *start)):
+            name, count, kind = start
             of = "step" if kind is None else f"{kind} step"
             message = f"instance {inst.id!r} has no {of} {name!r} with count {count}"
             raise WorkflowError(message, code="instance.cannot_restart")
-        kept = {step for step, seq in began.items() if seq < cut} - {None}
-        rows = [row for row in rows if row.seq < cut or row.step in kept]
-        where = f"instance = ? AND seq >= ? AND seq NOT {_AMONG}"
-        for table in ("journal", "waits"):  # a wait has the number of its row
-            values = (inst.key, cut, str([row.seq for row in rows]))
-            self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
+        numbers = str([row.seq for row in kept])
+        for table in tables:
+            sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
+            self._db.execute(sql, (inst.key, numbers))
         self._unpause(inst)
         # What it had in flight is as after a clean stop.
-        stopped = [_row("stop", step.key) for step in fold(rows)[0].values() if step.open]
-        self._change(inst.key, stopped)
+        stopped = [_row("stop", step.key) for step in fold(kept)[0].values() if step.open]
         sql = "SELECT payload FROM events WHERE instance = ?"
-        sizes = [size_of(payload) for (payload,) in self._db.execute(sql, (inst.key,))]
-        stateful = ("queued", "done", "event")
-        return sum(sizes) + sum(size_of(row.data or "") for row in rows if row.type in stateful)
+        params = None if kept else rows[0].data
+        left = [params, *(row.data for row in kept if row.type in ("queued", "done", "event"))]
+        left += [payload for (payload,) in self._db.execute(sql, (inst.key,))]
+        state = sum(size_of(text or "") for text in left)
+        self._change(inst.key, stopped, state - inst.state)
+        self._move(inst.key, _row("queued", None, params), **fresh)
 
-    def delete(self, workflow: str, id: str) -> None:
+    def delete(self, inst: Instance) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
-        inst = self._get(workflow, id)
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
         # (What has changed is written without the id, which costs an index.)
@@ -1848,20 +1834,19 @@ class Store:
     def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
         known = self._find(workflow, ids)
-        for id in known:
-            self.delete(workflow, id)
+        for inst in known.values():
+            self.delete(inst)
         error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
         return {
             "deleted": [{"id": id} for id in ids if id in known],
             "errors": [{"id": id, **error} for id in ids if id not in known],
         }
 
-    def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
+    def send_event(self, inst: Instance, type: str, payload: str) -> None:
         """Buffers an event; the owner's next look, usually in this very transaction, delivers
         it."""
-        inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            message = f"instance {id!r} is {inst.status}: it takes no more events"
+            message = f"instance {inst.id!r} is {inst.status}: it takes no more events"
             raise WorkflowError(message, code="instance.not_running")
         self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
@@ -1945,11 +1930,12 @@ class Store:
         """`run` has ended, or (then `data` is what failed, if anything) its rollback. Returns the
         instance if it isn't finished yet, because a rollback begins."""
         if inst := self._mine(key, generation):
-            now = self.clock.now()
             outcome: str | None = None
+            columns = {}
             if inst.rollback == "begun":
-                (begun,) = self._journal(key, "type = 'rollback'")
                 outcome, size = data, 0
+                columns["rollback"] = "complete" if outcome == "null" else "failed"
+                (begun,) = self._journal(key, "type = 'rollback'")
                 status, data = "errored", begun.data
                 if inst.termination is not None:
                     status, data = "terminated", None
@@ -1959,10 +1945,6 @@ class Store:
                 status, data, size = "errored", encode_error(too_large), 0
             if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
                 return self._mine(key, generation + 1)
-            expiry = inst._replace(status=status, ended=now).expiry()
-            columns: dict[str, Any] = {"ended": now, "wake": expiry, "place": None}
-            if outcome is not None:
-                columns["rollback"] = "complete" if outcome == "null" else "failed"
             self._move(key, _row(status, None, data, outcome), size, **columns)
         return None
 
@@ -3626,7 +3608,7 @@ class Workflow:
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call("status", self.name, self._check_id(id))
+        await self.engine.call("on", self.name, self._check_id(id), "status")
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -3725,7 +3707,7 @@ class WorkflowInstance:
         return f"<WorkflowInstance {self.workflow.name} {self.id}>"
 
     async def _call(self, op: str, *args: Any) -> Any:
-        return await self.workflow.engine.call(op, self.workflow.name, self.id, *args)
+        return await self.workflow.engine.call("on", self.workflow.name, self.id, op, *args)
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now."""
