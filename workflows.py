@@ -1057,7 +1057,8 @@ CREATE TABLE events (
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
-CREATE TABLE usage (month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER);
+CREATE TABLE usage (
+    month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER) WITHOUT ROWID;
 """,
 )
 
