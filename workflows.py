@@ -1026,18 +1026,17 @@ _SCHEMA = (  # by version: what leads to it from the one before
 CREATE TABLE workflows (           -- the bound names, for clients without the classes
     key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
     script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
-CREATE TABLE instances (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,
-    workflow INTEGER NOT NULL,
+CREATE TABLE instances (           -- its columns are those of `Instance`
+    key INTEGER PRIMARY KEY AUTOINCREMENT, workflow INTEGER NOT NULL,
     id TEXT,                       -- NULL once deleted, until the owner has cleared it away
+    trigger TEXT NOT NULL, created INTEGER NOT NULL,
+    success_retention INTEGER, error_retention INTEGER,
     status TEXT NOT NULL,
+    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
     generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
-    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
     wake INTEGER,                  -- when the owner must look
-    created INTEGER NOT NULL, started INTEGER, ended INTEGER, paused INTEGER,
-    success_retention INTEGER, error_retention INTEGER,
-    trigger TEXT NOT NULL,
+    started INTEGER, ended INTEGER, paused INTEGER,
     termination TEXT,              -- who has terminated it
     rollback TEXT,                 -- begun, complete or failed
     UNIQUE (workflow, id));
@@ -1104,11 +1103,10 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
-_COLUMNS = Instance._fields[:-2]
-_TABLE = f"instances ({', '.join(_COLUMNS)})"
-_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])  # from `status`
-_NEWEST = "FROM journal AS j WHERE j.instance = key ORDER BY j.seq DESC LIMIT 1"
-_READ = ", ".join((*_COLUMNS, f"(SELECT j.seq {_NEWEST})", f"(SELECT j.state {_NEWEST})"))
+_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:-2])
+_NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
+_NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
+_READ = ", ".join((*Instance._fields[:-2], *_NEWER))
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
@@ -1162,7 +1160,7 @@ class Store:
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
         self._look_again = False  # something may be due, or a slot free
-        self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
+        self._woken: list[int] = []  # by this transaction; they may have found no free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
         # Instances, until the next tick or until another process has written; and which of them
@@ -1288,7 +1286,10 @@ class Store:
                 results.append((then, None, refused))
         if self._is_due():
             self._schedule()
-        self._note_queued()
+        for inst in self._read([*dict.fromkeys(self._woken)]):
+            if inst.status == "queued":  # it has to wait for a slot
+                self._change(inst.key, [_row("queued")])
+        self._woken.clear()
         self._write()
         self._count_usage()
         self._db.execute("COMMIT")
@@ -1531,13 +1532,6 @@ class Store:
             self._change(inst.key, status="queued", place=place)
             self._woken.append(inst.key)
 
-    def _note_queued(self) -> None:
-        """Says in the journal which woken instances have to wait for a slot."""
-        for key in dict.fromkeys(self._woken):
-            if key in self._present and self._present[key].status == "queued":
-                self._change(key, [_row("queued")])
-        self._woken.clear()
-
     # -- building blocks
 
     def _one(self, sql: str, *args: Any) -> Any:
@@ -1627,7 +1621,7 @@ class Store:
         self._insert("journal", rows)
         changed = [self._present[key][:-2] for key in self._changed]
         self._changed.clear()
-        self._insert(_TABLE, changed, f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}")
+        self._insert("instances", changed, f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}")
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
@@ -1722,9 +1716,8 @@ class Store:
         """Buffers an event for each instance of a block: now if it has started, else when it
         does."""
         block.events.append((type, payload))
-        for inst in self.created(block.workflow.name, block.after):
-            live = inst.started is not None and inst.ended is None and inst.id is not None
-            if live and block.id in (None, inst.id):
+        for inst in self._of_bound("started IS NOT NULL AND ended IS NULL AND id IS NOT NULL"):
+            if block.covers(self.bound[inst.workflow], inst):
                 self._buffer(inst, type, payload)
 
     def on(self, workflow: str, id: str, op: str, *args: Any) -> Any:
