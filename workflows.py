@@ -1032,7 +1032,8 @@ CREATE TABLE instances (           -- its columns are those of `Instance`
     trigger TEXT NOT NULL, created INTEGER NOT NULL,
     success_retention INTEGER, error_retention INTEGER,
     status TEXT NOT NULL,
-    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
+    place INTEGER,                 -- in the queue; of a paused one, where it goes back to. A new
+                                   -- one has its key, a restarted one the next number after that
     generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
     careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
     wake INTEGER,                  -- when the owner must look
@@ -1504,10 +1505,6 @@ class Store:
         taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
         return math.inf if self.limits.running is None else max(0, self.limits.running - taken)
 
-    def _last_place(self) -> int:
-        """The place behind all that are queued: a moment, if these are not ahead of their time."""
-        return max(self.clock.now(), *self._each("max(place)", "status = 'queued'"), 0)
-
     def _check_queue(self, new: int) -> None:
         """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
         that it is done again only when a tenth of the room is used up."""
@@ -1628,8 +1625,9 @@ class Store:
         then wait for its turn."""
         for n in range(0, len(rows), 64):
             part = rows[n : n + 64]
-            values = [value for row in part for value in row]
-            self._db.execute(_insertion(table, len(rows[0]), len(part), after), values)
+            values = ", ".join([f"(?{', ?' * (len(rows[0]) - 1)})"] * len(part))
+            args = [value for row in part for value in row]
+            self._db.execute(f"INSERT INTO {table} VALUES {values}{after}", args)
 
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
@@ -1674,14 +1672,13 @@ class Store:
         self._check_queue(len(entries))
         for _, params, *_ in entries:
             self._check_state(0, size_of(params), WorkflowError)
-        place = self._last_place()
         taken = self._find(workflow, [entry[0] for entry in entries])
         (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         made = []
         for id, params, success, error in entries:
             if id not in taken:
                 key += 1
-                inst = Instance(key, of, id, trigger, now, success, error, "new", place)
+                inst = Instance(key, of, id, trigger, now, success, error, "new", place=key)
                 self._present[key] = taken[id] = inst
                 made.append(id)
                 self._move(key, _row("queued", None, params), size_of(params))
@@ -1793,7 +1790,7 @@ class Store:
         rows, kept, tables = self._journal(inst.key), [], ["journal", "waits"]
         fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
         fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
-        fresh["place"] = self._last_place() + 1
+        (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
         if start is None:
             tables.append("events")
             fresh["started"] = None
@@ -1946,12 +1943,6 @@ class Store:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
         self.requeue(key, generation, "running", "waitingForPause")
-
-
-@functools.cache
-def _insertion(table: str, columns: int, rows: int, after: str) -> str:
-    row = f"(?{', ?' * (columns - 1)})"
-    return f"INSERT INTO {table} VALUES {', '.join([row] * rows)}{after}"
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
