@@ -1316,10 +1316,9 @@ class Store:
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
         self._count_usage()
-        sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = now), 0),
-                 coalesce(sum(cpu_ms) FILTER (WHERE month = now), 0.0),
-                 coalesce(sum(storage_bytes), 0) FROM (SELECT ? AS now) LEFT JOIN usage"""
-        return self._one(sql, self._month())
+        sql = """SELECT sum(requests * (month = now)), sum(cpu_ms * (month = now)),
+                 sum(storage_bytes) FROM usage, (SELECT ? AS now)"""
+        return [total or 0 for total in self._one(sql, self._month())]
 
     def _insist(self, sql: str, *args: Any) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice; SQLite's
@@ -1358,8 +1357,7 @@ class Store:
                 if self._one("PRAGMA application_id") != (APPLICATION_ID,):
                     raise WorkflowInternalError("not a database of this module")
                 self._schema_version()
-        options: Any = {"timeout": 0, "isolation_level": None, "cached_statements": 500}
-        self._db, self._lock = (sqlite3.connect(path, **options) for path in paths)
+        self._db, self._lock = (sqlite3.connect(p, timeout=0, isolation_level=None) for p in paths)
         self._insist("PRAGMA synchronous = FULL")
         self._insist("PRAGMA fullfsync = 1")
         self._insist("BEGIN IMMEDIATE")
@@ -1623,8 +1621,8 @@ class Store:
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
         then wait for its turn."""
-        for n in range(0, len(rows), 64):
-            part = rows[n : n + 64]
+        for n in range(0, len(rows), 32):
+            part = rows[n : n + 32]
             values = ", ".join([f"(?{', ?' * (len(rows[0]) - 1)})"] * len(part))
             args = [value for row in part for value in row]
             self._db.execute(f"INSERT INTO {table} VALUES {values}{after}", args)
@@ -1695,14 +1693,14 @@ class Store:
         return {key for (key,) in self._db.execute(sql, (str(keys),))}.union(self.followed)
 
     def look(
-        self, workflow: str, id: str, key: int, after: int
+        self, workflow: str, id: str, key: int, seen: int
     ) -> tuple[Instance | None, list[Row]]:
-        """The instance with that id, if there is one, and its rows: only those after `after`, if
+        """The instance with that id, if there is one, and its rows: only those after `seen`, if
         it still is the one with that key."""
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
             return None, []
-        seen = after if inst.key == key else 0
+        seen = seen if inst.key == key else 0
         return inst, self._journal(inst.key, "seq > ? ORDER BY seq", seen)
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
@@ -1787,31 +1785,30 @@ class Store:
 
     def restart(self, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
         """From the top, or from a step: then what started before that step is kept."""
-        rows, kept, tables = self._journal(inst.key), [], ["journal", "waits"]
+        rows, kept = self._journal(inst.key), []
         fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
-        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
-        (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
         if start is None:
-            tables.append("events")
             fresh["started"] = None
+            self._db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         elif not (kept := cut(rows, *start)):
             name, count, kind = start
             of = "step" if kind is None else f"{kind} step"
             message = f"instance {inst.id!r} has no {of} {name!r} with count {count}"
             raise WorkflowError(message, code="instance.cannot_restart")
-        numbers = str([row.seq for row in kept])
-        for table in tables:
+        for table in ("journal", "waits"):
             sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
-            self._db.execute(sql, (inst.key, numbers))
+            self._db.execute(sql, (inst.key, str([row.seq for row in kept])))
         self._unpause(inst)
         # What it had in flight is as after a clean stop.
         stopped = [_row("stop", step.key) for step in fold(kept)[0].values() if step.open]
-        sql = "SELECT payload FROM events WHERE instance = ?"
         params = None if kept else rows[0].data
-        left = [params, *(row.data for row in kept if row.type in ("queued", "done", "event"))]
-        left += [payload for (payload,) in self._db.execute(sql, (inst.key,))]
+        sql = "SELECT payload FROM events WHERE instance = ?"
+        left = [params, *(payload for (payload,) in self._db.execute(sql, (inst.key,)))]
+        left += [row.data for row in kept if row.type in ("queued", "done", "event")]
         state = sum(size_of(text or "") for text in left)
         self._change(inst.key, stopped, state - inst.state)
+        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
+        (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
         self._move(inst.key, _row("queued", None, params), **fresh)
 
     def delete(self, inst: Instance) -> None:
