@@ -1438,12 +1438,15 @@ class Store:
         rows: list[Row] = []
         due = inst.expiry()
         if inst.status in LIVE:
-            rows = self._end_waits(inst, now)
+            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE {OPEN_WAITS} ORDER BY seq"
+            found = self._db.execute(sql, (inst.key, inst.rollback is not None))
+            waits = [Wait._make(row) for row in found]
+            rows = self._end_waits(inst, waits, now)
+            ended = {row.step for row in rows}
+            due = min((wait.due for wait in waits if wait.step not in ended), default=None)
             if rows and inst.status == "waiting":
                 self._requests += 1
                 self._requeue(inst)
-            sql = f"SELECT min(due) FROM waits WHERE {OPEN_WAITS}"
-            (due,) = self._one(sql, inst.key, inst.rollback is not None)
         if inst.is_over(now):
             self._purge(inst)
         else:
@@ -1452,13 +1455,9 @@ class Store:
         begun = inst.status == "running" and inst.rollback == "begun"
         self._news.append(News(inst, rows, admitted=begun))
 
-    def _end_waits(self, inst: Instance, now: int) -> list[Row]:
+    def _end_waits(self, inst: Instance, waits: list[Wait], now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same
         transaction."""
-        sql = f"""SELECT seq, at, kind, step, event, due, fixed FROM waits
-                  WHERE {OPEN_WAITS} AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
-        args = (inst.key, inst.rollback is not None, now)
-        waits = [Wait._make(row) for row in self._db.execute(sql, args)]
         events = {}
         for type in {wait.event for wait in waits} - {None}:
             sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
