@@ -3873,6 +3873,16 @@ class Processes(Real):
                 self.rows("SELECT state FROM journal ORDER BY seq DESC LIMIT 1"), [(events + data,)]
             )
 
+    async def test_a_client_stops_too_when_the_file_of_the_owners_lock_was_replaced(self) -> None:
+        """Or it would soon hold a lock that the next process doesn't see."""
+        async with self.client() as bound:
+            instance = await bound.create(params=0)
+            os.rename(self.path + "-owner", self.path + "-owner.old")
+            Path(self.path + "-owner").touch()
+            stopped = self.assertRaisesRegex(WorkflowInternalError, "removed or replaced")
+            with self.assertLogs("workflows", logging.CRITICAL), stopped:
+                await instance.result("5 seconds")
+
     async def test_another_process_takes_over_within_a_second_after_sigkill(self) -> None:
         async with self.client() as bound:
             self.owner.kill()
