@@ -970,7 +970,7 @@ def _brief(error: dict[str, Any]) -> dict[str, str]:
 
 class Wait(NamedTuple):
     """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
-    an event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
+    an event until `due`."""
 
     seq: int
     at: int
@@ -978,7 +978,6 @@ class Wait(NamedTuple):
     step: str
     event: str | None
     due: int
-    fixed: int
 
 
 def end_waits(
@@ -1051,7 +1050,8 @@ CREATE TABLE journal (
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE waits (               -- with the number of their journal rows, like events
     instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, kind TEXT NOT NULL,
-    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL, fixed INTEGER NOT NULL,
+    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL,
+    fixed INTEGER NOT NULL,        -- a pause does not move `due` (sleep_until)
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE events (
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
@@ -1899,10 +1899,10 @@ class Store:
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
         inst = self._mine(key, generation, "running")
-        if inst is None or inst.seq != seq:
-            return False
-        self._move(key, _row("waiting"))
-        return True
+        idle = inst is not None and inst.seq == seq
+        if idle:
+            self._move(key, _row("waiting"))
+        return idle
 
     def requeue(self, key: int, generation: int, *statuses: str) -> bool:
         """A pausing run has nothing in flight any more, or a waiting one wants to go on by
