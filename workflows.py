@@ -1604,8 +1604,8 @@ class Store:
     def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
         """Changes the status to what the row says."""
         if row[0] in FINISHED:
-            now = self.clock.now()
-            columns |= {"ended": now, "wake": now, "place": None}
+            ended = self._present[key]._replace(status=row[0], ended=self.clock.now())
+            columns = {"ended": ended.ended, "wake": ended.expiry(), "place": None} | columns
         return self._change(key, [row], size, status=row[0], **columns)
 
     def _write(self) -> None:
@@ -1762,6 +1762,7 @@ class Store:
             self._change(inst.key, termination=source)  # by the one that is under way
             return
         ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
+        ended["wake"] = self.clock.now()
         if rollback:
             message = f"instance {inst.id!r} was terminated"
             error = WorkflowError(message, code="instance.terminated", name="Terminated")
