@@ -729,6 +729,7 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     cancel                             any     `run` itself cancelled the call: never again
 #     stop                               any     interrupted by a clean stop: as if not begun
 #     due                                do      its retry delay is over
+#     sent                               –       an event was put into the instance's buffer
 #     rollback                           –       `run` has failed, or is told to roll back: from
 #                                                here on only handlers run; the error that
 #                                                started it
@@ -822,6 +823,15 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     return steps, deque(step for step in results if step.queued)
 
 
+def cut(rows: Sequence[Row], name: str, count: int, kind: str | None) -> list[Row]:
+    """What is left of a history when it begins again from a step: what began before that. (Nothing,
+    if there is no such step.)"""
+    began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
+    keys = [SEPARATOR.join((kind, name, str(count))) for kind in ([kind] if kind else STEP_KINDS)]
+    first = next((began[key] for key in keys if key in began), 0)
+    return [row for row in rows if row.seq < first or (row.step and began[row.step] < first)]
+
+
 _STATUSES = "queued started running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as, beside the beginnings that it implies.
 _TOLD = {_camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
@@ -886,7 +896,7 @@ def _brief(error: dict[str, Any]) -> dict[str, str]:
 
 class Wait(NamedTuple):
     """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
-    an event until `due`. `fixed` moments (sleep_until) do not move with a pause."""
+    an event until `due`."""
 
     seq: int
     at: int
@@ -894,11 +904,10 @@ class Wait(NamedTuple):
     step: str
     event: str | None
     due: int
-    fixed: int
 
 
 def end_waits(
-    waits: Iterable[Wait], events: Mapping[str, Sequence[tuple[int, int]]], now: int
+    waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
 ) -> list[tuple[int, Wait, tuple[int, int] | None]]:
     """Which waits have ended by now, in the order in which they did, however late we look, as
     (moment, wait, (seq, at) of the buffered event that ends it): the oldest event that came at or
@@ -906,7 +915,7 @@ def end_waits(
     buffered = {type: deque(queue) for type, queue in events.items()}
     ended: list[tuple[int, Wait, tuple[int, int] | None]] = []
     for wait in waits:
-        mine = buffered.get(wait.event) if wait.event is not None else None
+        mine = buffered.get(wait.event)
         if mine and mine[0][1] <= wait.due:
             event = mine.popleft()
             ended.append((max(event[1], wait.at), wait, event))
@@ -933,9 +942,8 @@ def end_waits(
 # queue.
 #
 # Operations change instances in memory (`_change`), and what they have changed is written before
-# the commit, many rows in one statement. Steps only append to the journal: the row of their
-# instance can wait for the next tick, and whoever reads it before adds what the journal says beyond
-# it (`_READ`). So a step costs one row.
+# the commit, many rows in one statement. Steps only append to the journal, whose newest row says
+# how large the instance's state is by now. So a step costs one row.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -943,39 +951,40 @@ _SCHEMA = (  # by version: what leads to it from the one before
 CREATE TABLE workflows (           -- the bound names, for clients without the classes
     key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
     script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
-CREATE TABLE instances (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,
-    workflow INTEGER NOT NULL,
+CREATE TABLE instances (           -- its columns are those of `Instance`
+    key INTEGER PRIMARY KEY AUTOINCREMENT, workflow INTEGER NOT NULL,
     id TEXT,                       -- NULL once deleted, until the owner has cleared it away
-    status TEXT NOT NULL,
-    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
-    seq INTEGER NOT NULL,          -- of the newest journal row or event, or before: see `_READ`
-    state_bytes INTEGER NOT NULL,  -- params, outputs, buffered events: the same
-    careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
-    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
-    wake INTEGER,                  -- when the owner must look
-    created INTEGER NOT NULL, modified INTEGER NOT NULL, started INTEGER, ended INTEGER,
-    paused INTEGER,
+    trigger TEXT NOT NULL, created INTEGER NOT NULL,
     success_retention INTEGER, error_retention INTEGER,
-    trigger TEXT NOT NULL,
+    status TEXT NOT NULL,
+    place INTEGER,                 -- in the queue; of a paused one, where it goes back to. A new
+                                   -- one has its key, a restarted one the next number after that
+    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
+    careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
+    wake INTEGER,                  -- when the owner must look
+    started INTEGER, ended INTEGER, paused INTEGER,
     termination TEXT,              -- who has terminated it
     rollback TEXT,                 -- begun, complete or failed
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
 CREATE TABLE journal (
-    instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, type TEXT NOT NULL,
-    step TEXT, attempt INTEGER, started INTEGER, data TEXT, extra TEXT,
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL,
+    state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
+    at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, started INTEGER,
+    data TEXT, extra TEXT,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
-CREATE TABLE waits (
+CREATE TABLE waits (               -- with the number of their journal rows, like events
     instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, kind TEXT NOT NULL,
-    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL, fixed INTEGER NOT NULL,
+    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL,
+    fixed INTEGER NOT NULL,        -- a pause does not move `due` (sleep_until)
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE events (
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
-CREATE TABLE usage (month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER);
+CREATE TABLE usage (
+    month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER) WITHOUT ROWID;
 """,
 )
 
@@ -999,16 +1008,15 @@ class Instance(NamedTuple):
     place: int | None
     generation: int = 1
     careful: int = 0
-    seq: int = 0
-    state_bytes: int = 0
-    modified: int = 0
     wake: int | None = None
     started: int | None = None
     ended: int | None = None
     paused: int | None = None
     termination: str | None = None
     rollback: str | None = None
-    stored_bytes: int = 0  # not in the table, but `state_bytes` as it is there
+    # Not in the table, but of its newest journal row:
+    seq: int = 0
+    state: int = 0
 
     def expiry(self) -> int | None:
         """When a finished instance is deleted."""
@@ -1021,18 +1029,12 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
-# How instances are written, and how they are read, where the journal knows better.
-_COLUMNS = Instance._fields[:-1]
-_TABLE = f"instances ({', '.join(_COLUMNS)})"
-_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[7:])  # from `status`
-_NEWER = "FROM journal AS j WHERE j.instance = key AND j.seq > instances.seq"
-_READ = {name: name for name in _COLUMNS} | {
-    "seq": f"coalesce((SELECT max(j.seq) {_NEWER}), seq)",
-    "state_bytes": f"""state_bytes + coalesce((SELECT sum(length(CAST(data AS BLOB))) {_NEWER}
-                       AND j.type = 'done'), 0)""",
-    "stored_bytes": "state_bytes",
-}
+_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:-2])
+_NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
+_NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
+_READ = ", ".join((*Instance._fields[:-2], *_NEWER))
 _AMONG = "IN (SELECT value FROM json_each(?))"
+_OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
 OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -1082,26 +1084,22 @@ class Store:
         self.next_wake: float = math.inf  # nothing is due before
         self._inherited: set[int] = set()  # workflows whose last owner may have left something
         self._look_again = False  # something may be due, or a slot free
-        self._woken: list[int] = []  # by this transaction, and perhaps without a free slot
+        self._woken: list[int] = []  # by this transaction; they may have found no free slot
         self._others_wrote = False  # another process wrote
         self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
-        # Instances, until the next tick or until another process has written; which of them must be
-        # written before the commit; and which, since only steps have changed them, at a tick.
+        # Instances, until the next tick or until another process has written; and which of them
+        # must be written before the commit.
         self._present: dict[int, Instance] = {}
         self._changed: set[int] = set()
-        self._advanced: set[int] = set()
         self._touched: set[Topic] = set()
         self._news: list[News] = []
         self.cpu_ns = 0  # of all callbacks so far; the loop's count
         self._requests = self._storage = self._cpu_counted = 0  # what usage must still be told
         self._room = 0  # so many may be created before the queue must be counted again
         self._answered = threading.Semaphore(0)  # counts operations, for an exact clock
-        self._lock: sqlite3.Connection | None = None
         self._warned: set[str] = set()
-        self._forgotten = False
         self._version = 0  # of the data, as of our last look
-        self._looked = self._contended = -math.inf
-        self._checked = time.monotonic()
+        self._looked = self._checked = time.monotonic()
 
     # -- the thread
 
@@ -1131,26 +1129,21 @@ class Store:
         except Exception as error:
             self._tell(_resolve, opened, None, _storage_error(self.path, error))
         finally:
-            self._disown()
-            if hasattr(self, "_db"):
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.close()
+            self._close()
             self._tell(_resolve, self.closed)
 
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and the engine forgotten
             self.loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the loop was closed, and the engine forgotten
-            self._forgotten = True
 
     def _work(self) -> None:
         stop = False
-        while not (stop or self._forgotten):
+        while not (stop or self.loop.is_closed()):
             batch, stop = self._gather()
             asked = len(batch)
             try:
                 if self.failure is None:
-                    self._turn(batch, stop)
+                    self._turn(batch)
                 elif batch:
                     self._tell(self.broke, self.failure, [then for _, _, then in batch])
             except Exception as error:
@@ -1164,30 +1157,30 @@ class Store:
         if self.owner:
             patience = max(0.0, min(TICK, (self.next_wake - self.clock.now()) / 1000))
         batch: list[Op] = []
-        try:
-            op = self.ops.get(timeout=patience) if patience else self.ops.get_nowait()
-            while op is not None:
+        with contextlib.suppress(queue.Empty):
+            while op := self.ops.get(timeout=0 if batch else patience):
                 batch.append(op)
                 if self.clock.exact:
                     return batch, False
-                op = self.ops.get_nowait()
             return batch, True
-        except queue.Empty:
-            return batch, False
+        return batch, False
 
-    def _turn(self, batch: list[Op], stop: bool) -> None:
-        """One round of the thread: a transaction if there is reason for one, then the regular
+    def _turn(self, batch: list[Op]) -> None:
+        """One round of the thread: a transaction if there is reason for one, and the regular
         looks."""
         moment = time.monotonic()
-        tick = stop or not batch or moment > self._looked + TICK
+        tick = not batch or moment > self._looked + TICK
         if tick:
             self._looked = moment
-        behind = tick and (self._present or self.cpu_ns != self._cpu_counted or self._see_others())
-        due = self._is_due() and not self.clock.exact
-        if batch or behind or due:
-            self._transact(batch, tick)
-        if self.bound and not self.owner and moment > self._contended + 0.2:
-            self._contended = moment
+            self._present.clear()
+            self._see_others()
+        outside = tick and self._others_wrote  # not more often: those who hear it look, too
+        if batch or outside or (self._is_due() and not self.clock.exact):
+            self._transact(batch)
+        if outside:
+            self._others_wrote = False
+            self._tell(self.deliver, [], [], None)
+        if self.bound and not self.owner:
             self._contend()
         if moment > self._checked + 1:
             self._checked = moment
@@ -1197,19 +1190,17 @@ class Store:
         soon = self._look_again or self.next_wake <= self.clock.now()
         return self.owner and soon and not self.closing
 
-    def _see_others(self) -> bool:
-        """Whether another process wrote: then what is in memory is worth nothing."""
+    def _see_others(self) -> None:
+        """If another process wrote, what is in memory is worth nothing."""
         version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
         if version != self._version:
             self._others_wrote = self._look_again = True
-        return self._others_wrote
+            self._present.clear()
 
-    def _transact(self, batch: list[Op], tick: bool = True) -> None:
+    def _transact(self, batch: list[Op]) -> None:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
-        if self._see_others():
-            self._present.clear()
-            self._advanced = {inst.key for inst in self._read(list(self._advanced))}
+        self._see_others()
         frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
         self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
@@ -1219,21 +1210,18 @@ class Store:
                 results.append((then, None, refused))
         if self._is_due():
             self._schedule()
-        self._note_queued()
-        self._write_back(tick)
-        if tick:
-            self._present.clear()
-        self._flush()
-        if tick or self._requests or self._storage:
-            self._count_usage()
+        for inst in self._read([*dict.fromkeys(self._woken)]):
+            if inst.status == "queued":  # it has to wait for a slot
+                self._change(inst.key, [_row("queued")])
+        self._woken.clear()
+        self._write()
+        self._count_usage()
         self._db.execute("COMMIT")
         batch.clear()  # committed: an error from here on must not reject them
-        outside = tick and self._others_wrote  # not more often: those who hear it look, too
-        self._others_wrote = self._others_wrote and not tick
         news, self._news = self._news, []
         touched, self._touched = self._touched, set()
-        if results or news or touched or outside:
-            self._tell(self.deliver, results, news, None if outside else touched)
+        if results or news or touched:
+            self._tell(self.deliver, results, news, touched)
 
     def _count_usage(self) -> None:
         cpu = self.cpu_ns
@@ -1250,12 +1238,10 @@ class Store:
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
-        self._write_back(True)
         self._count_usage()
-        sql = """SELECT coalesce(sum(requests) FILTER (WHERE month = now), 0),
-                 coalesce(sum(cpu_ms) FILTER (WHERE month = now), 0.0),
-                 coalesce(sum(storage_bytes), 0) FROM (SELECT ? AS now) LEFT JOIN usage"""
-        return self._one(sql, self._month())
+        sql = """SELECT sum(requests * (month = now)), sum(cpu_ms * (month = now)),
+                 sum(storage_bytes) FROM usage, (SELECT ? AS now)"""
+        return [total or 0 for total in self._one(sql, self._month())]
 
     def _insist(self, sql: str, *args: Any) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice; SQLite's
@@ -1276,9 +1262,7 @@ class Store:
         """Storage failed: nothing of the batch is stored, and nothing more will be."""
         self.failure = _storage_error(self.path, error)
         log.critical("%s; the engine stops here", self.failure, exc_info=error)
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute("ROLLBACK")
-        self._disown()
+        self._close()
         self._tell(self.broke, self.failure, callbacks)
 
     # -- the file
@@ -1287,15 +1271,20 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 35):  # UPDATE … RETURNING
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         memory = self.path == ":memory:"
-        if not memory:
-            self._inspect()
-        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        paths = [self.path, ":memory:" if memory else self.path + "-owner"]
+        if not memory and os.path.exists(self.path) and os.path.getsize(self.path) > 0:
+            # Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
+            # plain file of our own would drop the locks that another engine of this process holds.
+            uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
+                if self._one("PRAGMA application_id") != (APPLICATION_ID,):
+                    raise WorkflowInternalError("not a database of this module")
+                self._schema_version()
+        self._db, self._lock = (sqlite3.connect(p, timeout=0, isolation_level=None) for p in paths)
         self._insist("PRAGMA synchronous = FULL")
         self._insist("PRAGMA fullfsync = 1")
         self._insist("BEGIN IMMEDIATE")
-        (version,) = self._one("PRAGMA user_version")
-        if version > SCHEMA_VERSION:
-            raise WorkflowInternalError(f"written by a newer version (schema {version})")
+        version = self._schema_version()
         # In one transaction, and before WAL mode: so the main file always says whose it is.
         for script in _SCHEMA[version:]:
             for statement in script.split(";\n"):
@@ -1306,33 +1295,26 @@ class Store:
         self._insist("COMMIT")
         if not memory and self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-        self._files = [] if memory else [(self.path, os.stat(self.path))]
+        self._files = {} if memory else {path: os.stat(path) for path in paths}
 
-    def _inspect(self) -> None:
-        """Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
-        plain file of our own would drop the locks that another engine of this process holds on
-        it."""
-        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
-            return
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            (mark,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-        if mark != APPLICATION_ID:
-            raise WorkflowInternalError("not a database of this module")
+    def _schema_version(self) -> int:
+        version: int = self._one("PRAGMA user_version")[0]
         if version > SCHEMA_VERSION:
             raise WorkflowInternalError(f"written by a newer version (schema {version})")
+        return version
+
+    def _close(self) -> None:
+        self.owner = False
+        with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it failed
+            self._lock.close()
+            self._db.close()
 
     def _look_around(self) -> None:
         """The look once a second. SQLite goes on writing into a file that was removed or replaced,
         where nobody would read it; and the owner may be asked for what it can't do."""
-        for path, was in self._files:
-            same = False
-            with contextlib.suppress(OSError):
-                same = os.path.samestat(os.stat(path), was)
-            if not same:
+        for path, was in self._files.items():
+            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
                 raise WorkflowInternalError(f"{path} was removed or replaced")
-        self._forgotten = self.loop.is_closed()
         if not self.owner:
             return
         sql = """SELECT key, name FROM workflows AS w WHERE
@@ -1348,34 +1330,20 @@ class Store:
     def _contend(self) -> None:
         """Tries to become the one that runs instances: the holder of an exclusive transaction on a
         second, empty database. A process that dies lets go of it on every platform."""
-        if self.path != ":memory:":
-            path = self.path + "-owner"
-            if self._lock is None:
-                self._lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-            try:
-                self._lock.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                if _is_busy(error):
-                    return
+        try:
+            self._lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
                 raise
-            self._files = [*self._files[:1], (path, os.stat(path))]
-        self.owner = self._look_again = True
-        self._inherited = set(self.bound)
-        self._transact([])
-
-    def _disown(self) -> None:
-        self.owner = False
-        if self._lock is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._lock.close()
-            self._lock = None
+        else:
+            self.owner = True
+            self._transact([])
 
     # -- scheduling: what is due, and who may run
 
     def _schedule(self) -> None:
         """The owner's look at the database: everything whose `wake` has come, then the queue."""
         now = self.clock.now()
-        self._look_again = False
         self.requeue_all(self._inherited, careful=1)  # of an owner that died
         self._inherited.clear()
         due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
@@ -1391,47 +1359,42 @@ class Store:
         for workflow in workflows if self.owner else ():
             where = "workflow = ? AND status IN ('running', 'waitingForPause')"
             for inst in self._instances(where, workflow):
-                self._requeue(inst, **columns)
+                self._requeue(self._change(inst.key, **columns))
 
     def _look_at(self, inst: Instance, now: int) -> None:
         rows: list[Row] = []
-        if inst.status in FINISHED or inst.id is None:
-            if inst.is_over(now):
-                self._purge(inst)
-            else:
-                self._change(inst.key, wake=inst.expiry())
-        elif inst.status == "paused":
-            self._change(inst.key, wake=None)
-        else:
-            rows = self._end_waits(inst, now)
+        due = inst.expiry()
+        if inst.status in LIVE:
+            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE {OPEN_WAITS} ORDER BY seq"
+            found = self._db.execute(sql, (inst.key, inst.rollback is not None))
+            waits = [Wait._make(row) for row in found]
+            rows = self._end_waits(inst, waits, now)
+            ended = {row.step for row in rows}
+            due = min((wait.due for wait in waits if wait.step not in ended), default=None)
             if rows and inst.status == "waiting":
                 self._requests += 1
                 self._requeue(inst)
-            sql = f"SELECT min(due) FROM waits WHERE {OPEN_WAITS}"
-            (due,) = self._one(sql, inst.key, inst.rollback is not None)
+        if inst.is_over(now):
+            self._purge(inst)
+        else:
             inst = self._change(inst.key, wake=due)
         # A rollback is another life: of a running instance, whose slot it keeps.
         begun = inst.status == "running" and inst.rollback == "begun"
         self._news.append(News(inst, rows, admitted=begun))
 
-    def _end_waits(self, inst: Instance, now: int) -> list[Row]:
+    def _end_waits(self, inst: Instance, waits: list[Wait], now: int) -> list[Row]:
         """Records the end of each wait that has ended; an event is consumed in the same
         transaction."""
-        sql = f"""SELECT seq, at, kind, step, event, due, fixed FROM waits
-                  WHERE {OPEN_WAITS} AND (due <= ? OR event IS NOT NULL) ORDER BY seq"""
-        args = (inst.key, inst.rollback is not None, now)
-        waits = [Wait._make(row) for row in self._db.execute(sql, args)]
         events = {}
-        for type in {wait.event for wait in waits if wait.event is not None}:
+        for type in {wait.event for wait in waits} - {None}:
             sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
             events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
         rows = []
         for _, wait, event in end_waits(waits, events, now):
             where = (inst.key, wait.seq)
             self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
-            if wait.kind == "retry":
-                row = _row("due", wait.step)
-            elif event is not None:
+            row = _row("due" if wait.kind == "retry" else "slept", wait.step)
+            if event is not None:
                 sql = "DELETE FROM events WHERE instance = ? AND seq = ? AND type = ? RETURNING *"
                 *_, data = self._one(sql, inst.key, event[0], wait.event)
                 extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
@@ -1441,8 +1404,6 @@ class Store:
                 ms = json.loads(began.data or "")["timeout"]
                 error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
                 row = _row("timeout", wait.step, encode_error(error))
-            else:
-                row = _row("slept", wait.step)
             seq = self._change(inst.key, [row]).seq
             rows.append(Row(seq, now, *row))
         return rows
@@ -1453,7 +1414,6 @@ class Store:
         queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
         free = int(min(BATCH, self._free_slots())) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
-        self._look_again = self._look_again or free == BATCH <= len(queued)
         for inst in queued[:free]:
             first = inst.started is None
             row = _row("started" if first else "running")
@@ -1463,14 +1423,11 @@ class Store:
                 for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
                     inst = self._buffer(inst, *event)
             self._news.append(News(inst, [], True))
+        self._look_again = free == BATCH <= len(queued)
 
     def _free_slots(self) -> float:
         taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
         return math.inf if self.limits.running is None else max(0, self.limits.running - taken)
-
-    def _last_place(self) -> int:
-        """The place behind all that are queued: a moment, if these are not ahead of their time."""
-        return max(self.clock.now(), *self._each("max(place)", "status = 'queued'"), 0)
 
     def _check_queue(self, new: int) -> None:
         """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
@@ -1484,25 +1441,17 @@ class Store:
             self._room = int(min(room, 10**9) - new) // 10 + new
         self._room -= new
 
-    def _requeue(self, inst: Instance, **columns: Any) -> None:
+    def _requeue(self, inst: Instance) -> None:
         """Puts an instance that has already run at its place in the queue, ahead of all new ones;
         one that was pausing goes there on `resume`."""
         now = self.clock.now()
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
-        self._look_again = True
         if inst.status == "waitingForPause":
-            columns |= {"paused": now, "place": place, "wake": None}
-            self._news.append(News(self._move(inst.key, _row("paused"), **columns), []))
+            inst = self._move(inst.key, _row("paused"), paused=now, place=place, wake=None)
+            self._news.append(News(inst, []))
         else:
-            self._change(inst.key, status="queued", place=place, **columns)
+            self._change(inst.key, status="queued", place=place)
             self._woken.append(inst.key)
-
-    def _note_queued(self) -> None:
-        """Says in the journal which woken instances have to wait for a slot."""
-        for key in dict.fromkeys(self._woken):
-            if key in self._present and self._present[key].status == "queued":
-                self._change(key, [_row("queued")])
-        self._woken.clear()
 
     # -- building blocks
 
@@ -1511,18 +1460,18 @@ class Store:
         return row
 
     def _instances(self, where: str, *args: Any) -> list[Instance]:
-        self._write_back()
-        sql = f"SELECT json_group_array(key) FROM (SELECT key FROM instances WHERE {where})"
-        return self._read(json.loads(self._one(sql, *args)[0]))
+        """Brings instances into memory, in one row (see `_insert`)."""
+        self._write()
+        of = f"(SELECT * FROM instances WHERE {where})"
+        sql = f"SELECT json_group_array(json_array({_READ})) FROM {of}"
+        found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
+        self._present.update((inst.key, inst) for inst in found)
+        return found
 
     def _read(self, keys: Sequence[int]) -> list[Instance]:
-        """These instances, as far as they exist: from memory, or brought there, in one row (see
-        `_insert`)."""
+        """These instances, as far as they exist."""
         if missing := [key for key in keys if key not in self._present]:
-            sql = f"""SELECT json_group_array(json_array({", ".join(_READ.values())}))
-                      FROM instances WHERE key {_AMONG}"""
-            for row in json.loads(self._one(sql, str(missing))[0]):
-                self._present[row[0]] = Instance(*row)
+            self._instances(f"key {_AMONG}", str(missing))
         return [self._present[key] for key in keys if key in self._present]
 
     def _of_bound(self, where: str, *args: Any) -> list[Instance]:
@@ -1531,7 +1480,7 @@ class Store:
 
     def _each(self, aggregate: str, where: str) -> list[int]:
         """An aggregate of instances for each bound workflow, if it isn't NULL."""
-        self._write_back()
+        self._write()
         sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND {where}"
         values = [self._one(sql, workflow)[0] for workflow in self.bound]
         return [value for value in values if value is not None]
@@ -1539,51 +1488,42 @@ class Store:
     def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids, except those that have expired: they are cleared away (and
         so never seen, however late the owner is)."""
-        sql = f"""SELECT json_group_array(key) FROM instances
-                  WHERE workflow = (SELECT key FROM workflows WHERE name = ?) AND id {_AMONG}"""
-        (keys,) = self._one(sql, workflow, _to_json(ids))
         found = {}
-        for inst in self._read(json.loads(keys)):
+        for inst in self._instances(f"{_OF} AND id {_AMONG}", workflow, _to_json(ids)):
             if inst.is_over(self.clock.now()):
                 self._purge(inst)
             else:
                 found[inst.id or ""] = inst
         return found
 
-    def _get(self, workflow: str, id: str) -> Instance:
-        found = self._find(workflow, [id])
-        if id not in found:
-            message = f"workflow {workflow!r} has no instance {id!r}"
-            raise WorkflowError(message, code="instance.not_found")
-        return found[id]
-
     def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
         """The instance of a run, if the run still is its, and it has one of these statuses."""
-        if key not in self._present:
-            self._read([key])
-        inst = self._present.get(key)
-        if inst is None or inst.generation != generation:
-            return None
-        return inst if inst.status in (statuses or LIVE) else None
+        for inst in self._read([key]):
+            if inst.generation == generation and inst.status in (statuses or LIVE):
+                return inst
+        return None
 
     def _journal(self, key: int, where: str = "true ORDER BY seq", *args: Any) -> list[Row]:
-        self._flush()
-        sql = f"SELECT * FROM journal WHERE instance = ? AND {where}"
-        return [Row(*row) for _, *row in self._db.execute(sql, (key, *args))]
+        self._write()
+        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
+        return [Row._make(row) for row in self._db.execute(sql, (key, *args))]
 
     def _change(
         self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
     ) -> Instance:
         """Appends journal rows, and changes columns of the instance with them; in memory."""
         was, now = self._present[key], self.clock.now()
-        (self._changed if columns else self._advanced).add(key)
-        if (wake := columns.get("wake")) is not None:
-            self.next_wake = min(self.next_wake, wake)
-        grown = (was.seq + len(rows), was.state_bytes + size, now)
-        inst = Instance._make((*was[:11], *grown, *was[14:]))  # faster than `_replace`
-        self._present[key] = inst = inst._replace(**columns) if columns else inst
+        state = was.state + size
+        self._storage += size
+        inst = Instance._make((*was[:-2], was.seq + len(rows), state))  # faster than `_replace`
+        if columns:
+            inst = inst._replace(**columns)
+            self._changed.add(key)
+            self.next_wake = min(self.next_wake, math.inf if inst.wake is None else inst.wake)
+            self._look_again = self._look_again or "status" in columns
+        self._present[key] = inst
         for n, row in enumerate(rows, was.seq + 1):
-            self._rows.append((key, n, now, *row))
+            self._rows.append((key, n, state, now, *row))
         if rows:
             self._touched.add(was.id or "")
             if rows[-1][0] in FINISHED:
@@ -1592,62 +1532,41 @@ class Store:
 
     def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
         """Changes the status to what the row says."""
-        self._look_again = True
+        if row[0] in FINISHED:
+            ended = self._present[key]._replace(status=row[0], ended=self.clock.now())
+            columns = {"ended": ended.ended, "wake": ended.expiry(), "place": None} | columns
         return self._change(key, [row], size, status=row[0], **columns)
 
-    def _flush(self) -> None:
-        """Writes the journal rows that were put aside: before anything reads the table, and before
-        the commit."""
+    def _write(self) -> None:
+        """Writes what has changed: before a query that looks for anything but ids and keys, and
+        before the commit."""
         rows, self._rows = self._rows, []
         self._insert("journal", rows)
-
-    def _write_back(self, tick: bool = False) -> None:
-        """Writes the instances that have changed: before a query that looks for anything but ids
-        and keys, and before the commit."""
-        if tick:
-            self._changed |= self._advanced
-        if not self._changed:
-            return
-        self._advanced -= self._changed
-        changed = [self._present[key] for key in self._changed]
+        changed = [self._present[key][:-2] for key in self._changed]
         self._changed.clear()
-        self._storage += sum(inst.state_bytes - inst.stored_bytes for inst in changed)
-        for inst in changed:
-            if inst.state_bytes != inst.stored_bytes:
-                self._present[inst.key] = inst._replace(stored_bytes=inst.state_bytes)
-        present = f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}"
-        self._insert(_TABLE, [inst[:-1] for inst in changed], present)
+        self._insert("instances", changed, f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}")
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
         """Few statements for many rows: at each, this thread lets the loop's thread run, and must
         then wait for its turn."""
-        done = 0
-        while done < len(rows):
-            size = next(size for size in (64, 8, 1) if size <= len(rows) - done)
-            values = [value for row in rows[done : done + size] for value in row]
-            self._db.execute(_insertion(table, len(rows[0]), size, after), values)
-            done += size
+        for n in range(0, len(rows), 32):
+            part = rows[n : n + 32]
+            values = ", ".join([f"(?{', ?' * (len(rows[0]) - 1)})"] * len(part))
+            args = [value for row in part for value in row]
+            self._db.execute(f"INSERT INTO {table} VALUES {values}{after}", args)
 
     def _purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
-        self._write_back()
-        self._advanced.discard(inst.key)
-        self._storage -= self._present.pop(inst.key).stored_bytes
-        self._erase(inst.key)
-        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
-
-    def _erase(self, key: int) -> None:
-        """Clears away what the lives of an instance have recorded."""
-        self._flush()
+        self._write()
+        self._storage -= self._present.pop(inst.key).state
         for table in ("journal", "waits", "events"):
-            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (key,))
+            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
+        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
 
     def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
         """Adds an event to those that the instance has not consumed."""
         now = self.clock.now()
-        self._look_again = True
-        self._present[inst.key] = inst._replace(seq=inst.seq + 1)
-        inst = self._change(inst.key, (), size_of(payload), wake=now)
+        inst = self._change(inst.key, [_row("sent")], size_of(payload), wake=now)
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
@@ -1679,64 +1598,64 @@ class Store:
         self._check_queue(len(entries))
         for _, params, *_ in entries:
             self._check_state(0, size_of(params), WorkflowError)
-        place = self._last_place()
         taken = self._find(workflow, [entry[0] for entry in entries])
         (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         made = []
         for id, params, success, error in entries:
             if id not in taken:
                 key += 1
-                inst = Instance(key, of, id, trigger, now, success, error, "queued", place)
+                inst = Instance(key, of, id, trigger, now, success, error, "new", place=key)
                 self._present[key] = taken[id] = inst
                 made.append(id)
-                self._change(key, [_row("queued", None, params)], size_of(params), wake=None)
-        self._write_back()  # so that they are found
+                self._move(key, _row("queued", None, params), size_of(params))
         self._requests += len(made)
-        self._look_again = True
         return made
-
-    def status(self, workflow: str, id: str) -> tuple[int, str, str | None]:
-        """(key, status, data of the row that ended it)."""
-        inst = self._get(workflow, id)
-        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
-        return inst.key, inst.status, rows[0].data if rows else None
 
     def which_changed(self, topics: list[Topic]) -> list[Topic]:
         """On which of these there may be news, when another process wrote."""
-        self._write_back()
+        self._write()
         sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
                  ON i.key = asked.value AND asked.type = 'integer'
                  WHERE i.id IS NULL OR i.ended IS NOT NULL"""
         return [topic for (topic,) in self._db.execute(sql, (_to_json(topics),))]
 
     def look(
-        self, workflow: str, id: str, key: int, after: int
+        self, workflow: str, id: str, key: int, seen: int
     ) -> tuple[Instance | None, list[Row]]:
-        """The instance with that id, if there is one, and its rows: only those after `after`, if
+        """The instance with that id, if there is one, and its rows: only those after `seen`, if
         it still is the one with that key."""
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
             return None, []
-        return inst, self._journal(
-            inst.key, "seq > ? ORDER BY seq", after if inst.key == key else 0
-        )
+        seen = seen if inst.key == key else 0
+        return inst, self._journal(inst.key, "seq > ? ORDER BY seq", seen)
 
     def created(self, workflow: str, after: int = 0) -> list[Instance]:
         """A workflow's instances with a key above `after`, oldest first."""
-        where = "workflow = (SELECT key FROM workflows WHERE name = ?) AND key > ? ORDER BY key"
-        return self._instances(where, workflow, after)
+        return self._instances(f"{_OF} AND key > ? ORDER BY key", workflow, after)
 
     def mock_event(self, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
         """Buffers an event for each instance of a block: now if it has started, else when it
         does."""
         block.events.append((type, payload))
-        for inst in self.created(block.workflow.name, block.after):
-            live = inst.started is not None and inst.ended is None and inst.id is not None
-            if live and block.id in (None, inst.id):
+        for inst in self._of_bound("started IS NOT NULL AND ended IS NULL AND id IS NOT NULL"):
+            if block.covers(self.bound[inst.workflow], inst):
                 self._buffer(inst, type, payload)
 
-    def pause(self, workflow: str, id: str) -> None:
-        inst = self._get(workflow, id)
+    def on(self, workflow: str, id: str, op: str, *args: Any) -> Any:
+        """Carries out one of the next operations, on the instance with that id."""
+        inst = self._find(workflow, [id]).get(id)
+        if inst is None:
+            message = f"workflow {workflow!r} has no instance {id!r}"
+            raise WorkflowError(message, code="instance.not_found")
+        return getattr(self, op)(inst, *args)
+
+    def status(self, inst: Instance) -> tuple[int, str, str | None]:
+        """(key, status, data of the row that ended it)."""
+        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
+        return inst.key, inst.status, rows[0].data if rows else None
+
+    def pause(self, inst: Instance) -> None:
         now = self.clock.now()
         if inst.rollback == "begun":
             return
@@ -1745,9 +1664,8 @@ class Store:
         elif inst.status in ("waiting", "queued"):
             self._move(inst.key, _row("paused"), paused=now, wake=now)
 
-    def resume(self, workflow: str, id: str) -> None:
+    def resume(self, inst: Instance) -> None:
         """A paused one goes back to where it was: to its place in the queue, if it had one."""
-        inst = self._get(workflow, id)
         now = self.clock.now()
         if inst.status == "waitingForPause":
             self._move(inst.key, _row("running"), wake=now)
@@ -1763,23 +1681,21 @@ class Store:
             sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
             self._db.execute(sql, (self.clock.now() - inst.paused, inst.key, inst.paused))
 
-    def terminate(self, workflow: str, id: str, source: str, rollback: bool = False) -> None:
+    def terminate(self, inst: Instance, source: str, rollback: bool = False) -> None:
         """At once; or, with a rollback that has anything to undo, at the end of that."""
-        inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            message = f"instance {id!r} is {inst.status}: it can't be terminated any more"
+            message = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
             raise WorkflowError(message, code="instance.cannot_terminate")
         if rollback and inst.rollback == "begun" and inst.termination is None:
             self._change(inst.key, termination=source)  # by the one that is under way
             return
         ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
+        ended["wake"] = self.clock.now()
         if rollback:
-            message = f"instance {id!r} was terminated"
+            message = f"instance {inst.id!r} was terminated"
             error = WorkflowError(message, code="instance.terminated", name="Terminated")
             if self._roll_back(inst, encode_error(error), **ended):
                 return
-        now = self.clock.now()
-        ended |= {"ended": now, "wake": now, "place": None}
         self._move(inst.key, _row("terminated"), **ended)
 
     def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
@@ -1793,81 +1709,62 @@ class Store:
             self._change(inst.key, [row], status="running", **columns)
         else:
             self._requeue(self._change(inst.key, [row], **columns))
-        self._look_again = True
         return True
 
-    def restart(self, workflow: str, id: str, start: tuple[str, int, str | None] | None) -> None:
+    def restart(self, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
         """From the top, or from a step: then what started before that step is kept."""
-        inst = self._get(workflow, id)
+        rows, kept = self._journal(inst.key), []
         fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
-        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
-        fresh["place"] = self._last_place() + 1
-        params = None
         if start is None:
-            params = self._journal(inst.key, "type = 'queued' AND data IS NOT NULL")[0].data or ""
-            self._erase(inst.key)
             fresh["started"] = None
-            size = size_of(params)
-        else:
-            size = self._cut(inst, *start)
-        self._move(inst.key, _row("queued", None, params), size - inst.state_bytes, **fresh)
-
-    def _cut(self, inst: Instance, name: str, count: int, kind: str | None) -> int:
-        """Drops a step and all that began after it; returns the bytes of the state that is
-        left."""
-        rows = self._journal(inst.key)
-        began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
-        kinds = STEP_KINDS if kind is None else (kind,)
-        keys = [f"{kind}{SEPARATOR}{name}{SEPARATOR}{count}" for kind in kinds]
-        cut = next((began[key] for key in keys if key in began), None)
-        if cut is None:
+            self._db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
+        elif not (kept := cut(rows, *start)):
+            name, count, kind = start
             of = "step" if kind is None else f"{kind} step"
             message = f"instance {inst.id!r} has no {of} {name!r} with count {count}"
             raise WorkflowError(message, code="instance.cannot_restart")
-        kept = {step for step, seq in began.items() if seq < cut} - {None}
-        rows = [row for row in rows if row.seq < cut or row.step in kept]
-        where = f"instance = ? AND seq >= ? AND seq NOT {_AMONG}"
-        for table in ("journal", "waits"):  # a wait has the number of its row
-            values = (inst.key, cut, str([row.seq for row in rows]))
-            self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
+        for table in ("journal", "waits"):
+            sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
+            self._db.execute(sql, (inst.key, str([row.seq for row in kept])))
         self._unpause(inst)
         # What it had in flight is as after a clean stop.
-        stopped = [_row("stop", step.key) for step in fold(rows)[0].values() if step.open]
-        self._change(inst.key, stopped)
+        stopped = [_row("stop", step.key) for step in fold(kept)[0].values() if step.open]
+        params = None if kept else rows[0].data
         sql = "SELECT payload FROM events WHERE instance = ?"
-        sizes = [size_of(payload) for (payload,) in self._db.execute(sql, (inst.key,))]
-        stateful = ("queued", "done", "event")
-        return sum(sizes) + sum(size_of(row.data or "") for row in rows if row.type in stateful)
+        left = [params, *(payload for (payload,) in self._db.execute(sql, (inst.key,)))]
+        left += [row.data for row in kept if row.type in ("queued", "done", "event")]
+        state = sum(size_of(text or "") for text in left)
+        self._change(inst.key, stopped, state - inst.state)
+        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
+        (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
+        self._move(inst.key, _row("queued", None, params), **fresh)
 
-    def delete(self, workflow: str, id: str) -> None:
+    def delete(self, inst: Instance) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
-        inst = self._get(workflow, id)
-        self._look_again = True
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
         # (What has changed is written without the id, which costs an index.)
         self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
-        self._touched |= {inst.key, id}
+        self._touched |= {inst.key, inst.id or ""}
 
     def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
         known = self._find(workflow, ids)
-        for id in known:
-            self.delete(workflow, id)
+        for inst in known.values():
+            self.delete(inst)
         error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
         return {
             "deleted": [{"id": id} for id in ids if id in known],
             "errors": [{"id": id, **error} for id in ids if id not in known],
         }
 
-    def send_event(self, workflow: str, id: str, type: str, payload: str) -> None:
+    def send_event(self, inst: Instance, type: str, payload: str) -> None:
         """Buffers an event; the owner's next look, usually in this very transaction, delivers
         it."""
-        inst = self._get(workflow, id)
         if inst.status in FINISHED:
-            message = f"instance {id!r} is {inst.status}: it takes no more events"
+            message = f"instance {inst.id!r} is {inst.status}: it takes no more events"
             raise WorkflowError(message, code="instance.not_running")
-        self._check_state(inst.state_bytes, size_of(payload), WorkflowError)
+        self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
     # -- operations of a run: each is guarded, and does nothing for an outdated run. A run whose
@@ -1895,7 +1792,7 @@ class Store:
         inst = self._mine(key, generation)
         if inst is None:
             return None
-        self._check_state(inst.state_bytes, size, WorkflowFatalError)
+        self._check_state(inst.state, size, WorkflowFatalError)
         calmed = {"careful": 0} if ended and inst.careful else {}
         return self._change(key, rows, size, **calmed).seq
 
@@ -1931,10 +1828,10 @@ class Store:
     def go_idle(self, key: int, generation: int, seq: int) -> bool:
         """running → waiting, unless something happened that the run hasn't seen yet."""
         inst = self._mine(key, generation, "running")
-        if inst is None or inst.seq != seq:
-            return False
-        self._move(key, _row("waiting"))
-        return True
+        idle = inst is not None and inst.seq == seq
+        if idle:
+            self._move(key, _row("waiting"))
+        return idle
 
     def requeue(self, key: int, generation: int, *statuses: str) -> bool:
         """A pausing run has nothing in flight any more, or a waiting one wants to go on by
@@ -1949,24 +1846,21 @@ class Store:
         """`run` has ended, or (then `data` is what failed, if anything) its rollback. Returns the
         instance if it isn't finished yet, because a rollback begins."""
         if inst := self._mine(key, generation):
-            now = self.clock.now()
             outcome: str | None = None
+            columns = {}
             if inst.rollback == "begun":
-                (begun,) = self._journal(key, "type = 'rollback'")
                 outcome, size = data, 0
+                columns["rollback"] = "complete" if outcome == "null" else "failed"
+                (begun,) = self._journal(key, "type = 'rollback'")
                 status, data = "errored", begun.data
                 if inst.termination is not None:
                     status, data = "terminated", None
             try:
-                self._check_state(inst.state_bytes, size, WorkflowFatalError)
+                self._check_state(inst.state, size, WorkflowFatalError)
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
             if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
                 return self._mine(key, generation + 1)
-            expiry = inst._replace(status=status, ended=now).expiry()
-            columns: dict[str, Any] = {"ended": now, "wake": expiry, "place": None}
-            if outcome is not None:
-                columns["rollback"] = "complete" if outcome == "null" else "failed"
             self._move(key, _row(status, None, data, outcome), size, **columns)
         return None
 
@@ -1974,12 +1868,6 @@ class Store:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
         self.requeue(key, generation, "running", "waitingForPause")
-
-
-@functools.cache
-def _insertion(table: str, columns: int, rows: int, after: str) -> str:
-    row = f"(?{', ?' * (columns - 1)})"
-    return f"INSERT INTO {table} VALUES {', '.join([row] * rows)}{after}"
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -3555,7 +3443,7 @@ class Workflow:
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call("status", self.name, self._check_id(id))
+        await self.engine.call("on", self.name, self._check_id(id), "status")
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -3679,7 +3567,7 @@ class WorkflowInstance:
         return f"<WorkflowInstance {self.workflow.name} {self.id}>"
 
     async def _call(self, op: str, *args: Any) -> Any:
-        return await self.workflow.engine.call(op, self.workflow.name, self.id, *args)
+        return await self.workflow.engine.call("on", self.workflow.name, self.id, op, *args)
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now."""
