@@ -76,7 +76,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator,
-    Awaitable,
     Callable,
     Coroutine,
     Generator,
@@ -2274,9 +2273,8 @@ class Attempt:
     ended: bool = False  # and its end
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
-    task: asyncio.Task[Any] | None = None  # of an async callback
-    outcome: tuple[Any, BaseException | None] | None = None  # of that task
-    over: Any = None  # the future of what becomes of the callback
+    task: asyncio.Task[Any] | None = None  # of the callback
+    over: Any = None  # the future of what becomes of that
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
     # Of nested calls:
@@ -2290,76 +2288,65 @@ class Attempt:
         return (type, self.step.key, self.number, started, data, extra)
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """What the callback returned or raised, or what else became of it."""
+        """What the callback returned or raised, or what else became of it. It has a task of its
+        own, so that a timeout or a cancellation reaches it and nothing else. Most end in the task's
+        first step, which is taken at once."""
+        run, outer = self.run, self.call.attempt
         context = contextvars.copy_context()
         context.run(_attempt.set, self)
+        self.over = run.loop.create_future()
+        task = _eager_task(self._perform(callback), run.loop, context)
+        if outer is not None and outer.task is asyncio.current_task():
+            outer.cpu -= self.cpu  # it ran inside that
+        if not task.done():
+            run.tasks.add(task)
+            task.add_done_callback(self._task_ended)
         try:
-            if self.slot:
-                value, error = await self._in_thread(functools.partial(context.run, callback))
-                if self.verdict is not None:
-                    _discard(value)
-                elif inspect.isawaitable(value):
-                    value, error = await self._in_task(context, lambda: value)
-            else:
-                value, error = await self._in_task(context, callback)
+            value, error = await self.over
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
         finally:
             if self.timer is not None:
                 self.timer.cancel()
-            self.run.engine.store.cpu_ns += self.cpu
+            run.engine.store.cpu_ns += self.cpu
             self.task = None  # whose context leads back to here
         return value, self.verdict or self._excess() or error
 
-    async def _in_thread(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        self.over = self.run.engine.threads.execute(function)
-        self.suspended()
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self.run.tasks.discard(task)
+        _resolve(self.over, (None, asyncio.CancelledError()))  # if it never began
+
+    async def _perform(self, callback: Callable[[], Any]) -> None:
+        self.task = asyncio.current_task()
+        outcome: tuple[Any, BaseException | None]
         try:
-            value, error, cpu = await self.over
+            outcome = await self._drive(self._call(callback)), None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            outcome = None, error
+        _resolve(self.over, outcome)
+
+    async def _call(self, callback: Callable[[], Any]) -> Any:
+        made = await self._in_thread(callback) if self.slot else callback()
+        return await made if inspect.isawaitable(made) else made
+
+    async def _in_thread(self, callback: Callable[[], Any]) -> Any:
+        function = functools.partial(contextvars.copy_context().run, callback)
+        reply = self.run.engine.threads.execute(function)
+        try:
+            value, error, cpu = await reply
         except asyncio.CancelledError:
-            if not self.over.cancelled():
-                _discard(self.over.result()[0])
+            if not reply.cancelled():
+                _discard(reply.result()[0])
             raise
         finally:
             self.free_slot()
         self.cpu += cpu
-        if isinstance(error, KeyboardInterrupt):
+        if error is not None:
             raise error
-        return value, error
-
-    async def _in_task(
-        self, context: contextvars.Context, callback: Callable[[], Any]
-    ) -> tuple[Any, BaseException | None]:
-        """A callback has a task of its own, so that a timeout or a cancellation reaches the
-        callback and nothing else. Most end in the task's first step, which is taken at once."""
-        run = self.run
-        outer, before = self.call.attempt, self.cpu
-        task = _eager_task(self._metered(callback), run.loop, context)
-        if outer is not None and outer.task is asyncio.current_task():
-            outer.cpu -= self.cpu - before  # it ran inside that
-        if task.done():
-            return self.outcome or (None, asyncio.CancelledError())
-        self.over = run.loop.create_future()
-        run.tasks.add(task)
-        task.add_done_callback(self._task_ended)
-        try:
-            return await self.over  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self.run.tasks.discard(task)
-        _resolve(self.over, self.outcome or (None, asyncio.CancelledError()))
-
-    async def _metered(self, callback: Callable[[], Any]) -> None:
-        self.task = asyncio.current_task()
-        try:
-            made = callback()
-            coroutine = made if isinstance(made, types.CoroutineType) else _awaited(made)
-            self.outcome = await self._drive(coroutine), None
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            self.outcome = None, error
+        return value
 
     @types.coroutine
     def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
@@ -2387,7 +2374,7 @@ class Attempt:
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
-        timeout runs. (A plain one counts as suspended from the start.)"""
+        timeout runs. (A plain one is suspended while its thread runs.)"""
         clock = self.run.engine.clock
         if not self.recorded:
             self.run.record_start(self)
@@ -2409,12 +2396,8 @@ class Attempt:
 
     def _expire(self, verdict: BaseException) -> None:
         """Decides that the attempt has failed, whatever its callback does from now on."""
-        if self.verdict is not None:
-            return
-        self.verdict = verdict
-        if self.task is None:
-            _resolve(self.over, (None, None, 0))
-        else:
+        if self.verdict is None and self.task is not None:
+            self.verdict = verdict
             self.task.cancel()
             self.timer.cancel()
             self.timer = self.run.loop.call_later(GRACE, self._give_up)
@@ -2453,10 +2436,6 @@ def _discard(value: Any) -> None:
     """Of what nobody will await."""
     if inspect.iscoroutine(value):
         value.close()
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
 
 
 class Run:
