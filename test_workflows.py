@@ -4240,7 +4240,7 @@ class GivingUp(Case):
             async def wait(step: str) -> None:
                 row = ("wait", step, None, None, '{"type":"t","timeout":9999}', None)
                 what = ("wait", step, "t", due, 0)
-                await on_writer(engine, store.begin_wait, key, generation, row, what)
+                await on_writer(engine, store.record, key, generation, [row], 0, what)
 
             async def give_up(step: str) -> None:
                 await on_writer(engine, store.give_up, key, generation, "stop", [step])

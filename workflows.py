@@ -1286,7 +1286,7 @@ class Store:
         if self._see_others():
             self._present.clear()
             self._advanced = {inst.key for inst in self._read(list(self._advanced))}
-        frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
+        frequent = (self.record, self.go_idle, self.finish)
         self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
             try:
@@ -1960,29 +1960,25 @@ class Store:
         return loaded
 
     def record(
-        self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
+        self, key: int, generation: int, rows: list[RowTail], size: int = 0, wait: Any = None
     ) -> int | None:
-        """Appends what a run did. This is the hot path."""
+        """Appends what a run did, and what it waits for from then on: the end of a sleep or of a
+        retry delay, or an event. This is the hot path."""
         inst = self._mine(key, generation)
         if inst is None:
             return None
         self._check_state(inst.state_bytes, size, WorkflowFatalError)
-        calmed = {"careful": 0} if ended and inst.careful else {}
-        return self._change(key, rows, size, **calmed).seq
-
-    def begin_wait(
-        self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
-    ) -> int | None:
-        """Appends the start of a sleep, of an event wait or of a retry delay."""
-        inst = self._mine(key, generation)
-        if inst is None:
-            return None
-        _, _, event, due, _ = wait
-        now = self.clock.now()
-        look = due if event is None else now  # its event may be here already
-        wake = look if inst.wake is None else min(look, inst.wake)
-        seq = self._change(key, [row], wake=wake).seq
-        self._insert("waits", [(key, seq, now, *wait)])
+        columns: dict[str, Any] = {}
+        if inst.careful and any(type in ("done", "error") for type, *_ in rows):
+            columns["careful"] = 0
+        if wait is not None:
+            _, _, event, due, _ = wait
+            now = self.clock.now()
+            look = due if event is None else now  # its event may be here already
+            columns["wake"] = look if inst.wake is None else min(look, inst.wake)
+        seq = self._change(key, rows, size, **columns).seq
+        if wait is not None:
+            self._insert("waits", [(key, seq, now, *wait)])
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
@@ -2716,7 +2712,7 @@ class Run:
                 data = ms if event is None else {"type": event, "timeout": ms}
                 row = (kind, step.key, None, None, _to_json(data), None)
                 wait = (kind, step.key, event, due, int(until is not None))
-                self._post(self.engine.store.begin_wait, row, wait)
+                self._post(self.engine.store.record, [row], 0, wait)
 
         return begin()
 
@@ -2737,12 +2733,12 @@ class Run:
             if error is not None:
                 what = (attempt.number, call.name)
                 log.info("%s: attempt %d of step %r failed", self, *what, exc_info=error)
+            delay: int | None = None
             if error is not None and not _is_final(attempt, error):
                 delay, error = await self._delay(attempt, error)
-            if error is None or _is_final(attempt, error):
-                self._record_end(attempt, result, error)
+            self._record_end(attempt, result, error, delay)
+            if delay is None:
                 return
-            self._record_failure(attempt, error, delay)
 
     async def _execute(
         self, attempt: Attempt, callback: Any, wants: Any
@@ -2812,12 +2808,16 @@ class Run:
             return functools.partial(callback, ctx=argument)
         return functools.partial(callback, argument)
 
-    async def _delay(self, attempt: Attempt, error: BaseException) -> tuple[int, BaseException]:
+    async def _delay(
+        self, attempt: Attempt, error: BaseException
+    ) -> tuple[int | None, BaseException]:
         """How long to wait before the next attempt: a function may say that. Its failure is that of
         the step."""
+        longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
+        delay_after = functools.partial(attempt.config.delay_after, attempt.number, longest=longest)
         delay = attempt.config.delay
         if not callable(delay):
-            return delay, error
+            return delay_after(delay), error
         ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
         asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number, recorded=True)
         if not _is_async(delay):
@@ -2826,60 +2826,51 @@ class Run:
         try:
             answer, failure = await asked.execute(ask)
             if failure is None:
-                return parse_duration(answer), error
+                return delay_after(parse_duration(answer)), error
         except ValueError as wrong:
             failure = wrong
         what = f"{type(failure).__name__}: {_message(failure)}"
         message = f"the delay function of step {attempt.call.name!r} failed: {what}"
-        return 0, WorkflowFatalError(message, name="NonRetryableDelayError")
+        return None, WorkflowFatalError(message, name="NonRetryableDelayError")
 
     def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
         attempt.recorded = True
         row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
-    def _record_failure(self, attempt: Attempt, error: BaseException, delay: int) -> None:
-        """Hands a failure to the store, and the wait before the next attempt."""
-        step, clock = attempt.step, self.engine.clock
-        longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
-        delay = attempt.config.delay_after(attempt.number, delay, longest)
-        row = attempt.end("failed", encode_error(error, retry_delay_ms=delay))
-        wait = ("retry", step.key, None, clock.now() + delay, 0)
-        self._waiting.add(step.key)
-        then = functools.partial(self._stored, attempt, "pending", None, None)
-        store = self.engine.store
-        store.post(store.begin_wait, self.key, self.generation, row, wait, then=then)
-
-    def _record_end(self, attempt: Attempt, result: Any, error: BaseException | None) -> None:
-        """Hands the end of a step to the store: its result, or the error that it failed with."""
+    def _record_end(
+        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None = None
+    ) -> None:
+        """Hands the end of an attempt to the store, with the wait before the next one: a result, or
+        the error that it failed with."""
+        step, size, fresh, wait = attempt.step, 0, error, None
         if error is None:
-            state, (text, fresh) = "done", result
+            type, (text, fresh) = "done", result
             size = size_of(text or "")
+        elif delay is None:
+            type, text = "error", encode_error(error)
         else:
-            state, text, fresh, size = "error", encode_error(error), error, 0
-        then = functools.partial(self._stored, attempt, state, text, fresh)
-        row = attempt.end(state, text)
-        store = self.engine.store
-        store.post(store.record, self.key, self.generation, [row], size, True, then=then)
+            type, text = "failed", encode_error(error, retry_delay_ms=delay)
+            wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
+            self._waiting.add(step.key)
+        row = attempt.end(type, text)
+        then = functools.partial(self._stored, attempt, row, fresh)
+        self._post(self.engine.store.record, [row], size, wait, then=then)
 
     def _stored(
-        self, attempt: Attempt, state: str, data: str | None, fresh: Any, seq: Any, refused: Any
+        self, attempt: Attempt, row: RowTail, fresh: Any, _: Any, refused: BaseException | None
     ) -> None:
         """The store's answer to the end of an attempt; it may refuse one that is over a limit."""
-        step = attempt.step
-        if not self._go_on(seq, refused):
-            return
         if refused is not None:
             self._record_end(attempt, None, refused)
             return
-        self.careful = self.careful and state == "pending"
-        if self._attempts.get(step.key) is attempt:
-            del self._attempts[step.key]
-        if step.state == "pending" != state:
-            step.state, step.data, step.fresh = state, data, fresh
+        if self._attempts.get(attempt.step.key) is attempt:
+            del self._attempts[attempt.step.key]
+        self.careful = self.careful and row[0] == "failed"
+        if step := apply(self.steps, Row(0, 0, *row)):
+            step.fresh = fresh
             self._finished(step)
         self._check_pause()
-        self._arm()
 
     # -- results, one at a time
 
@@ -2987,18 +2978,14 @@ class Run:
 
     def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
-        if self._go_on(result, error):
-            if then is not None:
-                then(result, error)
-            self._arm()
-
-    def _go_on(self, result: Any, error: BaseException | None) -> bool:
-        """Whether it may, after that answer of the store."""
         if result is None and error is None:
             self.unload()  # somebody else has changed the instance; the news is on its way
         elif type(result) is int:
             self.seq = max(self.seq, result)
-        return not self.dead
+        if not self.dead:
+            if then is not None:
+                then(result, error)
+            self._arm()
 
     # -- cancelled calls
 
