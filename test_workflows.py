@@ -1318,7 +1318,7 @@ class Attempts(Lives):
             task.cancel()
             await asyncio.wait({task})
             step.do("closed", returns(1)).close()
-            return len(step._run.open_calls)
+            return len(step._run.unawaited) + len(step._run.active)
 
         self.assertEqual(await self.outcome(run), 0)
 
@@ -7411,7 +7411,7 @@ class Decorated(Lives):
 
             for _ in range(5):
                 await caught(after())
-            return len(step._run.open_calls)
+            return len(step._run.unawaited) + len(step._run.active)
 
         self.assertEqual(await self.lives(run), 0)
 

@@ -811,8 +811,8 @@ class Step:
 
     # Slots, here and elsewhere: what there are many of costs the garbage collector time.
     __slots__ = (
-        *("key", "nested", "state", "attempts", "open", "config", "data", "extra"),
-        *("called", "queued", "waiter", "task", "freed", "alone", "fresh"),
+        *("key", "nested", "state", "attempts", "open", "waiting", "config", "data", "extra"),
+        *("called", "queued", "waiter", "task", "freed", "alone", "running", "fresh"),
     )
 
     def __init__(self, key: str) -> None:
@@ -821,6 +821,7 @@ class Step:
         self.state = "new"  # → pending → done | error | cancelled
         self.attempts = 0
         self.open = False  # an attempt of an earlier life, or of a cancelled call, has no end
+        self.waiting = False  # in a sleep, an event wait or a retry delay
         self.config: str | None = None
         self.data: str | None = None
         self.extra: str | None = None
@@ -831,6 +832,7 @@ class Step:
         self.task: asyncio.Task[Any] | None = None
         self.freed: asyncio.Future[None] | None = None  # done when that call has ended
         self.alone = False  # nothing else of the run was under way when it was called
+        self.running: Attempt | None = None  # until its end is committed
         self.fresh: Any = None  # its value or error itself, if made in this life
 
 
@@ -842,6 +844,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     step = steps.get(key)
     if step is None:
         step = steps[key] = Step(key)
+    step.waiting = kind in ("sleep", "wait", "failed")
     if row.attempt is not None:
         step.attempts = row.attempt
         if step.config is None:
@@ -1946,17 +1949,14 @@ class Store:
     #    callback, until one more step has finished, so that a step which kills its process is
     #    noticed.
 
-    def load(self, lives: list[Life]) -> list[tuple[Instance, list[Row], list[str], str]]:
-        """What lives begin with: the instance, its whole journal (in one query), the steps that
-        wait, and the workflow's name. Those that are outdated are left out."""
-        sql = "SELECT step FROM waits WHERE instance = ?"
+    def load(self, lives: list[Life]) -> list[tuple[Instance, list[Row], str]]:
+        """What lives begin with: the instance, its whole journal (in one query), and the workflow's
+        name. Those that are outdated are left out."""
         loaded = []
         self._read([key for key, _ in lives])
         for life in lives:
             if inst := self._mine(*life, "running", "waitingForPause"):
-                waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
-                steps = [step for (step,) in waits]
-                loaded.append((inst, self._journal(inst.key), steps, self.bound[inst.workflow]))
+                loaded.append((inst, self._journal(inst.key), self.bound[inst.workflow]))
         return loaded
 
     def record(
@@ -2168,12 +2168,13 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.count = counts[self.key] = counts.get(self.key, 0) + 1
         self.key += f"\n{self.count}"
         if self.attempt is None:
-            run.open_calls.add(self)
+            run.unawaited.add(self)
         else:
             self.key = self.attempt.step.key + SEPARATOR + self.key
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
+            self.run.unawaited.discard(self)
             performer = self.run if self.function is None else self.function
             self._coroutine = performer.perform(self)
         return self._coroutine
@@ -2185,15 +2186,10 @@ class StepCall(Coroutine[Any, Any, Any]):
         return self._begin().send(value)
 
     def throw(self, *error: Any) -> Any:
-        if self._coroutine is None:  # cancelled before it began: as if not called
-            self.run.open_calls.discard(self)
         return self._begin().throw(*error)
 
     def close(self) -> None:
-        if self._coroutine is not None:
-            self._coroutine.close()
-        else:
-            self.run.open_calls.discard(self)
+        self._begin().close()
 
 
 class WorkflowStep:
@@ -2400,7 +2396,7 @@ class Attempt:
 
     def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
-        for step in self.run.steps.values():
+        for step in self.run.active.values():
             if step.task is not None and step.key.startswith(self.step.key + SEPARATOR):
                 step.task.cancel()
         _resolve(self.over, (None, None))
@@ -2438,22 +2434,27 @@ class Run:
     """One life of one instance."""
 
     __slots__ = (
-        *("__weakref__", "_attempts", "_cancelled", "_finishing", "_gate", "_held", "_inbox"),
-        *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
+        *("__weakref__", "_cancelled", "_finishing", "_inbox"),
+        *("_left", "_settling", "_started_rollback", "_steps_left", "_timer"),
         *("_writing", "bound", "careful", "counts", "dead", "declarations", "ended", "engine"),
         *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
-        *("loop", "open_calls", "orphan", "outcomes", "searching", "seq", "status", "steps"),
+        *(
+            "loop",
+            "active",
+            "unawaited",
+            "interrupted",
+            "orphan",
+            "outcomes",
+            "searching",
+            "seq",
+            "status",
+            "steps",
+        ),
         *("successor", "task", "tasks"),
     )
 
     def __init__(
-        self,
-        engine: Engine,
-        bound: Workflow,
-        inst: Instance,
-        rows: list[Row],
-        waits: list[str],
-        previous: Run | None,
+        self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], previous: Run | None
     ) -> None:
         self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
         self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
@@ -2464,16 +2465,14 @@ class Run:
             freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
         )
         self.counts: dict[str, int] = {}
-        self.open_calls: set[StepCall] = set()
+        self.unawaited: set[StepCall] = set()  # those of `run` itself
+        self.active: dict[str, Step] = {}  # the steps whose calls are under way
         self.dead = self.orphan = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
-        self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
-        self._attempts: dict[str, Attempt] = {}  # by step; in flight until their end is committed
         self.tasks: set[asyncio.Task[Any]] = set()  # of callbacks
-        self._gate: dict[str, Step] = {}  # steps whose next attempt may not begin yet
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
-        self._held = 0  # replayed calls that wait for `run` to cancel them again
+        self.interrupted: list[str] = []  # steps whose recorded attempts the end of this cut off
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
@@ -2525,23 +2524,22 @@ class Run:
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
-        step: Step | None = None
+        if self.dead:
+            await self._leave()
+        self.last_move = self.engine.turn
+        _check_name(call.name)
+        step = self.steps.get(call.key)
+        if step is None:
+            step = self.steps[call.key] = Step(call.key)
+        while step.task is not None:  # a nested one, called by the attempt before, which failed
+            step.freed = step.freed or self.loop.create_future()
+            await asyncio.shield(step.freed)
+        step.task = asyncio.current_task()
+        self.active[step.key] = step
         try:
-            if self.dead:
-                await self._leave()
-            self.last_move = self.engine.turn
-            _check_name(call.name)
-            if (found := self.steps.get(call.key)) is None:
-                found = self.steps[call.key] = Step(call.key)
-            while (
-                found.task is not None
-            ):  # a nested one, called by the attempt before, which failed
-                found.freed = found.freed or self.loop.create_future()
-                await asyncio.shield(found.freed)
-            step = found
             if call.kind == "do":
                 self._note(call, step)
-            step.called, step.task = True, asyncio.current_task()
+            step.called = True
             if self.searching:
                 self._search()
             if step.state in ("new", "pending") and not self.searching:
@@ -2550,24 +2548,23 @@ class Run:
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
                 await work
-            elif step.state == "cancelled":
-                self._held += 1  # until `run` cancels it again
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
-            if step.queued or step.state not in ("done", "error"):
+            # (One that is cancelled waits until `run` cancels it again.)
+            while step.queued or step.state not in ("done", "error"):
                 await self._wait(step)
             return self._value(step, call)
         except asyncio.CancelledError:
-            if step is not None and not self.dead:
+            if not self.dead:
                 self._abandon_call(step)
             raise
         finally:
-            self.open_calls.discard(call)
-            if step is not None:
-                step.task = None
-                if step.freed is not None:
-                    _resolve(step.freed)
-                    step.freed = None
+            del self.active[step.key]
+            step.task = None
+            if step.freed is not None:
+                _resolve(step.freed)
+                step.freed = None
+            self._arm()
 
     def _note(self, call: StepCall, step: Step) -> None:
         """Counts a `do`, and notes its rollback handler, if it has one."""
@@ -2587,7 +2584,7 @@ class Run:
         that of `run` itself, there is no other call, and no task is ready to make one. Then a
         result that comes without a pause changes nothing."""
         return (
-            len(self.open_calls) == 1
+            len(self.active) == 1
             and len(self.engine.ready) <= self.engine.ticking  # our own tick doesn't count
             and asyncio.current_task() is self.task
         )
@@ -2704,14 +2701,13 @@ class Run:
 
         async def begin() -> None:
             if step.state == "new":
-                step.state = "pending"
-                self._waiting.add(step.key)
                 due = self.engine.clock.now() + ms if until is None else until
                 if self._is_skipped(kind, call):
                     due = 0  # 1970: long ago, and before any event
                 data = ms if event is None else {"type": event, "timeout": ms}
                 row = (kind, step.key, None, None, _to_json(data), None)
                 wait = (kind, step.key, event, due, int(until is not None))
+                apply(self.steps, Row(0, 0, *row))
                 self._post(self.engine.store.record, [row], 0, wait)
 
         return begin()
@@ -2746,13 +2742,13 @@ class Run:
         """One attempt, when it may begin. The result is the one to store."""
         step = attempt.step
         if attempt.recorded:  # but no end is: the engine died
-            self._attempts[step.key] = attempt
+            step.running = attempt
             return None, WorkflowInternalError("attempt failed: the engine stopped")
         try:
             plain = not _is_async(callback)
-            if plain or step.key in self._waiting or not self._may_start(step):
+            if plain or step.waiting or not self._may_start(step):
                 await self._hold(attempt, plain)
-            self._attempts[step.key] = attempt
+            step.running = attempt
             attempt.number = step.attempts = step.attempts + 1
             attempt.started = self.engine.clock.now()
             if step.config is None:
@@ -2773,20 +2769,16 @@ class Run:
         """Waits for what an attempt needs to begin: the end of its retry delay, an instance that
         doesn't pause, and if it's plain, a thread."""
         step = attempt.step
-        while step.key in self._waiting:
+        while step.waiting:
             await self._wait(step)
-        self._gate[step.key] = step
-        try:
-            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
-                if may_start:
-                    attempt.slot = await self.engine.threads.slots.acquire()
-                    continue
-                attempt.free_slot()
-                if self.status in ("idling", "waiting"):
-                    self._post(self.engine.store.requeue, "waiting")
-                await self._wait(step)
-        finally:
-            del self._gate[step.key]
+        while not (may_start := self._may_start(step)) or attempt.slot is not plain:
+            if may_start:
+                attempt.slot = await self.engine.threads.slots.acquire()
+                continue
+            attempt.free_slot()
+            if self.status in ("idling", "waiting"):
+                self._post(self.engine.store.requeue, "waiting")
+            await self._wait(step)
 
     def _may_start(self, step: Step) -> bool:
         # A nested one also while it's pausing, or the outer callback could not finish.
@@ -2852,7 +2844,7 @@ class Run:
         else:
             type, text = "failed", encode_error(error, retry_delay_ms=delay)
             wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
-            self._waiting.add(step.key)
+            step.waiting = True
         row = attempt.end(type, text)
         then = functools.partial(self._stored, attempt, row, fresh)
         self._post(self.engine.store.record, [row], size, wait, then=then)
@@ -2864,8 +2856,8 @@ class Run:
         if refused is not None:
             self._record_end(attempt, None, refused)
             return
-        if self._attempts.get(attempt.step.key) is attempt:
-            del self._attempts[attempt.step.key]
+        if attempt.step.running is attempt:
+            attempt.step.running = None
         self.careful = self.careful and row[0] == "failed"
         if step := apply(self.steps, Row(0, 0, *row)):
             step.fresh = fresh
@@ -2881,8 +2873,8 @@ class Run:
         else:
             self._poke(step)
 
-    def _poke(self, step: Step | None) -> None:
-        if step is not None and step.waiter is not None:
+    def _poke(self, step: Step) -> None:
+        if step.waiter is not None:
             _resolve(step.waiter)
 
     def _arm(self) -> None:
@@ -2892,10 +2884,10 @@ class Run:
             return
         if self._inbox:
             step = self._inbox[0]
-            if step.waiter is not None and step.alone and len(self.open_calls) == 1:
+            if step.waiter is not None and step.alone and len(self.active) == 1:
                 self._deliver()
                 return
-        elif not self._may_be_idle():
+        elif self.status != "running" or not self._is_idle():
             return
         self._settling = True
         self.last_move = self.engine.turn
@@ -2911,7 +2903,7 @@ class Run:
                 self._inbox.popleft().queued = False  # its call never came
             self._deliver()
             self._arm()
-        elif self._may_be_idle():
+        elif self.status == "running" and self._is_idle():
             self.status = "idling"  # until we know better: no callback may start now
             self._post(self.engine.store.go_idle, self.seq, then=self._idled)
 
@@ -2921,14 +2913,10 @@ class Run:
         self.last_move = self.engine.turn
         self._poke(step)
 
-    def _may_be_idle(self) -> bool:
-        return bool(
-            self.status == "running"
-            and self._waiting
-            and self._started_rollback is None
-            and not (self._attempts or self._held or self._writing or self._gate)
-            and any(key in self.steps and self.steps[key].waiter for key in self._waiting)
-        )
+    def _is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        waits = bool(self.active) and all(step.waiting for step in self.active.values())
+        return waits and not self._writing and self._started_rollback is None
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
         if idle:
@@ -2938,7 +2926,7 @@ class Run:
             self._become("running")
 
     def _hibernate(self) -> None:
-        if self.status == "waiting" and not self._gate:
+        if self.status == "waiting" and self._is_idle():
             self.unload()
 
     # -- news from the store
@@ -2949,11 +2937,10 @@ class Run:
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
-            self._waiting.discard(row.step or "")
-            if row.type == "due":
-                self._poke(self.steps.get(row.step or ""))
-            elif step := apply(self.steps, row):
+            if step := apply(self.steps, row):
                 self._finished(step)
+            elif row.type == "due":
+                self._poke(self.steps[row.step or ""])
         # What was written before it went idle is old; the answer to that will say.
         if (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
@@ -2962,13 +2949,15 @@ class Run:
         self.status = status
         if status != "waiting" and self._timer is not None:
             self._timer.cancel()
-        for step in self._gate.values():
-            self._poke(step)
+        for step in self.active.values():
+            if not (step.waiting or step.running):  # its next attempt may begin now
+                self._poke(step)
         self._check_pause()
         self._arm()
 
     def _check_pause(self) -> None:
-        if self.status == "waitingForPause" and not self._attempts:
+        running = any(step.running for step in self.active.values())
+        if self.status == "waitingForPause" and not running:
             self._post(self.engine.store.requeue, "waitingForPause")
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
@@ -2994,12 +2983,10 @@ class Run:
         if self.searching:
             return
         self.last_move = self.engine.turn
-        attempt = self._attempts.pop(step.key, None)
+        attempt, step.running = step.running, None
         step.open = attempt is not None and attempt.recorded and not attempt.ended
-        self._waiting.discard(step.key)
-        if step.state == "cancelled":
-            self._held -= 1
-        elif not step.nested:
+        step.waiting = False
+        if not step.nested and step.state != "cancelled":
             step.state = "cancelled"
             self._cancelled.append(step.key)
         elif step.state == "pending":
@@ -3007,7 +2994,6 @@ class Run:
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
             self._post(self.engine.store.give_up, "stop", [step.key])
         self._check_pause()
-        self._arm()
 
     def _record_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, []
@@ -3088,9 +3074,8 @@ class Run:
         return None
 
     def _warn_about_calls(self) -> None:
-        for call in self.open_calls:
-            if call._coroutine is None:
-                log.warning("%s: step %r was called but never awaited", self, call.name)
+        for call in self.unawaited:
+            log.warning("%s: step %r was called but never awaited", self, call.name)
         steps = [step for step in self.steps.values() if step.state != "new"]
         if not any(step.state == "cancelled" for step in steps):
             what = "%s: replay never reached the recorded step %r; is its name deterministic?"
@@ -3106,18 +3091,16 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
-        calling = (step.task for step in self.steps.values() if step.task is not None)
+        cut_off = (step.running for step in self.active.values() if step.running is not None)
+        self.interrupted = [a.step.key for a in cut_off if a.recorded and not a.ended]
+        self.interrupted += [key for key in self._cancelled if self.steps[key].open]
+        calling = (step.task for step in self.active.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
         self._left = {task: None for task in tasks if not task.done()}
         for task in self._left:
             task.add_done_callback(self._task_ended)
             task.cancel()
         self._check_ended()
-
-    def interrupted(self) -> list[str]:
-        """The steps whose recorded attempts a clean stop has cut off."""
-        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.ended]
-        return cut_off + [key for key in self._cancelled if self.steps[key].open]
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self._left.pop(task, None)
@@ -3415,7 +3398,7 @@ class Engine:
             run.unload()
         await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
         for run in runs:
-            self._hand_back([(run.key, run.generation)], run.interrupted())
+            self._hand_back([(run.key, run.generation)], run.interrupted)
             if run.successor is not None:
                 self._hand_back([(run.successor.key, run.successor.generation)])
         self._hand_back(self._loading)
@@ -3510,9 +3493,9 @@ class Engine:
         if self._state != "open":
             self._hand_back(lives)
             return
-        for inst, rows, waits, workflow in loaded or ():
+        for inst, rows, workflow in loaded or ():
             bound = self._workflows[workflow]
-            self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
+            self.runs[inst.key] = run = Run(self, bound, inst, rows, previous)
             run.begin()
 
     def unloaded(self, run: Run) -> None:
@@ -3531,7 +3514,7 @@ class Engine:
         def go_on() -> None:
             if self._state == "open":
                 run.orphan = False
-                self._hand_back([(run.key, run.generation)], run.interrupted())
+                self._hand_back([(run.key, run.generation)], run.interrupted)
                 self.unloaded(run)
 
         self.loop.call_later(1, go_on)
@@ -3979,8 +3962,6 @@ class StepFunction:
             else:
                 outcome.cancel()
             raise
-        finally:
-            self._run.open_calls.discard(call)
         outcome.set_result(copy.deepcopy(value))
         return value
 
