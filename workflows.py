@@ -2291,7 +2291,7 @@ class Attempt:
         if outer is not None and outer.task is asyncio.current_task():
             outer.cpu -= self.cpu  # it ran inside that
         if not task.done():
-            run.tasks.add(task)
+            run.tasks[task] = None
             task.add_done_callback(self._task_ended)
         try:
             value, error = await self.over
@@ -2306,7 +2306,7 @@ class Attempt:
         return value, self.verdict or self._excess() or error
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self.run.tasks.discard(task)
+        self.run.task_ended(task)
         _resolve(self.over, (None, asyncio.CancelledError()))  # if it never began
 
     async def _perform(self, callback: Callable[[], Any]) -> None:
@@ -2433,26 +2433,6 @@ def _discard(value: Any) -> None:
 class Run:
     """One life of one instance."""
 
-    __slots__ = (
-        *("__weakref__", "_cancelled", "_finishing", "_inbox"),
-        *("_left", "_settling", "_started_rollback", "_steps_left", "_timer"),
-        *("_writing", "bound", "careful", "counts", "dead", "declarations", "ended", "engine"),
-        *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
-        *(
-            "loop",
-            "active",
-            "unawaited",
-            "interrupted",
-            "orphan",
-            "outcomes",
-            "searching",
-            "seq",
-            "status",
-            "steps",
-        ),
-        *("successor", "task", "tasks"),
-    )
-
     def __init__(
         self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], previous: Run | None
     ) -> None:
@@ -2470,7 +2450,8 @@ class Run:
         self.dead = self.orphan = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
-        self.tasks: set[asyncio.Task[Any]] = set()  # of callbacks
+        # Of callbacks; at the end, all that must end before the next life.
+        self.tasks: dict[Any, None] = {}
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self.interrupted: list[str] = []  # steps whose recorded attempts the end of this cut off
         self._steps_left = bound.step_limit
@@ -2485,9 +2466,8 @@ class Run:
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
-        self.searching = False
-        if self._started_rollback is not None and not (previous and previous.searching):
-            self.searching = not self._all_found()
+        searched = previous is not None and previous.searching
+        self.searching: bool = bool(self._started_rollback) and not (searched or self._all_found())
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2543,11 +2523,11 @@ class Run:
             if self.searching:
                 self._search()
             if step.state in ("new", "pending") and not self.searching:
-                work = self._plan(call, step)
                 _note_attempt()
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
-                await work
+                if (attempts := self._plan(call, step)) is not None:
+                    await attempts
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
             # (One that is cancelled waits until `run` cancels it again.)
@@ -2611,7 +2591,7 @@ class Run:
         if task in self.engine.told:
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False  # type: ignore[attr-defined]
-            self._task_ended(task)
+            self.task_ended(task)
             await self.loop.create_future()
         self.engine.told.add(task)
         raise _Unload
@@ -2630,10 +2610,11 @@ class Run:
 
     # -- what a call asks for
 
-    def _plan(self, call: StepCall, step: Step) -> Work:
-        """Checks a call that has no result yet; the answer carries it out. Nothing is stored for
-        one that is refused: wrong arguments are wrong as for any Python function."""
-        plan: Callable[..., Work] = getattr(self, f"_plan_{call.kind}")
+    def _plan(self, call: StepCall, step: Step) -> Work | None:
+        """Checks a call that has no result yet, and begins its wait, or returns its attempts.
+        Nothing is stored for one that is refused: wrong arguments are wrong as for any Python
+        function."""
+        plan: Callable[..., Work | None] = getattr(self, f"_plan_{call.kind}")
         try:
             return plan(call, step, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
@@ -2665,14 +2646,13 @@ class Run:
         config = StepConfig.load(undone.config or "", None, given).rollback or _DEFAULT_CONFIG
         return self._try(call, step, config, handler, _wants_context(call.name, handler))
 
-    def _plan_sleep(
-        self, call: StepCall, step: Step, parse: Callable[[Any], int], given: Any
-    ) -> Work:
+    def _plan_sleep(self, call: StepCall, step: Step, parse: Any, given: Any) -> None:
         moment = parse(given)
-        if parse is not _parse_moment:
-            return self._begin_wait(call, step, None, moment)
-        left = max(0, moment - self.engine.clock.now())
-        return self._begin_wait(call, step, None, left, until=moment)
+        if parse is parse_duration:
+            self._begin_wait(call, step, None, moment)
+        else:
+            left = max(0, moment - self.engine.clock.now())
+            self._begin_wait(call, step, None, left, until=moment)
 
     def _plan_wait_for_event(
         self,
@@ -2682,35 +2662,31 @@ class Run:
         timeout: Any = "24 hours",
         *,
         event_type: Any = None,  # the Python SDK's name
-    ) -> Work:
+    ) -> None:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
         type = _check_event_type(type if event_type is None else event_type, WorkflowFatalError)
-        return self._begin_wait(call, step, type, parse_duration(timeout))
+        self._begin_wait(call, step, type, parse_duration(timeout))
 
     def _begin_wait(
         self, call: StepCall, step: Step, event: str | None, ms: int, until: int | None = None
-    ) -> Work:
+    ) -> None:
         longest, kind = self.engine.limits.max_sleep, "sleep" if event is None else "wait"
         if ms > longest:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
             raise _fatal("limit.sleep", message)
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-
-        async def begin() -> None:
-            if step.state == "new":
-                due = self.engine.clock.now() + ms if until is None else until
-                if self._is_skipped(kind, call):
-                    due = 0  # 1970: long ago, and before any event
-                data = ms if event is None else {"type": event, "timeout": ms}
-                row = (kind, step.key, None, None, _to_json(data), None)
-                wait = (kind, step.key, event, due, int(until is not None))
-                apply(self.steps, Row(0, 0, *row))
-                self._post(self.engine.store.record, [row], 0, wait)
-
-        return begin()
+        if step.state == "new":
+            due = self.engine.clock.now() + ms if until is None else until
+            if self._is_skipped(kind, call):
+                due = 0  # 1970: long ago, and before any event
+            data = ms if event is None else {"type": event, "timeout": ms}
+            row = _row(kind, step.key, _to_json(data))
+            apply(self.steps, Row(0, 0, *row))
+            wait = (kind, step.key, event, due, int(until is not None))
+            self._post(self.engine.store.record, [row], 0, wait)
 
     def _is_skipped(self, kind: str, call: StepCall) -> bool:
         """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
@@ -3028,7 +3004,7 @@ class Run:
         """The end is stored, or (then there is a successor) a rollback has begun."""
         self._finishing = False
         self.successor = self.successor or successor
-        self._check_ended()
+        self.task_ended()
 
     # -- rollback: another life, which begins when `run` has failed, or is told to. It knows the
     #    handlers from the life before, if that was in this process; otherwise a replay comes first,
@@ -3096,27 +3072,24 @@ class Run:
         self.interrupted += [key for key in self._cancelled if self.steps[key].open]
         calling = (step.task for step in self.active.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
-        self._left = {task: None for task in tasks if not task.done()}
-        for task in self._left:
-            task.add_done_callback(self._task_ended)
+        self.tasks = {task: None for task in tasks if not task.done()}
+        for task in self.tasks:
+            task.add_done_callback(self.task_ended)
             task.cancel()
-        self._check_ended()
+        self.task_ended()
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self._left.pop(task, None)
-        self._check_ended()
-
-    def _check_ended(self) -> None:
-        if not (self._left or self._finishing or self.ended.done()):
+    def task_ended(self, task: asyncio.Task[Any] | None = None) -> None:
+        self.tasks.pop(task, None)
+        if self.dead and not (self.tasks or self._finishing or self.ended.done()):
             self._timer.cancel()
             self.ended.set_result(None)
             self.engine.unloaded(self)
 
     def _give_up_on_tasks(self) -> None:
-        if self._left:
-            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._left))
-        self._left.clear()
-        self._check_ended()
+        if self.tasks:
+            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self.tasks))
+        self.tasks.clear()
+        self.task_ended()
 
     def busy(self) -> bool:
         """Whether it will go on by itself, as far as we can see."""
