@@ -2266,7 +2266,8 @@ class Attempt:
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
     task: asyncio.Task[Any] | None = None  # of the callback
-    over: Any = None  # the future of what becomes of that
+    outcome: tuple[Any, BaseException | None] | None = None  # of that
+    over: Any = None  # a future: done when it has ended, or is abandoned
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
     # Of nested calls:
@@ -2286,15 +2287,15 @@ class Attempt:
         run, outer = self.run, self.call.attempt
         context = contextvars.copy_context()
         context.run(_attempt.set, self)
-        self.over = run.loop.create_future()
         task = _eager_task(self._perform(callback), run.loop, context)
         if outer is not None and outer.task is asyncio.current_task():
             outer.cpu -= self.cpu  # it ran inside that
-        if not task.done():
-            run.tasks[task] = None
-            task.add_done_callback(self._task_ended)
         try:
-            value, error = await self.over
+            if not task.done():
+                self.over = run.loop.create_future()
+                run.tasks[task] = None
+                task.add_done_callback(self._task_ended)
+                await self.over
         except asyncio.CancelledError:
             task.cancel()
             raise
@@ -2303,26 +2304,22 @@ class Attempt:
                 self.timer.cancel()
             run.engine.store.cpu_ns += self.cpu
             self.task = None  # whose context leads back to here
+        value, error = self.outcome or (None, asyncio.CancelledError())
         return value, self.verdict or self._excess() or error
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         self.run.task_ended(task)
-        _resolve(self.over, (None, asyncio.CancelledError()))  # if it never began
+        _resolve(self.over)
 
     async def _perform(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task()
-        outcome: tuple[Any, BaseException | None]
         try:
-            outcome = await self._drive(self._call(callback)), None
+            coroutine = self._in_thread(callback) if self.slot else callback()
+            self.outcome = await self._drive(coroutine), None
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            outcome = None, error
-        _resolve(self.over, outcome)
-
-    async def _call(self, callback: Callable[[], Any]) -> Any:
-        made = await self._in_thread(callback) if self.slot else callback()
-        return await made if inspect.isawaitable(made) else made
+            self.outcome = None, error
 
     async def _in_thread(self, callback: Callable[[], Any]) -> Any:
         function = functools.partial(contextvars.copy_context().run, callback)
@@ -2338,7 +2335,7 @@ class Attempt:
         self.cpu += cpu
         if error is not None:
             raise error
-        return value
+        return await value if inspect.isawaitable(value) else value
 
     @types.coroutine
     def _drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
@@ -2399,7 +2396,7 @@ class Attempt:
         for step in self.run.active.values():
             if step.task is not None and step.key.startswith(self.step.key + SEPARATOR):
                 step.task.cancel()
-        _resolve(self.over, (None, None))
+        _resolve(self.over)
 
 
 def _eager_task(
@@ -2544,7 +2541,8 @@ class Run:
             if step.freed is not None:
                 _resolve(step.freed)
                 step.freed = None
-            self._arm()
+            if self.active:
+                self._arm()
 
     def _note(self, call: StepCall, step: Step) -> None:
         """Counts a `do`, and notes its rollback handler, if it has one."""
@@ -2891,8 +2889,9 @@ class Run:
 
     def _is_idle(self) -> bool:
         """Whether all that is under way are sleeps, event waits and retry delays."""
-        waits = bool(self.active) and all(step.waiting for step in self.active.values())
-        return waits and not self._writing and self._started_rollback is None
+        if self._writing or not self.active or self._started_rollback is not None:
+            return False
+        return all(step.waiting for step in self.active.values())
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
         if idle:
@@ -2932,8 +2931,8 @@ class Run:
         self._arm()
 
     def _check_pause(self) -> None:
-        running = any(step.running for step in self.active.values())
-        if self.status == "waitingForPause" and not running:
+        pausing = self.status == "waitingForPause"
+        if pausing and not any(step.running for step in self.active.values()):
             self._post(self.engine.store.requeue, "waitingForPause")
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
