@@ -2154,6 +2154,8 @@ _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workf
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
 
+    step: Step  # from when it begins
+
     def __init__(
         self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
@@ -2170,7 +2172,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         if self.attempt is None:
             run.unawaited.add(self)
         else:
-            self.key = self.attempt.step.key + SEPARATOR + self.key
+            self.key = self.attempt.call.key + SEPARATOR + self.key
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
@@ -2256,7 +2258,6 @@ class Attempt:
 
     run: Run
     call: StepCall
-    step: Step
     config: StepConfig
     number: int
     started: int = 0  # ms
@@ -2273,12 +2274,6 @@ class Attempt:
     # Of nested calls:
     counts: dict[str, int] | None = None
     outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
-
-    def end(self, type: str, data: str | None) -> RowTail:
-        """The row of its end, which stands for its start, too, if that has no row."""
-        self.ended, self.step.open = True, False
-        started, extra = (None, None) if self.recorded else (self.started, self.extra)
-        return (type, self.step.key, self.number, started, data, extra)
 
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """What the callback returned or raised, or what else became of it. It has a task of its
@@ -2394,7 +2389,7 @@ class Attempt:
     def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
         for step in self.run.active.values():
-            if step.task is not None and step.key.startswith(self.step.key + SEPARATOR):
+            if step.task is not None and step.key.startswith(self.call.key + SEPARATOR):
                 step.task.cancel()
         _resolve(self.over)
 
@@ -2511,11 +2506,11 @@ class Run:
         while step.task is not None:  # a nested one, called by the attempt before, which failed
             step.freed = step.freed or self.loop.create_future()
             await asyncio.shield(step.freed)
-        step.task = asyncio.current_task()
+        call.step, step.task = step, asyncio.current_task()
         self.active[step.key] = step
         try:
             if call.kind == "do":
-                self._note(call, step)
+                self._note(call)
             step.called = True
             if self.searching:
                 self._search()
@@ -2523,14 +2518,14 @@ class Run:
                 _note_attempt()
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
-                if (attempts := self._plan(call, step)) is not None:
+                if (attempts := self._plan(call)) is not None:
                     await attempts
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
             # (One that is cancelled waits until `run` cancels it again.)
             while step.queued or step.state not in ("done", "error"):
                 await self._wait(step)
-            return self._value(step, call)
+            return self._value(call)
         except asyncio.CancelledError:
             if not self.dead:
                 self._abandon_call(step)
@@ -2544,9 +2539,9 @@ class Run:
             if self.active:
                 self._arm()
 
-    def _note(self, call: StepCall, step: Step) -> None:
+    def _note(self, call: StepCall) -> None:
         """Counts a `do`, and notes its rollback handler, if it has one."""
-        if not step.called:
+        if not call.step.called:
             self._steps_left -= 1
             if self._steps_left < 0:
                 limit = self.bound.step_limit
@@ -2594,8 +2589,9 @@ class Run:
         self.engine.told.add(task)
         raise _Unload
 
-    def _value(self, step: Step, call: StepCall) -> Any:
+    def _value(self, call: StepCall) -> Any:
         """What the caller gets: always from what was stored, also the first time."""
+        step = call.step
         fresh, step.fresh, data = step.fresh, None, step.data
         if not step.nested:
             step.data = None  # nobody asks again; the next attempt of an outer step does
@@ -2608,67 +2604,61 @@ class Run:
 
     # -- what a call asks for
 
-    def _plan(self, call: StepCall, step: Step) -> Work | None:
+    def _plan(self, call: StepCall) -> Work | None:
         """Checks a call that has no result yet, and begins its wait, or returns its attempts.
         Nothing is stored for one that is refused: wrong arguments are wrong as for any Python
         function."""
         plan: Callable[..., Work | None] = getattr(self, f"_plan_{call.kind}")
         try:
-            return plan(call, step, *call.args, **call.options)
+            return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
             what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
-    def _plan_do(self, call: StepCall, step: Step, *args: Any, **options: Any) -> Work:
+    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
         given, callback, handler, given_rollback = _do_arguments(*args, **options)
         if not callable(callback):
             what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
             message = f"step {call.name!r}: {what}: expected an async or plain function"
             raise _fatal("step.invalid_callback", message)
-        if step.config is not None:
-            config = StepConfig.load(step.config, given)
+        if call.step.config is not None:
+            config = StepConfig.load(call.step.config, given)
         elif given is None and handler is None:
             config = _DEFAULT_CONFIG
         else:
             longest = self.engine.limits.max_sleep
             undo = {} if handler is not None and given_rollback is None else given_rollback
             config = StepConfig(given, longest, undo)
-        return self._try(call, step, config, callback, _wants_context(call.name, callback))
+        return self._try(call, config, callback)
 
-    def _plan_rollback(self, call: StepCall, step: Step, undone: Step, _: object) -> Work:
+    def _plan_rollback(self, call: StepCall, undone: Step, _: object) -> Work:
         handler, given = self.handlers.get(undone.key, (None, None))
         if handler is None:
             message = f"the rollback handler of step {call.name!r} was not found by replay"
             raise _fatal("workflow.fatal", message)
         config = StepConfig.load(undone.config or "", None, given).rollback or _DEFAULT_CONFIG
-        return self._try(call, step, config, handler, _wants_context(call.name, handler))
+        return self._try(call, config, handler)
 
-    def _plan_sleep(self, call: StepCall, step: Step, parse: Any, given: Any) -> None:
+    def _plan_sleep(self, call: StepCall, parse: Any, given: Any) -> None:
         moment = parse(given)
         if parse is parse_duration:
-            self._begin_wait(call, step, None, moment)
+            self._begin_wait(call, None, moment)
         else:
             left = max(0, moment - self.engine.clock.now())
-            self._begin_wait(call, step, None, left, until=moment)
+            self._begin_wait(call, None, left, until=moment)
 
-    def _plan_wait_for_event(
-        self,
-        call: StepCall,
-        step: Step,
-        type: Any = None,
-        timeout: Any = "24 hours",
-        *,
-        event_type: Any = None,  # the Python SDK's name
+    def _plan_wait_for_event(  # `event_type` is the Python SDK's name
+        self, call: StepCall, type: Any = None, timeout: Any = "24 hours", *, event_type: Any = None
     ) -> None:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
         type = _check_event_type(type if event_type is None else event_type, WorkflowFatalError)
-        self._begin_wait(call, step, type, parse_duration(timeout))
+        self._begin_wait(call, type, parse_duration(timeout))
 
     def _begin_wait(
-        self, call: StepCall, step: Step, event: str | None, ms: int, until: int | None = None
+        self, call: StepCall, event: str | None, ms: int, until: int | None = None
     ) -> None:
         longest, kind = self.engine.limits.max_sleep, "sleep" if event is None else "wait"
         if ms > longest:
@@ -2676,14 +2666,14 @@ class Run:
             raise _fatal("limit.sleep", message)
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-        if step.state == "new":
+        if call.step.state == "new":
             due = self.engine.clock.now() + ms if until is None else until
             if self._is_skipped(kind, call):
                 due = 0  # 1970: long ago, and before any event
             data = ms if event is None else {"type": event, "timeout": ms}
-            row = _row(kind, step.key, _to_json(data))
+            row = _row(kind, call.key, _to_json(data))
             apply(self.steps, Row(0, 0, *row))
-            wait = (kind, step.key, event, due, int(until is not None))
+            wait = (kind, call.key, event, due, int(until is not None))
             self._post(self.engine.store.record, [row], 0, wait)
 
     def _is_skipped(self, kind: str, call: StepCall) -> bool:
@@ -2692,29 +2682,26 @@ class Run:
 
     # -- attempts
 
-    async def _try(
-        self, call: StepCall, step: Step, config: StepConfig, callback: Any, wants: Any
-    ) -> None:
+    async def _try(self, call: StepCall, config: StepConfig, callback: Any) -> None:
         """A step's attempts, up to the last one, whose end is on its way to the store then."""
+        wants, step = _wants_context(call.name, callback), call.step
         step.state = "pending"
-        while True:
-            attempt = Attempt(self, call, step, config, step.attempts, recorded=step.open)
+        delay: int | None = 0
+        while delay is not None:
+            attempt = Attempt(self, call, config, step.attempts, recorded=step.open)
             result, error = await self._execute(attempt, callback, wants)
+            delay = None
             if error is not None:
                 what = (attempt.number, call.name)
                 log.info("%s: attempt %d of step %r failed", self, *what, exc_info=error)
-            delay: int | None = None
-            if error is not None and not _is_final(attempt, error):
                 delay, error = await self._delay(attempt, error)
             self._record_end(attempt, result, error, delay)
-            if delay is None:
-                return
 
     async def _execute(
         self, attempt: Attempt, callback: Any, wants: Any
     ) -> tuple[Any, BaseException | None]:
         """One attempt, when it may begin. The result is the one to store."""
-        step = attempt.step
+        step = attempt.call.step
         if attempt.recorded:  # but no end is: the engine died
             step.running = attempt
             return None, WorkflowInternalError("attempt failed: the engine stopped")
@@ -2742,7 +2729,7 @@ class Run:
     async def _hold(self, attempt: Attempt, plain: bool) -> None:
         """Waits for what an attempt needs to begin: the end of its retry delay, an instance that
         doesn't pause, and if it's plain, a thread."""
-        step = attempt.step
+        step = attempt.call.step
         while step.waiting:
             await self._wait(step)
         while not (may_start := self._may_start(step)) or attempt.slot is not plain:
@@ -2777,31 +2764,34 @@ class Run:
     async def _delay(
         self, attempt: Attempt, error: BaseException
     ) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt: a function may say that. Its failure is that of
-        the step."""
-        longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
-        delay_after = functools.partial(attempt.config.delay_after, attempt.number, longest=longest)
-        delay = attempt.config.delay
-        if not callable(delay):
-            return delay_after(delay), error
-        ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
-        asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number, recorded=True)
-        if not _is_async(delay):
-            asked.slot = await self.engine.threads.slots.acquire()
-        asked.started = self.engine.clock.now()
-        try:
-            answer, failure = await asked.execute(ask)
-            if failure is None:
-                return delay_after(parse_duration(answer)), error
-        except ValueError as wrong:
-            failure = wrong
-        what = f"{type(failure).__name__}: {_message(failure)}"
-        message = f"the delay function of step {attempt.call.name!r} failed: {what}"
-        return None, WorkflowFatalError(message, name="NonRetryableDelayError")
+        """How long to wait before the next attempt, or None if this was the last. A function may
+        say that; its failure is that of the step."""
+        call, config = attempt.call, attempt.config
+        fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if fatal or attempt.number > config.limit:
+            return None, error
+        delay = config.delay
+        if callable(delay):
+            ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
+            asked = Attempt(self, call, _ASKING, attempt.number, recorded=True)
+            if not _is_async(delay):
+                asked.slot = await self.engine.threads.slots.acquire()
+            asked.started = self.engine.clock.now()
+            try:
+                answer, failure = await asked.execute(ask)
+                delay = parse_duration(answer) if failure is None else 0
+            except ValueError as wrong:
+                failure = wrong
+            if failure is not None:
+                what = f"{type(failure).__name__}: {_message(failure)}"
+                message = f"the delay function of step {call.name!r} failed: {what}"
+                return None, WorkflowFatalError(message, name="NonRetryableDelayError")
+        longest = 0 if self._is_skipped("retry", call) else self.engine.limits.max_sleep
+        return config.delay_after(attempt.number, delay, longest), error
 
     def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
         attempt.recorded = True
-        row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
+        row = ("start", attempt.call.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
     def _record_end(
@@ -2809,7 +2799,7 @@ class Run:
     ) -> None:
         """Hands the end of an attempt to the store, with the wait before the next one: a result, or
         the error that it failed with."""
-        step, size, fresh, wait = attempt.step, 0, error, None
+        step, size, fresh, wait = attempt.call.step, 0, error, None
         if error is None:
             type, (text, fresh) = "done", result
             size = size_of(text or "")
@@ -2819,7 +2809,10 @@ class Run:
             type, text = "failed", encode_error(error, retry_delay_ms=delay)
             wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
             step.waiting = True
-        row = attempt.end(type, text)
+        # A row stands for the attempt's start, too, if that has none.
+        started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
+        row = (type, step.key, attempt.number, started, text, extra)
+        attempt.ended, step.open = True, False
         then = functools.partial(self._stored, attempt, row, fresh)
         self._post(self.engine.store.record, [row], size, wait, then=then)
 
@@ -2830,8 +2823,8 @@ class Run:
         if refused is not None:
             self._record_end(attempt, None, refused)
             return
-        if attempt.step.running is attempt:
-            attempt.step.running = None
+        if attempt.call.step.running is attempt:
+            attempt.call.step.running = None
         self.careful = self.careful and row[0] == "failed"
         if step := apply(self.steps, Row(0, 0, *row)):
             step.fresh = fresh
@@ -3037,7 +3030,7 @@ class Run:
             call = StepCall(self, "rollback", name, (), {})
             call.key, call.count = ROLLBACK + step.key, int(count)
             config = StepConfig.load(step.config or "")
-            ctx = _context(Attempt(self, call, step, config, max(1, step.attempts)))
+            ctx = _context(Attempt(self, call, config, max(1, step.attempts)))
             output = decode(step.data) if step.state == "done" and step.data else None
             info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
             call.args = (step, info)
@@ -3067,7 +3060,7 @@ class Run:
             self._timer.cancel()
         self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
         cut_off = (step.running for step in self.active.values() if step.running is not None)
-        self.interrupted = [a.step.key for a in cut_off if a.recorded and not a.ended]
+        self.interrupted = [a.call.key for a in cut_off if a.recorded and not a.ended]
         self.interrupted += [key for key in self._cancelled if self.steps[key].open]
         calling = (step.task for step in self.active.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
@@ -3113,11 +3106,6 @@ def _note_attempt() -> None:
     attempt = _attempt.get()
     if attempt is not None and not attempt.recorded:
         attempt.run.record_start(attempt)
-
-
-def _is_final(attempt: Attempt, error: BaseException) -> bool:
-    fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
-    return fatal or attempt.number > attempt.config.limit
 
 
 def _context(attempt: Attempt) -> WorkflowStepContext:
