@@ -2459,7 +2459,7 @@ class Run:
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
-        self.searching: bool = bool(self._started_rollback) and not (searched or self._all_found())
+        self.searching: bool = self._started_rollback is not None and not searched
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2527,7 +2527,7 @@ class Run:
                 await self._wait(step)
             return self._value(call)
         except asyncio.CancelledError:
-            if not self.dead:
+            if not (self.dead or self.searching):
                 self._abandon_call(step)
             raise
         finally:
@@ -2948,8 +2948,6 @@ class Run:
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
-        if self.searching:
-            return
         self.last_move = self.engine.turn
         attempt, step.running = step.running, None
         step.open = attempt is not None and attempt.recorded and not attempt.ended
@@ -2998,9 +2996,9 @@ class Run:
         self.successor = self.successor or successor
         self.task_ended()
 
-    # -- rollback: another life, which begins when `run` has failed, or is told to. It knows the
-    #    handlers from the life before, if that was in this process; otherwise a replay comes first,
-    #    a life that only searches for them.
+    # -- rollback: another life, which begins when `run` has failed, or is told to. Before it comes
+    #    a life that only searches for the handlers, by replay; it ends at once if the one before
+    #    it, in this process, has met them all.
 
     def _undoable(self) -> list[Step]:
         """The steps that have started, in that order, and have a rollback handler."""
@@ -3011,11 +3009,8 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.engine.clock.call_later(5000, self._end_search)
-        if self._all_found():
+        if all(step.key in self.handlers for step in self._undoable()):
             self._end_search()
-
-    def _all_found(self) -> bool:
-        return all(step.key in self.handlers for step in self._undoable())
 
     def _end_search(self) -> None:
         self.successor = self.instance
