@@ -2365,8 +2365,7 @@ class Attempt:
         if self.timer is None:
             left = max(0, self.config.timeout - (clock.now() - self.started))
             self.timer = clock.call_later(left, lambda: self._expire(self.timeout_error()))
-        if (excess := self._excess()) is not None:
-            self._expire(excess)
+        self._expire(self._excess())
 
     def timeout_error(self) -> WorkflowTimeoutError:
         return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
@@ -2378,9 +2377,9 @@ class Attempt:
         message = f"the attempt used over {limit} ms of CPU time (limit cpu_ms)"
         return WorkflowError(message, code="limit.cpu")
 
-    def _expire(self, verdict: BaseException) -> None:
+    def _expire(self, verdict: BaseException | None) -> None:
         """Decides that the attempt has failed, whatever its callback does from now on."""
-        if self.verdict is None and self.task is not None:
+        if verdict is not None and self.verdict is None and self.task is not None:
             self.verdict = verdict
             self.task.cancel()
             self.timer.cancel()
@@ -2449,7 +2448,7 @@ class Run:
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = self._finishing = False
+        self._settling = False
         self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], list[StepFunction]] = {}
@@ -2707,8 +2706,17 @@ class Run:
             return None, WorkflowInternalError("attempt failed: the engine stopped")
         try:
             plain = not _is_async(callback)
-            if plain or step.waiting or not self._may_start(step):
-                await self._hold(attempt, plain)
+            while step.waiting:  # for the end of its retry delay
+                await self._wait(step)
+            # For an instance that doesn't pause, and if it's plain, for a thread.
+            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
+                if may_start:
+                    attempt.slot = await self.engine.threads.slots.acquire()
+                    continue
+                attempt.free_slot()
+                if self.status in ("idling", "waiting"):
+                    self._post(self.engine.store.requeue, "waiting")
+                await self._wait(step)
             step.running = attempt
             attempt.number = step.attempts = step.attempts + 1
             attempt.started = self.engine.clock.now()
@@ -2725,21 +2733,6 @@ class Run:
             return None, refused
         finally:
             attempt.free_slot()
-
-    async def _hold(self, attempt: Attempt, plain: bool) -> None:
-        """Waits for what an attempt needs to begin: the end of its retry delay, an instance that
-        doesn't pause, and if it's plain, a thread."""
-        step = attempt.call.step
-        while step.waiting:
-            await self._wait(step)
-        while not (may_start := self._may_start(step)) or attempt.slot is not plain:
-            if may_start:
-                attempt.slot = await self.engine.threads.slots.acquire()
-                continue
-            attempt.free_slot()
-            if self.status in ("idling", "waiting"):
-                self._post(self.engine.store.requeue, "waiting")
-            await self._wait(step)
 
     def _may_start(self, step: Step) -> bool:
         # A nested one also while it's pausing, or the outer callback could not finish.
@@ -2936,7 +2929,7 @@ class Run:
     def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
         if result is None and error is None:
-            self.unload()  # somebody else has changed the instance; the news is on its way
+            self.unload()  # it has finished, or somebody else has changed it: there will be news
         elif type(result) is int:
             self.seq = max(self.seq, result)
         if not self.dead:
@@ -2985,16 +2978,13 @@ class Run:
         if error is not None:
             log.warning("%s: an error has left run", self, exc_info=error)
             end = ("errored", encode_error(error), 0)
-        store = self.engine.store
-        self._finishing = True
-        store.post(store.finish, self.key, self.generation, *end, then=self._finished_run)
-        self.unload()
+        self.status = "ended"  # nothing else begins
+        self._post(self.engine.store.finish, *end, then=self._end_rolled_back)
 
-    def _finished_run(self, successor: Instance | None, _: BaseException | None) -> None:
-        """The end is stored, or (then there is a successor) a rollback has begun."""
-        self._finishing = False
+    def _end_rolled_back(self, successor: Instance | None, _: BaseException | None) -> None:
+        """`run` has ended, but not the instance: a rollback has begun."""
         self.successor = self.successor or successor
-        self.task_ended()
+        self.unload()
 
     # -- rollback: another life, which begins when `run` has failed, or is told to. Before it comes
     #    a life that only searches for the handlers, by replay; it ends at once if the one before
@@ -3067,7 +3057,7 @@ class Run:
 
     def task_ended(self, task: asyncio.Task[Any] | None = None) -> None:
         self.tasks.pop(task, None)
-        if self.dead and not (self.tasks or self._finishing or self.ended.done()):
+        if self.dead and not (self.tasks or self.ended.done()):
             self._timer.cancel()
             self.ended.set_result(None)
             self.engine.unloaded(self)
