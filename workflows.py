@@ -2535,7 +2535,7 @@ class Run:
             if step.freed is not None:
                 _resolve(step.freed)
                 step.freed = None
-            if self.active:
+            if self.active and not self.loop.is_closed():
                 self._arm()
 
     def _note(self, call: StepCall) -> None:
