@@ -1329,7 +1329,7 @@ class Attempts(Lives):
             task.cancel()
             await asyncio.wait({task})
             step.do("closed", returns(1)).close()
-            return len(step._run.open_calls)
+            return len(step._run.unawaited) + len(step._run.active)
 
         self.assertEqual(await self.outcome(run), 0)
 
@@ -4264,7 +4264,7 @@ class GivingUp(Case):
             async def wait(step: str) -> None:
                 row = ("wait", step, None, None, '{"type":"t","timeout":9999}', None)
                 what = ("wait", step, "t", due, 0)
-                await on_writer(engine, store.begin_wait, key, generation, row, what)
+                await on_writer(engine, store.record, key, generation, [row], 0, what)
 
             async def give_up(step: str) -> None:
                 await on_writer(engine, store.give_up, key, generation, "stop", [step])
@@ -7464,7 +7464,7 @@ class Decorated(Lives):
 
             for _ in range(5):
                 await caught(after())
-            return len(step._run.open_calls)
+            return len(step._run.unawaited) + len(step._run.active)
 
         self.assertEqual(await self.lives(run), 0)
 

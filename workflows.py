@@ -769,6 +769,7 @@ class Step:
     state: str = "new"  # → pending → done | error | cancelled
     attempts: int = 0
     open: bool = False  # an attempt of an earlier life, or of a cancelled call, has no end
+    waiting: bool = False  # in a sleep, an event wait or a retry delay
     config: str | None = None
     data: str | None = None
     extra: str | None = None
@@ -779,6 +780,7 @@ class Step:
     task: asyncio.Task[Any] | None = None
     freed: asyncio.Future[None] | None = None  # done when that call has ended
     alone: bool = False  # nothing else of the run was under way when it was called
+    running: Attempt | None = None  # until its end is committed
     fresh: Any = None  # its value or error itself, if made in this life
 
     @property
@@ -796,6 +798,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         return None
     step = steps[row.step] = steps.get(row.step) or Step(row.step)
     live = step.state in ("new", "pending")  # the first end counts
+    step.waiting = row.type in ("sleep", "wait", "failed")
     if row.attempt is not None:
         step.attempts = row.attempt
         if step.config is None:
@@ -1201,7 +1204,7 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         self._see_others()
-        frequent = (self.record, self.begin_wait, self.go_idle, self.finish)
+        frequent = (self.record, self.go_idle, self.finish)
         self._read([args[0] for op, args, _ in batch if op in frequent])
         for op, args, then in batch:
             try:
@@ -1772,43 +1775,36 @@ class Store:
     #    callback, until one more step has finished, so that a step which kills its process is
     #    noticed.
 
-    def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], list[str], str]]:
-        """What lives begin with: the instance, its whole journal (in one query), the steps that
-        wait, and the workflow's name. Those that are outdated are left out."""
-        sql = "SELECT step FROM waits WHERE instance = ?"
+    def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], str]]:
+        """What lives begin with: the instance, its whole journal (in one query), and the workflow's
+        name. Those that are outdated are left out."""
         loaded = []
         self._read([life.key for life in lives])
         for life in lives:
             if inst := self._mine(life.key, life.generation, "running", "waitingForPause"):
-                waits = self._db.execute(sql, (inst.key,)) if inst.wake is not None else ()
-                steps = [step for (step,) in waits]
-                loaded.append((inst, self._journal(inst.key), steps, self.bound[inst.workflow]))
+                loaded.append((inst, self._journal(inst.key), self.bound[inst.workflow]))
         return loaded
 
     def record(
-        self, key: int, generation: int, rows: list[RowTail], size: int = 0, ended: bool = False
+        self, key: int, generation: int, rows: list[RowTail], size: int = 0, wait: Any = None
     ) -> int | None:
-        """Appends what a run did. This is the hot path."""
+        """Appends what a run did, and what it waits for from then on: the end of a sleep or of a
+        retry delay, or an event. This is the hot path."""
         inst = self._mine(key, generation)
         if inst is None:
             return None
         self._check_state(inst.state, size, WorkflowFatalError)
-        calmed = {"careful": 0} if ended and inst.careful else {}
-        return self._change(key, rows, size, **calmed).seq
-
-    def begin_wait(
-        self, key: int, generation: int, row: RowTail, wait: tuple[Any, ...]
-    ) -> int | None:
-        """Appends the start of a sleep, of an event wait or of a retry delay."""
-        inst = self._mine(key, generation)
-        if inst is None:
-            return None
-        _, _, event, due, _ = wait
-        now = self.clock.now()
-        look = due if event is None else now  # its event may be here already
-        wake = look if inst.wake is None else min(look, inst.wake)
-        seq = self._change(key, [row], wake=wake).seq
-        self._insert("waits", [(key, seq, now, *wait)])
+        columns: dict[str, Any] = {}
+        if inst.careful and any(type in ("done", "error") for type, *_ in rows):
+            columns["careful"] = 0
+        if wait is not None:
+            _, _, event, due, _ = wait
+            now = self.clock.now()
+            look = due if event is None else now  # its event may be here already
+            columns["wake"] = look if inst.wake is None else min(look, inst.wake)
+        seq = self._change(key, rows, size, **columns).seq
+        if wait is not None:
+            self._insert("waits", [(key, seq, now, *wait)])
         return seq
 
     def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
@@ -1975,6 +1971,8 @@ _attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workf
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
 
+    step: Step  # from when it begins
+
     def __init__(
         self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
@@ -1989,12 +1987,13 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.count = counts[self.key] = counts.get(self.key, 0) + 1
         self.key += f"\n{self.count}"
         if self.attempt is None:
-            run.open_calls.add(self)
+            run.unawaited.add(self)
         else:
-            self.key = self.attempt.step.key + SEPARATOR + self.key
+            self.key = self.attempt.call.key + SEPARATOR + self.key
 
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
+            self.run.unawaited.discard(self)
             performer = self.run if self.function is None else self.function
             self._coroutine = performer.perform(self)
         return self._coroutine
@@ -2006,15 +2005,10 @@ class StepCall(Coroutine[Any, Any, Any]):
         return self._begin().send(value)
 
     def throw(self, *error: Any) -> Any:
-        if self._coroutine is None:  # cancelled before it began: as if not called
-            self.run.open_calls.discard(self)
         return self._begin().throw(*error)
 
     def close(self) -> None:
-        if self._coroutine is not None:
-            self._coroutine.close()
-        else:
-            self.run.open_calls.discard(self)
+        self._begin().close()
 
 
 class WorkflowStep:
@@ -2081,7 +2075,6 @@ class Attempt:
 
     run: Run
     call: StepCall
-    step: Step
     config: StepConfig
     number: int
     started: int = 0  # ms
@@ -2090,92 +2083,71 @@ class Attempt:
     ended: bool = False  # and its end
     extra: str | None = None  # the config, with which a step's first row begins
     slot: bool = False  # it has one of the threads' slots
-    task: asyncio.Task[Any] | None = None  # of an async callback
-    outcome: tuple[Any, BaseException | None] | None = None  # of that task
-    over: Any = None  # the future of what becomes of the callback
+    task: asyncio.Task[Any] | None = None  # of the callback
+    outcome: tuple[Any, BaseException | None] | None = None  # of that
+    over: Any = None  # a future: done when it has ended, or is abandoned
     timer: Any = None
     verdict: BaseException | None = None  # decided before the callback ended
     # Of nested calls:
     counts: dict[str, int] | None = None
     outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
 
-    def end(self, type: str, data: str | None) -> RowTail:
-        """The row of its end, which stands for its start, too, if that has no row."""
-        self.ended, self.step.open = True, False
-        started, extra = (None, None) if self.recorded else (self.started, self.extra)
-        return (type, self.step.key, self.number, started, data, extra)
-
     async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """What the callback returned or raised, or what else became of it."""
+        """What the callback returned or raised, or what else became of it. It has a task of its
+        own, so that a timeout or a cancellation reaches it and nothing else. Most end in the task's
+        first step, which is taken at once."""
+        run, outer = self.run, self.call.attempt
         context = contextvars.copy_context()
         context.run(_attempt.set, self)
-        try:
-            if self.slot:
-                value, error = await self._in_thread(functools.partial(context.run, callback))
-                if self.verdict is not None:
-                    _discard(value)
-                elif inspect.isawaitable(value):
-                    value, error = await self._in_task(context, lambda: value)
-            else:
-                value, error = await self._in_task(context, callback)
-        finally:
-            if self.timer is not None:
-                self.timer.cancel()
-            self.run.engine.store.cpu_ns += self.cpu
-            self.task = None  # whose context leads back to here
-        return value, self.verdict or self._excess() or error
-
-    async def _in_thread(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        self.over = self.run.engine.threads.execute(function)
-        self.suspended()
-        try:
-            value, error, cpu = await self.over
-        except asyncio.CancelledError:
-            if not self.over.cancelled():
-                _discard(self.over.result()[0])
-            raise
-        finally:
-            self.free_slot()
-        self.cpu += cpu
-        if isinstance(error, KeyboardInterrupt):
-            raise error
-        return value, error
-
-    async def _in_task(
-        self, context: contextvars.Context, callback: Callable[[], Any]
-    ) -> tuple[Any, BaseException | None]:
-        """A callback has a task of its own, so that a timeout or a cancellation reaches the
-        callback and nothing else. Most end in the task's first step, which is taken at once."""
-        run = self.run
-        outer, before = self.call.attempt, self.cpu
-        task = _eager_task(self._metered(callback), run.loop, context)
+        task = _eager_task(self._perform(callback), run.loop, context)
         if outer is not None and outer.task is asyncio.current_task():
-            outer.cpu -= self.cpu - before  # it ran inside that
-        if task.done():
-            return self.outcome or (None, asyncio.CancelledError())
-        self.over = run.loop.create_future()
-        run.tasks.add(task)
-        task.add_done_callback(self._task_ended)
+            outer.cpu -= self.cpu  # it ran inside that
         try:
-            return await self.over  # type: ignore[no-any-return]
+            if not task.done():
+                self.over = run.loop.create_future()
+                run.tasks[task] = None
+                task.add_done_callback(self._task_ended)
+                await self.over
         except asyncio.CancelledError:
             task.cancel()
             raise
+        finally:
+            if self.timer is not None:
+                self.timer.cancel()
+            run.engine.store.cpu_ns += self.cpu
+            self.task = None  # whose context leads back to here
+        value, error = self.outcome or (None, asyncio.CancelledError())
+        return value, self.verdict or self._excess() or error
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self.run.tasks.discard(task)
-        _resolve(self.over, self.outcome or (None, asyncio.CancelledError()))
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self.run.task_ended(task)
+        _resolve(self.over)
 
-    async def _metered(self, callback: Callable[[], Any]) -> None:
+    async def _perform(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task()
         try:
-            made = callback()
-            coroutine = made if isinstance(made, types.CoroutineType) else _awaited(made)
+            coroutine = self._in_thread(callback) if self.slot else callback()
             self.outcome = await self._drive(coroutine), None
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             self.outcome = None, error
+
+    async def _in_thread(self, callback: Callable[[], Any]) -> Any:
+        function = functools.partial(contextvars.copy_context().run, callback)
+        reply = self.run.engine.threads.execute(function)
+        try:
+            value, error, cpu = await reply
+        except asyncio.CancelledError:
+            if not reply.cancelled():
+                _discard(reply.result()[0])
+            raise
+        finally:
+            self.free_slot()
+        self.cpu += cpu
+        if error is not None:
+            raise error
+        return await value if inspect.isawaitable(value) else value
 
     @types.coroutine
     def _drive(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
@@ -2203,15 +2175,14 @@ class Attempt:
 
     def suspended(self) -> None:
         """The callback has not ended by itself: from now on its start is a fact of its own, and its
-        timeout runs. (A plain one counts as suspended from the start.)"""
+        timeout runs. (A plain one is suspended while its thread runs.)"""
         clock = self.run.engine.clock
         if not self.recorded:
             self.run.record_start(self)
         if self.timer is None:
             left = max(0, self.config.timeout - (clock.now() - self.started))
             self.timer = clock.call_later(left, lambda: self._expire(self.timeout_error()))
-        if (excess := self._excess()) is not None:
-            self._expire(excess)
+        self._expire(self._excess())
 
     def timeout_error(self) -> WorkflowTimeoutError:
         return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
@@ -2223,24 +2194,20 @@ class Attempt:
         message = f"the attempt used over {limit} ms of CPU time (limit cpu_ms)"
         return WorkflowError(message, code="limit.cpu")
 
-    def _expire(self, verdict: BaseException) -> None:
+    def _expire(self, verdict: BaseException | None) -> None:
         """Decides that the attempt has failed, whatever its callback does from now on."""
-        if self.verdict is not None:
-            return
-        self.verdict = verdict
-        if self.task is None:
-            _resolve(self.over, (None, None, 0))
-        else:
+        if verdict is not None and self.verdict is None and self.task is not None:
+            self.verdict = verdict
             self.task.cancel()
             self.timer.cancel()
             self.timer = self.run.loop.call_later(GRACE, self._give_up)
 
     def _give_up(self) -> None:
         log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
-        for step in self.run.steps.values():
-            if step.task is not None and step.key.startswith(self.step.key + SEPARATOR):
+        for step in self.run.active.values():
+            if step.task is not None and step.key.startswith(self.call.key + SEPARATOR):
                 step.task.cancel()
-        _resolve(self.over, (None, None))
+        _resolve(self.over)
 
 
 def _eager_task(
@@ -2271,30 +2238,11 @@ def _discard(value: Any) -> None:
         value.close()
 
 
-async def _awaited(awaitable: collections.abc.Awaitable[Any]) -> Any:
-    return await awaitable
-
-
 class Run:
     """One life of one instance."""
 
-    __slots__ = (
-        *("__weakref__", "_attempts", "_cancelled", "_finishing", "_gate", "_held", "_inbox"),
-        *("_left", "_settling", "_started_rollback", "_steps_left", "_timer", "_waiting"),
-        *("_writing", "bound", "careful", "counts", "dead", "ended", "engine"),
-        *("event", "functions", "generation", "handlers", "id", "instance", "key", "last_move"),
-        *("loop", "open_calls", "orphan", "outcomes", "searching", "seq", "status", "steps"),
-        *("successor", "task", "tasks"),
-    )
-
     def __init__(
-        self,
-        engine: Engine,
-        bound: Workflow,
-        inst: Instance,
-        rows: list[Row],
-        waits: list[str],
-        previous: Run | None,
+        self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], previous: Run | None
     ) -> None:
         self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
         self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
@@ -2305,20 +2253,19 @@ class Run:
             freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
         )
         self.counts: dict[str, int] = {}
-        self.open_calls: set[StepCall] = set()
+        self.unawaited: set[StepCall] = set()  # those of `run` itself
+        self.active: dict[str, Step] = {}  # the steps whose calls are under way
         self.dead = self.orphan = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
-        self._waiting = set(waits)  # steps in a sleep, an event wait or a retry delay
-        self._attempts: dict[str, Attempt] = {}  # by step; in flight until their end is committed
-        self.tasks: set[asyncio.Task[Any]] = set()  # of callbacks
-        self._gate: dict[str, Step] = {}  # steps whose next attempt may not begin yet
+        # Of callbacks; at the end, all that must end before the next life.
+        self.tasks: dict[Any, None] = {}
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
-        self._held = 0  # replayed calls that wait for `run` to cancel them again
+        self.interrupted: list[str] = []  # steps whose recorded attempts the end of this cut off
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = self._finishing = False
+        self._settling = False
         self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], StepFunction] = {}
@@ -2326,9 +2273,8 @@ class Run:
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
-        self.searching = False
-        if self._started_rollback is not None and not (previous and previous.searching):
-            self.searching = not self._all_found()
+        searched = previous is not None and previous.searching
+        self.searching: bool = self._started_rollback is not None and not searched
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2365,53 +2311,52 @@ class Run:
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
-        step: Step | None = None
+        if self.dead:
+            await self._leave()
+        self.last_move = self.engine.turn
+        _check_name(call.name)
+        step = self.steps.get(call.key)
+        if step is None:
+            step = self.steps[call.key] = Step(call.key)
+        while step.task is not None:  # a nested one, called by the attempt before, which failed
+            step.freed = step.freed or self.loop.create_future()
+            await asyncio.shield(step.freed)
+        call.step, step.task = step, asyncio.current_task()
+        self.active[step.key] = step
         try:
-            if self.dead:
-                await self._leave()
-            self.last_move = self.engine.turn
-            _check_name(call.name)
-            if (found := self.steps.get(call.key)) is None:
-                found = self.steps[call.key] = Step(call.key)
-            while (
-                found.task is not None
-            ):  # a nested one, called by the attempt before, which failed
-                found.freed = found.freed or self.loop.create_future()
-                await asyncio.shield(found.freed)
-            step = found
             if call.kind == "do":
-                self._note(call, step)
-            step.called, step.task = True, asyncio.current_task()
+                self._note(call)
+            step.called = True
             if self.searching:
                 self._search()
             if step.state in ("new", "pending") and not self.searching:
-                work = self._plan(call, step)
                 _note_attempt()
                 if call.attempt is None and self._cancelled:
                     self._record_cancelled()
-                await work
-            elif step.state == "cancelled":
-                self._held += 1  # until `run` cancels it again
+                if (attempts := self._plan(call)) is not None:
+                    await attempts
             elif step.queued and self._inbox[0] is step and self._is_alone():
                 self._inbox.popleft().queued = False
-            if step.queued or step.state not in ("done", "error"):
+            # (One that is cancelled waits until `run` cancels it again.)
+            while step.queued or step.state not in ("done", "error"):
                 await self._wait(step)
-            return self._value(step, call)
+            return self._value(call)
         except asyncio.CancelledError:
-            if step is not None and not self.dead:
+            if not (self.dead or self.searching):
                 self._abandon_call(step)
             raise
         finally:
-            self.open_calls.discard(call)
-            if step is not None:
-                step.task = None
-                if step.freed is not None:
-                    _resolve(step.freed)
-                    step.freed = None
+            del self.active[step.key]
+            step.task = None
+            if step.freed is not None:
+                _resolve(step.freed)
+                step.freed = None
+            if self.active and not self.loop.is_closed():
+                self._arm()
 
-    def _note(self, call: StepCall, step: Step) -> None:
+    def _note(self, call: StepCall) -> None:
         """Counts a `do`, and notes its rollback handler, if it has one."""
-        if not step.called:
+        if not call.step.called:
             self._steps_left -= 1
             if self._steps_left < 0:
                 limit = self.bound.step_limit
@@ -2427,7 +2372,7 @@ class Run:
         that of `run` itself, there is no other call, and no task is ready to make one. Then a
         result that comes without a pause changes nothing."""
         return (
-            len(self.open_calls) == 1
+            len(self.active) == 1
             and len(self.engine.ready) <= self.engine.ticking  # our own tick doesn't count
             and asyncio.current_task() is self.task
         )
@@ -2454,13 +2399,14 @@ class Run:
         if task in self.engine.told:
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False  # type: ignore[attr-defined]
-            self._task_ended(task)
+            self.task_ended(task)
             await self.loop.create_future()
         self.engine.told.add(task)
         raise _Unload
 
-    def _value(self, step: Step, call: StepCall) -> Any:
+    def _value(self, call: StepCall) -> Any:
         """What the caller gets: always from what was stored, also the first time."""
+        step = call.step
         fresh, step.fresh, data = step.fresh, None, step.data
         if not step.nested:
             step.data = None  # nobody asks again; the next attempt of an outer step does
@@ -2473,88 +2419,77 @@ class Run:
 
     # -- what a call asks for
 
-    def _plan(self, call: StepCall, step: Step) -> Work:
-        """Checks a call that has no result yet; the answer carries it out. Nothing is stored for
-        one that is refused: wrong arguments are wrong as for any Python function."""
-        plan: Callable[..., Work] = getattr(self, f"_plan_{call.kind}")
+    def _plan(self, call: StepCall) -> Work | None:
+        """Checks a call that has no result yet, and begins its wait, or returns its attempts.
+        Nothing is stored for one that is refused: wrong arguments are wrong as for any Python
+        function."""
+        plan: Callable[..., Work | None] = getattr(self, f"_plan_{call.kind}")
         try:
-            return plan(call, step, *call.args, **call.options)
+            return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
             what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
-    def _plan_do(self, call: StepCall, step: Step, *args: Any, **options: Any) -> Work:
+    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
         given, callback, handler, given_rollback = _do_arguments(*args, **options)
         if not callable(callback):
             what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
             message = f"step {call.name!r}: {what}: expected an async or plain function"
             raise _fatal("step.invalid_callback", message)
-        if step.config is not None:
-            config = StepConfig.load(step.config, given)
+        if call.step.config is not None:
+            config = StepConfig.load(call.step.config, given)
         elif given is None and handler is None:
             config = _DEFAULT_CONFIG
         else:
             longest = self.engine.limits.max_sleep
             undo = {} if handler is not None and given_rollback is None else given_rollback
             config = StepConfig(given, longest, undo)
-        return self._try(call, step, config, callback, _wants_context(call.name, callback))
+        return self._try(call, config, callback)
 
-    def _plan_rollback(self, call: StepCall, step: Step, undone: Step, _: object) -> Work:
+    def _plan_rollback(self, call: StepCall, undone: Step, _: object) -> Work:
         handler, given = self.handlers.get(undone.key, (None, None))
         if handler is None:
             message = f"the rollback handler of step {call.name!r} was not found by replay"
             raise _fatal("workflow.fatal", message)
         config = StepConfig.load(undone.config or "", given, undo=True)
-        return self._try(call, step, config, handler, _wants_context(call.name, handler))
+        return self._try(call, config, handler)
 
-    def _plan_sleep(
-        self, call: StepCall, step: Step, parse: Callable[[Any], int], given: Any
-    ) -> Work:
+    def _plan_sleep(self, call: StepCall, parse: Any, given: Any) -> None:
         moment = parse(given)
-        if parse is not _parse_moment:
-            return self._begin_wait(call, step, None, moment)
-        left = max(0, moment - self.engine.clock.now())
-        return self._begin_wait(call, step, None, left, until=moment)
+        if parse is parse_duration:
+            self._begin_wait(call, None, moment)
+        else:
+            left = max(0, moment - self.engine.clock.now())
+            self._begin_wait(call, None, left, until=moment)
 
-    def _plan_wait_for_event(
-        self,
-        call: StepCall,
-        step: Step,
-        type: Any = None,
-        timeout: Any = "24 hours",
-        *,
-        event_type: Any = None,  # the Python SDK's name
-    ) -> Work:
+    def _plan_wait_for_event(  # `event_type` is the Python SDK's name
+        self, call: StepCall, type: Any = None, timeout: Any = "24 hours", *, event_type: Any = None
+    ) -> None:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
         type = _check_event_type(type if event_type is None else event_type, WorkflowFatalError)
-        return self._begin_wait(call, step, type, parse_duration(timeout))
+        self._begin_wait(call, type, parse_duration(timeout))
 
     def _begin_wait(
-        self, call: StepCall, step: Step, event: str | None, ms: int, until: int | None = None
-    ) -> Work:
+        self, call: StepCall, event: str | None, ms: int, until: int | None = None
+    ) -> None:
         longest, kind = self.engine.limits.max_sleep, "sleep" if event is None else "wait"
         if ms > longest:
             message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
             raise _fatal("limit.sleep", message)
         if call.attempt is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-
-        async def begin() -> None:
-            if step.state == "new":
-                step.state = "pending"
-                self._waiting.add(step.key)
-                due = self.engine.clock.now() + ms if until is None else until
-                if self._is_skipped(kind, call):
-                    due = 0  # 1970: long ago, and before any event
-                data = ms if event is None else {"type": event, "timeout": ms}
-                row = (kind, step.key, None, None, _to_json(data), None)
-                wait = (kind, step.key, event, due, int(until is not None))
-                self._post(self.engine.store.begin_wait, row, wait)
-
-        return begin()
+        if call.step.state == "new":
+            due = self.engine.clock.now() + ms if until is None else until
+            if self._is_skipped(kind, call):
+                due = 0  # 1970: long ago, and before any event
+            data = ms if event is None else {"type": event, "timeout": ms}
+            row = _row(kind, call.key, _to_json(data))
+            apply(self.steps, Row(0, 0, *row))
+            wait = (kind, call.key, event, due, int(until is not None))
+            self._post(self.engine.store.record, [row], 0, wait)
 
     def _is_skipped(self, kind: str, call: StepCall) -> bool:
         """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
@@ -2562,37 +2497,43 @@ class Run:
 
     # -- attempts
 
-    async def _try(
-        self, call: StepCall, step: Step, config: StepConfig, callback: Any, wants: Any
-    ) -> None:
+    async def _try(self, call: StepCall, config: StepConfig, callback: Any) -> None:
         """A step's attempts, up to the last one, whose end is on its way to the store then."""
+        wants, step = _wants_context(call.name, callback), call.step
         step.state = "pending"
-        while True:
-            attempt = Attempt(self, call, step, config, step.attempts, recorded=step.open)
+        delay: int | None = 0
+        while delay is not None:
+            attempt = Attempt(self, call, config, step.attempts, recorded=step.open)
             result, error = await self._execute(attempt, callback, wants)
+            delay = None
             if error is not None:
                 what = (attempt.number, call.name)
                 log.info("%s: attempt %d of step %r failed", self, *what, exc_info=error)
-            if error is not None and not _is_final(attempt, error):
                 delay, error = await self._delay(attempt, error)
-            if error is None or _is_final(attempt, error):
-                self._record_end(attempt, result, error)
-                return
-            self._record_failure(attempt, error, delay)
+            self._record_end(attempt, result, error, delay)
 
     async def _execute(
         self, attempt: Attempt, callback: Any, wants: Any
     ) -> tuple[Any, BaseException | None]:
         """One attempt, when it may begin. The result is the one to store."""
-        step = attempt.step
+        step = attempt.call.step
         if attempt.recorded:  # but no end is: the engine died
-            self._attempts[step.key] = attempt
+            step.running = attempt
             return None, WorkflowInternalError("attempt failed: the engine stopped")
         try:
             plain = not _is_async(callback)
-            if plain or step.key in self._waiting or not self._may_start(step):
-                await self._hold(attempt, plain)
-            self._attempts[step.key] = attempt
+            while step.waiting:  # for the end of its retry delay
+                await self._wait(step)
+            # For an instance that doesn't pause, and if it's plain, for a thread.
+            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
+                if may_start:
+                    attempt.slot = await self.engine.threads.slots.acquire()
+                    continue
+                attempt.free_slot()
+                if self.status in ("idling", "waiting"):
+                    self._post(self.engine.store.requeue, "waiting")
+                await self._wait(step)
+            step.running = attempt
             attempt.number = step.attempts = step.attempts + 1
             attempt.started = self.engine.clock.now()
             if step.config is None:
@@ -2608,25 +2549,6 @@ class Run:
             return None, refused
         finally:
             attempt.free_slot()
-
-    async def _hold(self, attempt: Attempt, plain: bool) -> None:
-        """Waits for what an attempt needs to begin: the end of its retry delay, an instance that
-        doesn't pause, and if it's plain, a thread."""
-        step = attempt.step
-        while step.key in self._waiting:
-            await self._wait(step)
-        self._gate[step.key] = step
-        try:
-            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
-                if may_start:
-                    attempt.slot = await self.engine.threads.slots.acquire()
-                    continue
-                attempt.free_slot()
-                if self.status in ("idling", "waiting"):
-                    self._post(self.engine.store.requeue, "waiting")
-                await self._wait(step)
-        finally:
-            del self._gate[step.key]
 
     def _may_start(self, step: Step) -> bool:
         # A nested one also while it's pausing, or the outer callback could not finish.
@@ -2648,86 +2570,86 @@ class Run:
             return functools.partial(callback, ctx=argument)
         return functools.partial(callback, argument)
 
-    async def _delay(self, attempt: Attempt, error: BaseException) -> tuple[int, BaseException]:
-        """How long to wait before the next attempt: a function may say that. Its failure is that of
-        the step."""
-        delay = attempt.config.delay
-        if not callable(delay):
-            return delay, error
-        ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
-        asked = Attempt(self, attempt.call, attempt.step, _ASKING, attempt.number, recorded=True)
-        if not _is_async(delay):
-            asked.slot = await self.engine.threads.slots.acquire()
-        asked.started = self.engine.clock.now()
-        try:
-            answer, failure = await asked.execute(ask)
-            if failure is None:
-                return parse_duration(answer), error
-        except ValueError as wrong:
-            failure = wrong
-        what = f"{type(failure).__name__}: {_message(failure)}"
-        message = f"the delay function of step {attempt.call.name!r} failed: {what}"
-        return 0, WorkflowFatalError(message, name="NonRetryableDelayError")
+    async def _delay(
+        self, attempt: Attempt, error: BaseException
+    ) -> tuple[int | None, BaseException]:
+        """How long to wait before the next attempt, or None if this was the last. A function may
+        say that; its failure is that of the step."""
+        call, config = attempt.call, attempt.config
+        fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if fatal or attempt.number > config.limit:
+            return None, error
+        delay = config.delay
+        if callable(delay):
+            ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
+            asked = Attempt(self, call, _ASKING, attempt.number, recorded=True)
+            if not _is_async(delay):
+                asked.slot = await self.engine.threads.slots.acquire()
+            asked.started = self.engine.clock.now()
+            try:
+                answer, failure = await asked.execute(ask)
+                delay = parse_duration(answer) if failure is None else 0
+            except ValueError as wrong:
+                failure = wrong
+            if failure is not None:
+                what = f"{type(failure).__name__}: {_message(failure)}"
+                message = f"the delay function of step {call.name!r} failed: {what}"
+                return None, WorkflowFatalError(message, name="NonRetryableDelayError")
+        longest = 0 if self._is_skipped("retry", call) else self.engine.limits.max_sleep
+        return min(delay * config.backoff(attempt.number), longest), error
 
     def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
         attempt.recorded = True
-        row = ("start", attempt.step.key, attempt.number, None, None, attempt.extra)
+        row = ("start", attempt.call.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
 
-    def _record_failure(self, attempt: Attempt, error: BaseException, delay: int) -> None:
-        """Hands a failure to the store, and the wait before the next attempt."""
-        step, clock = attempt.step, self.engine.clock
-        longest = 0 if self._is_skipped("retry", attempt.call) else self.engine.limits.max_sleep
-        delay = min(delay * attempt.config.backoff(attempt.number), longest)
-        row = attempt.end("failed", encode_error(error, retry_delay_ms=delay))
-        wait = ("retry", step.key, None, clock.now() + delay, 0)
-        self._waiting.add(step.key)
-        then = functools.partial(self._stored, attempt, "pending", None, None)
-        store = self.engine.store
-        store.post(store.begin_wait, self.key, self.generation, row, wait, then=then)
-
-    def _record_end(self, attempt: Attempt, result: Any, error: BaseException | None) -> None:
-        """Hands the end of a step to the store: its result, or the error that it failed with."""
+    def _record_end(
+        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None = None
+    ) -> None:
+        """Hands the end of an attempt to the store, with the wait before the next one: a result, or
+        the error that it failed with."""
+        step, size, fresh, wait = attempt.call.step, 0, error, None
         if error is None:
-            state, (text, fresh) = "done", result
+            type, (text, fresh) = "done", result
             size = size_of(text or "")
+        elif delay is None:
+            type, text = "error", encode_error(error)
         else:
-            state, text, fresh, size = "error", encode_error(error), error, 0
-        then = functools.partial(self._stored, attempt, state, text, fresh)
-        row = attempt.end(state, text)
-        store = self.engine.store
-        store.post(store.record, self.key, self.generation, [row], size, True, then=then)
+            type, text = "failed", encode_error(error, retry_delay_ms=delay)
+            wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
+            step.waiting = True
+        # A row stands for the attempt's start, too, if that has none.
+        started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
+        row = (type, step.key, attempt.number, started, text, extra)
+        attempt.ended, step.open = True, False
+        then = functools.partial(self._stored, attempt, row, fresh)
+        self._post(self.engine.store.record, [row], size, wait, then=then)
 
     def _stored(
-        self, attempt: Attempt, state: str, data: str | None, fresh: Any, seq: Any, refused: Any
+        self, attempt: Attempt, row: RowTail, fresh: Any, _: Any, refused: BaseException | None
     ) -> None:
         """The store's answer to the end of an attempt; it may refuse one that is over a limit."""
-        step = attempt.step
-        if not self._go_on(seq, refused):
-            return
         if refused is not None:
             self._record_end(attempt, None, refused)
             return
-        self.careful = self.careful and state == "pending"
-        if self._attempts.get(step.key) is attempt:
-            del self._attempts[step.key]
-        if step.state == "pending" != state:
-            step.state, step.data, step.fresh = state, data, fresh
+        if attempt.call.step.running is attempt:
+            attempt.call.step.running = None
+        self.careful = self.careful and row[0] == "failed"
+        if step := apply(self.steps, Row(0, 0, *row)):
+            step.fresh = fresh
             self._finished(step)
         self._check_pause()
-        self._arm()
 
     # -- results, one at a time
 
     def _finished(self, step: Step) -> None:
-        if not step.nested:
+        if step.queued:
             self._inbox.append(step)
-            step.queued = True
         else:
             self._poke(step)
 
-    def _poke(self, step: Step | None) -> None:
-        if step is not None and step.waiter is not None:
+    def _poke(self, step: Step) -> None:
+        if step.waiter is not None:
             _resolve(step.waiter)
 
     def _arm(self) -> None:
@@ -2737,10 +2659,10 @@ class Run:
             return
         if self._inbox:
             step = self._inbox[0]
-            if step.waiter is not None and step.alone and len(self.open_calls) == 1:
+            if step.waiter is not None and step.alone and len(self.active) == 1:
                 self._deliver()
                 return
-        elif not self._may_be_idle():
+        elif self.status != "running" or not self._is_idle():
             return
         self._settling = True
         self.last_move = self.engine.turn
@@ -2756,7 +2678,7 @@ class Run:
                 self._inbox.popleft().queued = False  # its call never came
             self._deliver()
             self._arm()
-        elif self._may_be_idle():
+        elif self.status == "running" and self._is_idle():
             self.status = "idling"  # until we know better: no callback may start now
             self._post(self.engine.store.go_idle, self.seq, then=self._idled)
 
@@ -2766,14 +2688,11 @@ class Run:
         self.last_move = self.engine.turn
         self._poke(step)
 
-    def _may_be_idle(self) -> bool:
-        return bool(
-            self.status == "running"
-            and self._waiting
-            and self._started_rollback is None
-            and not (self._attempts or self._held or self._writing or self._gate)
-            and any(key in self.steps and self.steps[key].waiter for key in self._waiting)
-        )
+    def _is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        if self._writing or not self.active or self._started_rollback is not None:
+            return False
+        return all(step.waiting for step in self.active.values())
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
         if idle:
@@ -2783,7 +2702,7 @@ class Run:
             self._become("running")
 
     def _hibernate(self) -> None:
-        if self.status == "waiting" and not self._gate:
+        if self.status == "waiting" and self._is_idle():
             self.unload()
 
     # -- news from the store
@@ -2796,11 +2715,10 @@ class Run:
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
-            self._waiting.discard(row.step or "")
-            if row.type == "due":
-                self._poke(self.steps.get(row.step or ""))
-            elif step := apply(self.steps, row):
+            if step := apply(self.steps, row):
                 self._finished(step)
+            elif row.type == "due":
+                self._poke(self.steps[row.step or ""])
         # What was written before it went idle is old; the answer to that will say.
         if (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
@@ -2809,13 +2727,15 @@ class Run:
         self.status = status
         if status != "waiting" and self._timer is not None:
             self._timer.cancel()
-        for step in self._gate.values():
-            self._poke(step)
+        for step in self.active.values():
+            if not (step.waiting or step.running):  # its next attempt may begin now
+                self._poke(step)
         self._check_pause()
         self._arm()
 
     def _check_pause(self) -> None:
-        if self.status == "waitingForPause" and not self._attempts:
+        pausing = self.status == "waitingForPause"
+        if pausing and not any(step.running for step in self.active.values()):
             self._post(self.engine.store.requeue, "waitingForPause")
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
@@ -2825,32 +2745,24 @@ class Run:
 
     def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
-        if self._go_on(result, error):
+        if result is None and error is None:
+            self.unload()  # it has finished, or somebody else has changed it: there will be news
+        elif type(result) is int:
+            self.seq = max(self.seq, result)
+        if not self.dead:
             if then is not None:
                 then(result, error)
             self._arm()
-
-    def _go_on(self, result: Any, error: BaseException | None) -> bool:
-        """Whether it may, after that answer of the store."""
-        if result is None and error is None:
-            self.unload()  # somebody else has changed the instance; the news is on its way
-        elif type(result) is int:
-            self.seq = max(self.seq, result)
-        return not self.dead
 
     # -- cancelled calls
 
     def _abandon_call(self, step: Step) -> None:
         """`run` (or the callback around the call) has cancelled it."""
-        if self.searching:
-            return
         self.last_move = self.engine.turn
-        attempt = self._attempts.pop(step.key, None)
+        attempt, step.running = step.running, None
         step.open = attempt is not None and attempt.recorded and not attempt.ended
-        self._waiting.discard(step.key)
-        if step.state == "cancelled":
-            self._held -= 1
-        elif not step.nested:
+        step.waiting = False
+        if not step.nested and step.state != "cancelled":
             step.state = "cancelled"
             self._cancelled.append(step.key)
         elif step.state == "pending":
@@ -2858,7 +2770,6 @@ class Run:
             apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
             self._post(self.engine.store.give_up, "stop", [step.key])
         self._check_pause()
-        self._arm()
 
     def _record_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, []
@@ -2886,20 +2797,17 @@ class Run:
         if error is not None:
             log.warning("%s: an error has left run", self, exc_info=error)
             end = ("errored", encode_error(error), 0)
-        store = self.engine.store
-        self._finishing = True
-        store.post(store.finish, self.key, self.generation, *end, then=self._finished_run)
+        self.status = "ended"  # nothing else begins
+        self._post(self.engine.store.finish, *end, then=self._end_rolled_back)
+
+    def _end_rolled_back(self, successor: Instance | None, _: BaseException | None) -> None:
+        """`run` has ended, but not the instance: a rollback has begun."""
+        self.successor = self.successor or successor
         self.unload()
 
-    def _finished_run(self, successor: Instance | None, _: BaseException | None) -> None:
-        """The end is stored, or (then there is a successor) a rollback has begun."""
-        self._finishing = False
-        self.successor = self.successor or successor
-        self._check_ended()
-
-    # -- rollback: another life, which begins when `run` has failed, or is told to. It knows the
-    #    handlers from the life before, if that was in this process; otherwise a replay comes first,
-    #    a life that only searches for them.
+    # -- rollback: another life, which begins when `run` has failed, or is told to. Before it comes
+    #    a life that only searches for the handlers, by replay; it ends at once if the one before
+    #    it, in this process, has met them all.
 
     def _undoable(self) -> list[Step]:
         """The steps that have started, in that order, and have a rollback handler."""
@@ -2910,11 +2818,8 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.engine.clock.call_later(5000, self._end_search)
-        if self._all_found():
+        if all(step.key in self.handlers for step in self._undoable()):
             self._end_search()
-
-    def _all_found(self) -> bool:
-        return all(step.key in self.handlers for step in self._undoable())
 
     def _end_search(self) -> None:
         self.successor = self.instance
@@ -2929,7 +2834,7 @@ class Run:
             call = StepCall(self, "rollback", name, (), {})
             call.key, call.count = ROLLBACK + step.key, int(count)
             config = StepConfig.load(step.config or "")
-            ctx = _context(Attempt(self, call, step, config, max(1, step.attempts)))
+            ctx = _context(Attempt(self, call, config, max(1, step.attempts)))
             output = decode(step.data) if step.state == "done" and step.data else None
             info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
             call.args = (step, info)
@@ -2941,9 +2846,8 @@ class Run:
         return None
 
     def _warn_about_calls(self) -> None:
-        for call in self.open_calls:
-            if call._coroutine is None:
-                log.warning("%s: step %r was called but never awaited", self, call.name)
+        for call in self.unawaited:
+            log.warning("%s: step %r was called but never awaited", self, call.name)
         steps = [step for step in self.steps.values() if step.state != "new"]
         if not any(step.state == "cancelled" for step in steps):
             what = "%s: replay never reached the recorded step %r; is its name deterministic?"
@@ -2959,34 +2863,29 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
-        calling = (step.task for step in self.steps.values() if step.task is not None)
+        cut_off = (step.running for step in self.active.values() if step.running is not None)
+        self.interrupted = [a.call.key for a in cut_off if a.recorded and not a.ended]
+        self.interrupted += [key for key in self._cancelled if self.steps[key].open]
+        calling = (step.task for step in self.active.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
-        self._left = {task: None for task in tasks if not task.done()}
-        for task in self._left:
-            task.add_done_callback(self._task_ended)
+        self.tasks = {task: None for task in tasks if not task.done()}
+        for task in self.tasks:
+            task.add_done_callback(self.task_ended)
             task.cancel()
-        self._check_ended()
+        self.task_ended()
 
-    def interrupted(self) -> list[str]:
-        """The steps whose recorded attempts a clean stop has cut off."""
-        cut_off = [key for key, a in self._attempts.items() if a.recorded and not a.ended]
-        return cut_off + [key for key in self._cancelled if self.steps[key].open]
-
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self._left.pop(task, None)
-        self._check_ended()
-
-    def _check_ended(self) -> None:
-        if not (self._left or self._finishing or self.ended.done()):
+    def task_ended(self, task: asyncio.Task[Any] | None = None) -> None:
+        self.tasks.pop(task, None)
+        if self.dead and not (self.tasks or self.ended.done()):
             self._timer.cancel()
             self.ended.set_result(None)
             self.engine.unloaded(self)
 
     def _give_up_on_tasks(self) -> None:
-        if self._left:
-            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._left))
-        self._left.clear()
-        self._check_ended()
+        if self.tasks:
+            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self.tasks))
+        self.tasks.clear()
+        self.task_ended()
 
     def busy(self) -> bool:
         """Whether it will go on by itself, as far as we can see."""
@@ -3011,11 +2910,6 @@ def _note_attempt() -> None:
     attempt = _attempt.get()
     if attempt is not None and not attempt.recorded:
         attempt.run.record_start(attempt)
-
-
-def _is_final(attempt: Attempt, error: BaseException) -> bool:
-    fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
-    return fatal or attempt.number > attempt.config.limit
 
 
 def _context(attempt: Attempt) -> WorkflowStepContext:
@@ -3272,7 +3166,7 @@ class Engine:
 
     def _hand_back(self, run: Run) -> None:
         life = (run.key, run.generation)
-        self.store.post(self.store.hand_back, *life, run.interrupted(), then=_ignore)
+        self.store.post(self.store.hand_back, *life, run.interrupted, then=_ignore)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -3332,10 +3226,10 @@ class Engine:
             self.store.post(self.store.load, lives, then=functools.partial(self._begin, previous))
 
     def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
-        for inst, rows, waits, workflow in loaded or ():
+        for inst, rows, workflow in loaded or ():
             if self._state == "open" and inst.key not in self.runs:
                 bound = self._workflows[workflow]
-                self.runs[inst.key] = run = Run(self, bound, inst, rows, waits, previous)
+                self.runs[inst.key] = run = Run(self, bound, inst, rows, previous)
                 run.begin()
 
     def unloaded(self, run: Run) -> None:
@@ -3762,8 +3656,6 @@ class StepFunction:
             else:
                 outcome.cancel()
             raise
-        finally:
-            self._run.open_calls.discard(call)
         outcome.set_result(copy.deepcopy(value))
         return value
 
