@@ -1016,6 +1016,8 @@ class Attempts(Lives):
             ("step.invalid_config", lambda s: s.do("s", {}, value, bogus=1)),
             ("step.invalid_config", lambda s: s.do("s", {}, value, config={})),
             ("step.invalid_duration", lambda s: s.sleep("s", "soon")),
+            ("step.invalid_duration", lambda s: s.sleep("s", 1, 2)),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", 1, at=2)),
             ("step.invalid_duration", lambda s: s.sleep("s", -1)),
             ("step.invalid_duration", lambda s: s.sleep_until("s", datetime(2020, 1, 1))),
             ("step.invalid_duration", lambda s: s.sleep_until("s", float("nan"))),
@@ -1711,6 +1713,59 @@ class Replay(Lives):
             await self.clock.settle()
             await instance.send_event(type="t", payload="kept")
             self.assertEqual(await self.finish(instance), "kept")
+
+    async def test_what_was_recorded_behind_a_cancellation_waits_for_it_in_every_life(self):
+        seen = []
+
+        async def run(event, step):
+            async def pay(who):
+                return await step.do("pay", returns(f"paid by {who}"))
+
+            async def turns(count):
+                for _ in range(count):
+                    await asyncio.sleep(0)
+
+            async def hasty():
+                never = asyncio.create_task(step.wait_for_event("never", "never"))
+                await turns(50)  # like `asyncio.timeout`, not recorded
+                never.cancel()
+                return await pay("hasty")
+
+            async def slow():
+                await step.do("slow", functools.partial(turns, 100))
+                return await pay("slow")
+
+            tasks = [asyncio.create_task(hasty()), asyncio.create_task(slow())]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            seen.append([tasks[0] in done, *await asyncio.gather(*tasks)])
+
+        await self.lives(run)
+        self.assertEqual(seen, [[True, "paid by hasty", "paid by slow"]] * 3)
+
+    async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
+        began = []
+
+        async def run(event, step):
+            async def loser():
+                began.append(1)
+                await asyncio.sleep(3600)
+
+            for kind, work in (("do", loser), ("wait", None)):
+                call = step.do("a", work) if work else step.wait_for_event("a", "t")
+                task = asyncio.create_task(call)
+                await step.sleep(f"the winner against {kind}", 1)
+                task.cancel()
+                await step.sleep("the next call", "1 hour")
+            return (await step.wait_for_event("b", "t")).payload
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for _ in range(3):
+                await self.clock.advance("1 hour")
+            await instance.send_event(type="t", payload="for b")
+            self.assertEqual(await self.finish(instance), "for b")
+        self.assertEqual(began, [1])
+        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(2,)])
 
     async def test_a_task_that_is_cancelled_before_it_starts_never_begins_its_step(self):
         async def run(event, step):
@@ -3642,6 +3697,38 @@ class Storage(Real):
                 await self.refused("not a database of this module")
             await self.refused("not a database of this module")
 
+    def test_a_process_that_died_inside_a_checkpoint_left_a_good_file(self) -> None:
+        child = self.child(
+            """
+            async def run(event, step):
+                for n in range(20): await step.do(f"s{n}", lambda: value("x" * 20_000))
+                await step.sleep("nap", "1 hour")
+            async def main(w):
+                await until(await get(w), "waiting")
+                die()
+            go()
+            """
+        )
+        child.end()
+        # A checkpoint copies pages from the WAL, the first one first: which tells a size that the
+        # file hasn't got yet. In the WAL a frame is a header of 24 bytes and a page.
+        log = Path(self.path + "-wal").read_bytes()
+        size = int.from_bytes(log[8:12])
+        frames = [log[at : at + 24 + size] for at in range(32, len(log), 24 + size)]
+        first = [frame[24:] for frame in frames if int.from_bytes(frame[:4]) == 1][-1]
+        with open(self.path, "r+b") as file:
+            file.write(first)
+        with contextlib.closing(sqlite3.connect(f"file:{self.path}?immutable=1", uri=True)) as db:
+            self.assertRaisesRegex(
+                sqlite3.DatabaseError, "malformed", db.execute, "PRAGMA user_version"
+            )
+
+        async def main() -> str:
+            async with self.engine() as engine:
+                return (await (await engine.bind(workflow(one_step)).get("i")).status()).status
+
+        self.assertIn(asyncio.run(main()), ("waiting", "queued", "running"))
+
     async def test_a_newer_schema_is_refused(self) -> None:
         async with self.engine():
             pass
@@ -4307,6 +4394,29 @@ class Orphans(Case):
         self.assertEqual(self.rows("SELECT * FROM journal WHERE type = 'failed'"), [])
 
 
+class Stubborn(Real):
+    """3.14: code that never gives up is dropped, and holds up nothing."""
+
+    def test_the_interpreter_exits_although_a_dropped_run_swallows_everything(self) -> None:
+        child = self.child(
+            """
+            async def run(event, step):
+                while True:
+                    try: return (await step.wait_for_event("w", "t")).payload
+                    except BaseException: pass
+            async def main(w):
+                instance = await get(w)
+                await until(instance, "waiting")
+                await asyncio.sleep(0.1)
+                await instance.send_event(type="t", payload="there")
+                say(await instance.result())
+                sys.stderr = open(os.devnull, "w")  # "coroutine ignored GeneratorExit"
+            go(hibernate_after=0)
+            """
+        )
+        self.assertEqual(child.end(), ("there", 0))
+
+
 class Garbage(Case):
     async def test_steps_that_do_not_suspend_leave_nothing_for_the_garbage_collector(self) -> None:
         lives: list[Any] = []
@@ -4385,6 +4495,9 @@ class Limiting(Case):
         async with self.engine(limits=dataclasses.replace(FOREVER, running=1, queued=3)) as engine:
             bound = engine.bind(workflow(one_sleep))
             await self.assertCode("limit.queued_instances", bound.create_batch([{}] * 5))
+            same = await bound.create_batch([{"id": "a"}] * 5)  # one, and no more are queued
+            self.assertEqual([instance.id for instance in same], ["a"])
+            await same[0].delete()
             self.assertEqual(len(await bound.create_batch([{}] * 4)), 4)
 
     async def test_waiting_instances_take_no_slot_and_no_place_in_the_queue(self) -> None:

@@ -793,7 +793,8 @@ _ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "ti
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
-    """Takes one row into account; returns the step if the row is its result."""
+    """Takes one row into account; returns the step if the row is its result, or its cancellation:
+    `run` must cancel it again before it gets what was recorded later."""
     if row.step is None:
         return None
     step = steps[row.step] = steps.get(row.step) or Step(row.step)
@@ -809,7 +810,8 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         if step.config is None and live:
             del steps[row.step]  # it had not even begun
     elif row.type == "cancel":
-        step.state, step.open, step.queued = "cancelled", False, False
+        step.state, step.open, step.queued = "cancelled", False, not step.nested
+        return step
     elif live:
         step.state, step.open = _ENDS.get(row.type, "pending"), row.type == "start"
         if row.type in _ENDS:
@@ -819,11 +821,15 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
 
 
 def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
-    """The steps of a history, and those that have a result, in the order in which `run` gets
-    them."""
+    """The steps of a history, and those that have a result or were cancelled, in the order in which
+    `run` gets that."""
     steps: dict[str, Step] = {}
-    results = [step for row in rows if (step := apply(steps, row))]
-    return steps, deque(step for step in results if step.queued)
+    inbox: dict[str, Step] = {}
+    for row in rows:
+        if (step := apply(steps, row)) and step.queued:
+            inbox.pop(step.key, None)  # one that was cancelled when it had a result
+            inbox[step.key] = step
+    return steps, deque(inbox.values())
 
 
 def cut(rows: Sequence[Row], name: str, count: int, kind: str | None) -> list[Row]:
@@ -1280,6 +1286,8 @@ class Store:
             # plain file of our own would drop the locks that another engine of this process holds.
             uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
+                # Also if its newest pages are in the WAL only: a process died while it moved them.
+                self._db.execute("PRAGMA writable_schema = ON")
                 if self._one("PRAGMA application_id") != (APPLICATION_ID,):
                     raise WorkflowInternalError("not a database of this module")
                 self._schema_version()
@@ -1598,10 +1606,10 @@ class Store:
         """Stores instances, in order; returns the ids of those that are new."""
         now = self.clock.now()
         (of,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
-        self._check_queue(len(entries))
         for _, params, *_ in entries:
             self._check_state(0, size_of(params), WorkflowError)
         taken = self._find(workflow, [entry[0] for entry in entries])
+        self._check_queue(len({entry[0] for entry in entries} - taken.keys()))
         (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         made = []
         for id, params, success, error in entries:
@@ -2043,18 +2051,22 @@ class WorkflowStep:
             return StepCall(self._run, "do", name, args, options)
         return StepDecorator(self._run, name, args, options)
 
-    def sleep(self, name: Any = None, duration: float | str | timedelta | None = None) -> StepCall:
+    def sleep(
+        self, name: Any = None, duration: Any = None, *surplus: Any, **unknown: Any
+    ) -> StepCall:
         """Waits for a duration, at most 365 days, across restarts.
 
         developers.cloudflare.com/workflows/build/sleeping-and-retrying/
         Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
-        return StepCall(self._run, "sleep", name, (parse_duration, duration), {})
+        return StepCall(self._run, "sleep", name, (parse_duration, duration, *surplus), unknown)
 
-    def sleep_until(self, name: Any = None, when: datetime | float | None = None) -> StepCall:
+    def sleep_until(
+        self, name: Any = None, when: Any = None, *surplus: Any, **unknown: Any
+    ) -> StepCall:
         """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since
         1970. One that has passed returns at once. It is a sleep: both share the counts of a name,
         and the errors."""
-        return StepCall(self._run, "sleep", name, (_parse_moment, when), {})
+        return StepCall(self._run, "sleep", name, (_parse_moment, when, *surplus), unknown)
 
     def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
         """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
@@ -2255,7 +2267,7 @@ class Run:
         self.counts: dict[str, int] = {}
         self.unawaited: set[StepCall] = set()  # those of `run` itself
         self.active: dict[str, Step] = {}  # the steps whose calls are under way
-        self.dead = self.orphan = False
+        self.dead = self.orphan = self._collected = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None
         # Of callbacks; at the end, all that must end before the next life.
@@ -2275,6 +2287,8 @@ class Run:
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
         self.searching: bool = self._started_rollback is not None and not searched
+        if self.searching:  # for handlers, whatever is cancelled or not
+            self._inbox = deque(step for step in self._inbox if step.state != "cancelled")
 
     def begin(self) -> None:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
@@ -2335,7 +2349,7 @@ class Run:
                     self._record_cancelled()
                 if (attempts := self._plan(call)) is not None:
                     await attempts
-            elif step.queued and self._inbox[0] is step and self._is_alone():
+            elif self._is_next(step) and self._is_alone():
                 self._inbox.popleft().queued = False
             # (One that is cancelled waits until `run` cancels it again.)
             while step.queued or step.state not in ("done", "error"):
@@ -2367,6 +2381,9 @@ class Run:
                 if handler is not None:
                     self.handlers[call.key] = handler, config
 
+    def _is_next(self, step: Step) -> bool:
+        return bool(self._inbox) and self._inbox[0] is step and step.state != "cancelled"
+
     def _is_alone(self) -> bool:
         """Whether nothing of the run can happen before the task that calls a step goes on: it is
         that of `run` itself, there is no other call, and no task is ready to make one. Then a
@@ -2392,17 +2409,21 @@ class Run:
     async def _leave(self) -> None:
         """Ends the task that called a step of a dead run. If it comes back after that, it ignores
         everything: it is left suspended, and nobody will look for it."""
-        attempt, task = _attempt.get(), asyncio.current_task()
-        assert task is not None
+        attempt = _attempt.get()
         if attempt is not None and attempt.run is not self:
             raise _fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
-        if task in self.engine.told:
+        task = None if self._collected else asyncio.current_task(self.loop)
+        if task is not None and task not in self.engine.told:
+            self.engine.told.add(task)
+            raise _Unload
+        if task is not None:
             asyncio.tasks._unregister_task(task)
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             self.task_ended(task)
+        try:
             await self.loop.create_future()
-        self.engine.told.add(task)
-        raise _Unload
+        finally:
+            self._collected = True  # by the garbage collector, in whatever task
 
     def _value(self, call: StepCall) -> Any:
         """What the caller gets: always from what was stored, also the first time."""
@@ -2659,10 +2680,10 @@ class Run:
             return
         if self._inbox:
             step = self._inbox[0]
-            if step.waiter is not None and step.alone and len(self.active) == 1:
+            if step.waiter and step.alone and len(self.active) == 1 and self._is_next(step):
                 self._deliver()
                 return
-        elif self.status != "running" or not self._is_idle():
+        elif not (self._cancelled or (self.status == "running" and self._is_idle())):
             return
         self._settling = True
         self.last_move = self.engine.turn
@@ -2673,11 +2694,14 @@ class Run:
         self._settling = False
         if self.dead or self.status not in ("running", "waitingForPause"):
             return
-        if any(step.waiter for step in self._inbox):
-            while self._inbox[0].waiter is None:
+        if self._cancelled and self.active:
+            self._record_cancelled()  # it goes on with another call
+        if (step := next((step for step in self._inbox if step.waiter), None)) is not None:
+            while self._inbox[0] is not step:
                 self._inbox.popleft().queued = False  # its call never came
-            self._deliver()
-            self._arm()
+            if self._is_next(step):
+                self._deliver()
+                self._arm()
         elif self.status == "running" and self._is_idle():
             self.status = "idling"  # until we know better: no callback may start now
             self._post(self.engine.store.go_idle, self.seq, then=self._idled)
@@ -2720,7 +2744,7 @@ class Run:
             elif row.type == "due":
                 self._poke(self.steps[row.step or ""])
         # What was written before it went idle is old; the answer to that will say.
-        if (self.status, inst.status) != ("idling", "running"):
+        if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
 
     def _become(self, status: str) -> None:
@@ -2762,6 +2786,9 @@ class Run:
         attempt, step.running = step.running, None
         step.open = attempt is not None and attempt.recorded and not attempt.ended
         step.waiting = False
+        if step.queued:
+            step.queued = False
+            self._inbox.remove(step)
         if not step.nested and step.state != "cancelled":
             step.state = "cancelled"
             self._cancelled.append(step.key)
