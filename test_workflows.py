@@ -1745,25 +1745,25 @@ class Replay(Lives):
     async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
         began = []
 
-        async def run(event, step):
-            async def loser():
-                began.append(1)
-                await asyncio.sleep(3600)
-
-            for kind, work in (("do", loser), ("wait", None)):
-                call = step.do("a", work) if work else step.wait_for_event("a", "t")
-                task = asyncio.create_task(call)
-                await step.sleep(f"the winner against {kind}", 1)
-                task.cancel()
-                await step.sleep("the next call", "1 hour")
-            return (await step.wait_for_event("b", "t")).payload
+        async def forever():
+            began.append(1)
+            await asyncio.sleep(3600)
 
         async with self.engine() as engine:
-            instance = await engine.bind(workflow(run)).create()
-            for _ in range(3):
-                await self.clock.advance("1 hour")
-            await instance.send_event(type="t", payload="for b")
-            self.assertEqual(await self.finish(instance), "for b")
+            for kind in ("do", "wait"):
+
+                async def run(event, step, kind=kind):
+                    loser = step.do("a", forever) if kind == "do" else step.wait_for_event("a", "t")
+                    task = asyncio.create_task(loser)
+                    await step.sleep("the winner", 1)
+                    task.cancel()
+                    return [(await step.wait_for_event("b", "t")).payload for _ in range(2)]
+
+                instance = await engine.bind(workflow(run, kind)).create()
+                for n in range(2):
+                    await self.clock.advance("1 hour")  # hibernates
+                    await instance.send_event(type="t", payload=n)
+                self.assertEqual(await self.finish(instance), [0, 1])
         self.assertEqual(began, [1])
         self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(2,)])
 
