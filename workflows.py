@@ -156,6 +156,10 @@ def _refusal(code: str, message: str) -> WorkflowError:
     return WorkflowError(message, code=code)
 
 
+def _fatal(code: str, message: str) -> WorkflowFatalError:
+    return WorkflowFatalError(message, code=code)
+
+
 class _Unload(asyncio.CancelledError):
     """Raised by step calls in a run that is being unloaded. A `CancelledError`, so that `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
@@ -622,6 +626,29 @@ _FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day
 Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
 _LIFTED: dict[str, Any] = dict.fromkeys(vars(Limits()).keys() - Limits._needed)
 Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
+
+_OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_output"}
+
+
+def checked(
+    value: Any,
+    what: str,
+    code: str,
+    limits: Limits = Limits.UNLIMITED,
+    limit: str = "step_bytes",
+    refuse: Callable[[str, str], WorkflowError] = _refusal,
+) -> tuple[str, Any]:
+    """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
+    more bytes than the limit of that name."""
+    try:
+        text, fresh = encode(value)
+    except _Unserializable as bad:
+        raise refuse(code, f"{what} can't be stored: {bad}") from None
+    size, most = size_of(text), getattr(limits, limit)
+    if most is not None and size > most:
+        raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
+    return text, fresh
+
 
 # --------------------------------------------------------------------------------------------------
 # Retry: a step's configuration, and how long it waits before it tries again.
@@ -1447,8 +1474,8 @@ class Store:
         if limit is not None and new > self._room:
             room = limit + self._free_slots() - sum(self._each("count(*)", "status = 'queued'"))
             if new > room:
-                message = f"more than {limit} instances would be queued (limit queued)"
-                raise WorkflowError(message, code="limit.queued_instances")
+                what = f"more than {limit} instances would be queued (limit queued)"
+                raise _refusal("limit.queued_instances", what)
             self._room = int(min(room, 10**9) - new) // 10 + new
         self._room -= new
 
@@ -1657,8 +1684,7 @@ class Store:
         """Carries out one of the next operations, on the instance with that id."""
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
-            message = f"workflow {workflow!r} has no instance {id!r}"
-            raise WorkflowError(message, code="instance.not_found")
+            raise _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
         return getattr(self, op)(inst, *args)
 
     def status(self, inst: Instance) -> tuple[int, str, str | None]:
@@ -1695,8 +1721,8 @@ class Store:
     def terminate(self, inst: Instance, source: str, rollback: bool = False) -> None:
         """At once; or, with a rollback that has anything to undo, at the end of that."""
         if inst.status in FINISHED:
-            message = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
-            raise WorkflowError(message, code="instance.cannot_terminate")
+            what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
+            raise _refusal("instance.cannot_terminate", what)
         if rollback and inst.rollback == "begun" and inst.termination is None:
             self._change(inst.key, termination=source)  # by the one that is under way
             return
@@ -1731,9 +1757,8 @@ class Store:
             self._db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         elif not (kept := cut(rows, *start)):
             name, count, kind = start
-            of = "step" if kind is None else f"{kind} step"
-            message = f"instance {inst.id!r} has no {of} {name!r} with count {count}"
-            raise WorkflowError(message, code="instance.cannot_restart")
+            what = f"{kind or 'step'} {name!r} with count {count}"
+            raise _refusal("instance.cannot_restart", f"instance {inst.id!r} has no {what}")
         for table in ("journal", "waits"):
             sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
             self._db.execute(sql, (inst.key, str([row.seq for row in kept])))
@@ -1773,8 +1798,8 @@ class Store:
         """Buffers an event; the owner's next look, usually in this very transaction, delivers
         it."""
         if inst.status in FINISHED:
-            message = f"instance {inst.id!r} is {inst.status}: it takes no more events"
-            raise WorkflowError(message, code="instance.not_running")
+            what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
+            raise _refusal("instance.not_running", what)
         self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
@@ -2309,10 +2334,8 @@ class Run:
                 output = self.bound.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
                 if inspect.isawaitable(output):
                     output = await output
-            return encode(output)[0], None
-        except _Unserializable as bad:
-            what = f"the output of run can't be stored: {bad}"
-            return "", _fatal("output.not_serializable", what)
+            what, code = "the output of run", "output.not_serializable"
+            return checked(output, what, code, refuse=_fatal)[0], None
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -2563,8 +2586,11 @@ class Run:
                 self.record_start(attempt, lambda *_: self._poke(step))
                 await self._wait(step)
             value, error = await attempt.execute(self._bind(attempt, callback, wants))
-            if error is None:
-                value = _encode_result(attempt.call, self.engine.limits.step_bytes, value)
+            if error is None and attempt.call.kind == "rollback":
+                value = (None, None)  # it is ignored
+            elif error is None:
+                what, code = f"the result of step {attempt.call.name!r}", "step.not_serializable"
+                value = checked(value, what, code, self.engine.limits, "step_bytes", _fatal)
             return value, error
         except WorkflowFatalError as refused:
             return None, refused
@@ -2942,25 +2968,6 @@ def _note_attempt() -> None:
 def _context(attempt: Attempt) -> WorkflowStepContext:
     info = WorkflowStepInfo(attempt.call.name, attempt.call.count)
     return WorkflowStepContext(info, attempt.number, copy.deepcopy(attempt.config.raw))
-
-
-def _encode_result(call: StepCall, limit: int | None, value: Any) -> tuple[str | None, Any]:
-    """What is stored of a callback's result, and what that reads as."""
-    if call.kind == "rollback":
-        return None, None  # it is ignored
-    try:
-        text, fresh = encode(value)
-    except _Unserializable as bad:
-        what = f"step {call.name!r} returned a value that can't be stored: {bad}"
-        raise _fatal("step.not_serializable", what) from None
-    if limit is not None and size_of(text) > limit:
-        what = f"{size_of(text)} bytes: at most {limit} (limit step_bytes)"
-        raise _fatal("limit.step_output", f"step {call.name!r} returned {what}")
-    return text, fresh
-
-
-def _fatal(code: str, message: str) -> WorkflowFatalError:
-    return WorkflowFatalError(message, code=code)
 
 
 def _check_name(name: Any) -> None:
@@ -3389,7 +3396,8 @@ class Workflow:
     def _entry(self, given: Any, where: str) -> Entry:
         options, limits = _CREATE | _options(given, (*_CREATE,), where), self.engine.limits
         id = str(uuid.uuid4()) if options["id"] is None else self._check_id(options["id"], where)
-        text = _payload(options["params"], limits, f"{where}: params", "params.not_serializable")
+        what, code = f"{where}: params", "params.not_serializable"
+        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
         names = ("successRetention", "errorRetention")
         kept = [limits.success_retention, limits.error_retention]
         retention = {} if options["retention"] is None else options["retention"]
@@ -3425,8 +3433,8 @@ class Workflow:
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
         type = _check_event_type(event["type"], WorkflowError)
-        limits = self.engine.limits
-        return type, _payload(event["payload"], limits, "payload", "event.not_serializable")
+        code, limits = "event.not_serializable", self.engine.limits
+        return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
 
 
 _CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # and their defaults
@@ -3438,18 +3446,6 @@ def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str)
     for key in options.keys() & given:
         raise TypeError(f"{what}: {key!r} is given twice")
     return _options({**options, **given}, known, what)
-
-
-def _payload(value: Any, limits: Limits, what: str, code: str) -> str:
-    try:
-        text = encode(value)[0]
-    except _Unserializable as bad:
-        raise _refusal(code, f"{what} can't be stored: {bad}") from None
-    size, limit = size_of(text), limits.payload_bytes
-    if limit is not None and size > limit:
-        what = f"{what} has {size} bytes: the limit is {limit} (limit payload_bytes)"
-        raise _refusal("limit.event_payload", what)
-    return text
 
 
 _KINDS = {_camel(kind): kind for kind in STEP_KINDS}
@@ -3798,7 +3794,7 @@ class WorkflowInstanceModifier:
         """The step returns this value, without running its callback.
 
         Error: `step.not_serializable`."""
-        text = _payload(value, Limits.UNLIMITED, "the result", "step.not_serializable")
+        text, _ = checked(value, "the result", "step.not_serializable")
         return self._mock(step, "a result", None, lambda _: decode(text))
 
     def mock_step_error(self, step: Any, error: Any, times: int | None = None) -> Self:
