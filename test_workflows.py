@@ -5563,6 +5563,7 @@ class RollbackSteering(Undoing):
             await self.clock.advance("1 hour")
             self.assertEqual((await instance.status()).status, "terminated")
         self.assertEqual(self.log, ["undo held"])
+        self.assertEqual(self.rows("SELECT rollback FROM instances"), [("failed",)])
 
     async def test_terminate_with_rollback_lets_one_that_is_under_way_go_on(self) -> None:
         async with self.engine() as engine:
@@ -8825,7 +8826,9 @@ class Readme(unittest.TestCase):
         self.assertIn("python3 workflows.py demo", self.text)
         done = self.python(str(self.module), "demo")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertIn("was killed", done.stdout)
+        before, after = done.stdout.split("was killed (SIGKILL)")
+        self.assertNotIn("workflow_completed", before)
+        self.assertIn("workflow_completed", after)
         self.assertIn("attempt failed: the engine stopped", done.stdout)
         finished = re.findall(r"^finished (\d+) time: (.*)$", done.stdout, re.MULTILINE)
         self.assertEqual(finished, [("1", "fetch user-1"), ("1", "process action-1")])

@@ -61,7 +61,6 @@ import math
 import os
 import queue
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -1728,6 +1727,8 @@ class Store:
             return
         ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
         ended["wake"] = self.clock.now()
+        if inst.rollback == "begun":
+            ended["rollback"] = "failed"
         if rollback:
             message = f"instance {inst.id!r} was terminated"
             error = WorkflowError(message, code="instance.terminated", name="Terminated")
@@ -4068,8 +4069,7 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
 
         async def process(ctx: WorkflowStepContext) -> dict[str, Any]:
             if ctx.attempt == 1:
-                await asyncio.sleep(0.5)
-                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+                await asyncio.sleep(3600)  # its process is killed here
             return {"processed": True, "user": user["id"], "process": os.getpid()}
 
         once_more = {"retries": {"limit": 3, "delay": "1 second"}}
@@ -4090,12 +4090,12 @@ async def _run_demo(database: str) -> None:
         events = []
         async for event in instance.subscribe():
             events.append(event)
-            if event.type == "wait_started":
-                await instance.send_event(type="user_approval", payload={"approved": True})
-        for event in events:
             at = (event.timestamp - events[0].timestamp).total_seconds()
             told = [f"{key}: {event[key]}" for key in _SHOWN if event.get(key) is not None]
-            print(f"{at:7.3f} s  {event.get('step_name', ''):25}{event.type:20}{', '.join(told)}")
+            line = f"{at:7.3f} s  {event.get('step_name', ''):25}{event.type:20}{', '.join(told)}"
+            print(line, flush=True)
+            if event.type == "wait_started":
+                await instance.send_event(type="user_approval", payload={"approved": True})
         print(f"\noutput: {await instance.result()}")
         runs = Counter(event.step_name for event in events if event.type == "step_completed")
         print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
@@ -4116,9 +4116,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             database = os.path.join(folder, "demo.db")
             command = [sys.executable, __file__, "demo", "--engine", database]
-            print("a process runs the workflow …", flush=True)
-            subprocess.run(command)
-            print("it was killed (SIGKILL) in 'process action'; another goes on …\n", flush=True)
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+                print(f"process {child.pid} runs the workflow …\n", flush=True)
+                try:
+                    for line in child.stdout or ():
+                        print(line, end="", flush=True)
+                        if "attempt_started" in line and "process action" in line:
+                            break
+                finally:
+                    child.kill()
+            killed = f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'"
+            print(f"\n{killed}; another one replays and goes on …\n", flush=True)
             sys.exit(subprocess.run(command).returncode)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
