@@ -2135,9 +2135,7 @@ class Attempt:
         own, so that a timeout or a cancellation reaches it and nothing else. Most end in the task's
         first step, which is taken at once."""
         run, outer = self.run, self.call.attempt
-        context = contextvars.copy_context()
-        context.run(_attempt.set, self)
-        task = _eager_task(self._perform(callback), run.loop, context)
+        task = _eager_task(self._perform(callback), run.loop)
         if outer is not None and outer.task is asyncio.current_task():
             outer.cpu -= self.cpu  # it ran inside that
         try:
@@ -2163,6 +2161,7 @@ class Attempt:
 
     async def _perform(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task()
+        _attempt.set(self)  # in the task's own context
         try:
             coroutine = self._in_thread(callback) if self.slot else callback()
             self.outcome = await self._drive(coroutine), None
@@ -2248,15 +2247,13 @@ class Attempt:
         _resolve(self.over)
 
 
-def _eager_task(
-    coroutine: Coroutine[Any, Any, Any], loop: Any, context: contextvars.Context
-) -> asyncio.Task[Any]:
+def _eager_task(coroutine: Coroutine[Any, Any, Any], loop: Any) -> asyncio.Task[Any]:
     """A task that has taken its first step. Python 3.11 needs help for that: if the loop shows what
     it will run next."""
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
-    task = asyncio.Task(coroutine, loop=loop, context=context)
-    caller = asyncio.current_task()
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    task = asyncio.Task(coroutine, loop=loop)
+    caller = asyncio.current_task(loop)
     if isinstance(ready := getattr(loop, "_ready", None), deque) and caller is not None:
         step = ready.pop()
         if getattr(step._callback, "__self__", None) is not task:
