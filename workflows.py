@@ -392,13 +392,15 @@ class _Unserializable(ValueError):
 def encode(value: Any) -> tuple[str, Any]:
     """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
     value."""
-    with contextlib.suppress(Exception):  # the slow way finds out what, and where
+    try:
         text = _to_json(value)
         deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
         if '"$' not in text and not deep and size_of(text):  # which fails for surrogates
             decoded = _parse(text, 0)[0]
             if decoded == value:
                 return text, decoded
+    except Exception:
+        pass  # the slow way finds out what, and where
     try:
         text = _to_json(_tagged(value, "$", frozenset()))
         return text, decode(text)
@@ -776,6 +778,7 @@ class Row(NamedTuple):
     extra: str | None
 
 
+RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
 STEP_KINDS = ("do", "sleep", "wait_for_event")
 ROLLBACK = "rollback\n"  # what the key of a rollback handler begins with
 SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
@@ -818,30 +821,32 @@ class Step:
 _ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
 
 
-def apply(steps: dict[str, Step], row: Row) -> Step | None:
+def apply(steps: dict[str, Step], row: RowTail) -> Step | None:
     """Takes one row into account; returns the step if the row is its result, or its cancellation:
     `run` must cancel it again before it gets what was recorded later."""
-    if row.step is None:
+    type, key, attempt, _, data, extra = row
+    if key is None:
         return None
-    step = steps[row.step] = steps.get(row.step) or Step(row.step)
+    if (step := steps.get(key)) is None:
+        step = steps[key] = Step(key)
     live = step.state in ("new", "pending")  # the first end counts
-    step.waiting = row.type in ("sleep", "wait", "failed")
-    if row.attempt is not None:
-        step.attempts = row.attempt
+    step.waiting = type in ("sleep", "wait", "failed")
+    if attempt is not None:
+        step.attempts = attempt
         if step.config is None:
-            step.config = row.extra or ""  # "": the defaults
-    if row.type == "stop":
+            step.config = extra or ""  # "": the defaults
+    if type == "stop":
         step.attempts -= step.open
         step.open = False
         if step.config is None and live:
-            del steps[row.step]  # it had not even begun
-    elif row.type == "cancel":
+            del steps[key]  # it had not even begun
+    elif type == "cancel":
         step.state, step.open, step.queued = "cancelled", False, not step.nested
         return step
     elif live:
-        step.state, step.open = _ENDS.get(row.type, "pending"), row.type == "start"
-        if row.type in _ENDS:
-            step.data, step.extra, step.queued = row.data, row.extra, not step.nested
+        step.state, step.open = _ENDS.get(type, "pending"), type == "start"
+        if type in _ENDS:
+            step.data, step.extra, step.queued = data, extra, not step.nested
             return step
     return None
 
@@ -852,7 +857,7 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
     steps: dict[str, Step] = {}
     inbox: dict[str, Step] = {}
     for row in rows:
-        if (step := apply(steps, row)) and step.queued:
+        if (step := apply(steps, row[2:])) and step.queued:
             inbox.pop(step.key, None)  # one that was cancelled when it had a result
             inbox[step.key] = step
     return steps, deque(inbox.values())
@@ -1073,9 +1078,6 @@ _OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
 OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
-
-
-RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
 
 
 def _row(
@@ -2528,7 +2530,7 @@ class Run:
                 due = 0  # 1970: long ago, and before any event
             data = ms if event is None else {"type": event, "timeout": ms}
             row = _row(kind, call.key, _to_json(data))
-            apply(self.steps, Row(0, 0, *row))
+            apply(self.steps, row)
             wait = (kind, call.key, event, due, int(until is not None))
             self._post(self.engine.store.record, [row], 0, wait)
 
@@ -2679,7 +2681,7 @@ class Run:
         if attempt.call.step.running is attempt:
             attempt.call.step.running = None
         self.careful = self.careful and row[0] == "failed"
-        if step := apply(self.steps, Row(0, 0, *row)):
+        if step := apply(self.steps, row):
             step.fresh = fresh
             self._finished(step)
         self._check_pause()
@@ -2761,7 +2763,7 @@ class Run:
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
-            if step := apply(self.steps, row):
+            if step := apply(self.steps, row[2:]):
                 self._finished(step)
             elif row.type == "due":
                 self._poke(self.steps[row.step or ""])
@@ -2816,7 +2818,7 @@ class Run:
             self._cancelled.append(step.key)
         elif step.state == "pending":
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            apply(self.steps, Row(0, 0, "stop", step.key, None, None, None, None))
+            apply(self.steps, _row("stop", step.key))
             self._post(self.engine.store.give_up, "stop", [step.key])
         self._check_pause()
 
