@@ -2277,6 +2277,13 @@ def _discard(value: Any) -> None:
 class Run:
     """One life of one instance."""
 
+    # What only the end changes has its beginning here: with more than 30 attributes of its own, an
+    # object is slow.
+    dead = orphan = _collected = False
+    successor: Instance | None = None
+    interrupted: Sequence[str] = ()  # steps whose recorded attempts the end of this cut off
+    _timer: Any = None  # to hibernate, to end a search, or to give up on tasks
+
     def __init__(
         self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], previous: Run | None
     ) -> None:
@@ -2291,18 +2298,14 @@ class Run:
         self.counts: dict[str, int] = {}
         self.unawaited: set[StepCall] = set()  # those of `run` itself
         self.active: dict[str, Step] = {}  # the steps whose calls are under way
-        self.dead = self.orphan = self._collected = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
-        self.successor: Instance | None = None
         # Of callbacks; at the end, all that must end before the next life.
         self.tasks: dict[Any, None] = {}
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
-        self.interrupted: list[str] = []  # steps whose recorded attempts the end of this cut off
         self._steps_left = bound.step_limit
         self._writing = 0
         self.last_move = 0  # the turn of the loop in which it last did something
         self._settling = False
-        self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], StepFunction] = {}
         self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
@@ -2915,8 +2918,8 @@ class Run:
             self._timer.cancel()
         self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
         cut_off = (step.running for step in self.active.values() if step.running is not None)
-        self.interrupted = [a.call.key for a in cut_off if a.recorded and not a.ended]
-        self.interrupted += [key for key in self._cancelled if self.steps[key].open]
+        attempts = [a.call.key for a in cut_off if a.recorded and not a.ended]
+        self.interrupted = attempts + [key for key in self._cancelled if self.steps[key].open]
         calling = (step.task for step in self.active.values() if step.task is not None)
         tasks = dict.fromkeys((self.task, *calling, *self.tasks))
         self.tasks = {task: None for task in tasks if not task.done()}
