@@ -4596,7 +4596,7 @@ class Limiting(Case):
         async with self.engine() as engine:
             engine.bind(workflow(one_step))
             await self.clock.settle()
-            month = engine.store._month()
+            month = time.strftime("%Y-%m", time.gmtime(self.clock.now() // 1000))
             add = "INSERT INTO usage VALUES (?, 12_000_000, 35e6, 3_000_000_000)".replace("_", "")
             await on_writer(engine, engine.store._db.execute, add, (month,))
             self.assertEqual((await engine.usage()).cost_usd, 0.6 + 0.1 + 0.4)

@@ -1073,6 +1073,7 @@ _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
 _READ = ", ".join((*Instance._fields[:-2], *_NEWER))
+_MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # While a rollback runs, what else the instance waits for stands still: `restart` may need it.
@@ -1262,22 +1263,19 @@ class Store:
     def _count_usage(self) -> None:
         cpu = self.cpu_ns
         if self._requests or self._storage or cpu != self._cpu_counted:
-            sql = """INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
-                     requests = requests + excluded.requests, cpu_ms = cpu_ms + excluded.cpu_ms,
-                     storage_bytes = storage_bytes + excluded.storage_bytes"""
+            sql = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+                      requests = requests + excluded.requests, cpu_ms = cpu_ms + excluded.cpu_ms,
+                      storage_bytes = storage_bytes + excluded.storage_bytes"""
             cpu_ms = (cpu - self._cpu_counted) / 1e6
-            self._db.execute(sql, (self._month(), self._requests, cpu_ms, self._storage))
+            self._db.execute(sql, (self.clock.now(), self._requests, cpu_ms, self._storage))
             self._requests, self._storage, self._cpu_counted = 0, 0, cpu
-
-    def _month(self) -> str:
-        return time.strftime("%Y-%m", time.gmtime(self.clock.now() // 1000))
 
     def usage(self) -> Any:
         """Requests and CPU time of this month, and the bytes that are stored now."""
         self._count_usage()
-        sql = """SELECT sum(requests * (month = now)), sum(cpu_ms * (month = now)),
-                 sum(storage_bytes) FROM usage, (SELECT ? AS now)"""
-        return [total or 0 for total in self._one(sql, self._month())]
+        sql = f"""SELECT sum(requests * (month = now)), sum(cpu_ms * (month = now)),
+                  sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
+        return [total or 0 for total in self._one(sql, self.clock.now())]
 
     def _insist(self, sql: str, *args: Any) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice; SQLite's
