@@ -2440,7 +2440,7 @@ class Real(Case):
 
 
 async def one_step(event: Any, step: Any) -> Any:
-    return await step.do("step", lambda: value(event.payload))
+    return await step.do("step", returns(event.payload))
 
 
 async def one_event(event: Any, step: Any) -> Any:
@@ -2461,7 +2461,8 @@ class Gate:
 
     async def run(self, event: Any, step: Any) -> Any:
         config = {"retries": {"delay": 1}}
-        return await step.do("gate", config, lambda: self.pass_through(event.instance_id))
+        pass_through = functools.partial(self.pass_through, event.instance_id)
+        return await step.do("gate", config, pass_through)
 
     async def pass_through(self, id: str) -> str:
         self.begun.append(id)
