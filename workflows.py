@@ -38,7 +38,7 @@ The file reads downwards; each section begins with what it is for and why it is 
     binding      `Workflow` and `WorkflowInstance`, the side that callers see
     dialect      the decorator form of `step.do`, and the modules of Cloudflare's Python SDK
     test tools   introspection, and a clock that moves only when told; then the camelCase names
-    command line `demo`, which kills its own engine
+    command line `demo`, which kills a workflow's process and shows that it goes on
 """
 
 from __future__ import annotations
@@ -503,7 +503,7 @@ def freeze(value: Any) -> Any:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except (Exception, SystemExit):  # a user's __str__ may do anything; its error is recorded
+    except (Exception, SystemExit):  # a user's `__str__` may do anything; the rest is recorded
         return ""
 
 
@@ -733,12 +733,15 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
 
 
 _DEFAULT_CONFIG = StepConfig(None)
-_ASKING = StepConfig({"timeout": 5000})  # a function for the delay
+_ASKING = StepConfig({"timeout": 5000})  # how long a delay function may take to answer
 
 # --------------------------------------------------------------------------------------------------
 # Journal: what a recorded history means. The journal of an instance is append-only; its rows are
 # the only thing that a replay knows. These functions are pure: they read rows and touch nothing
 # else.
+#
+# An instance is in memory only from time to time; each of these stays is a life (see "Run"), and
+# what a life does is recorded as it happens:
 #
 #     type                               step    what happened
 #     queued started running waiting     –       the instance changed its status; the first row
@@ -753,14 +756,17 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     sleep → slept                      sleep   sleep_until is a sleep too
 #     wait → event | timeout             wait    the event is consumed in this very row
 #     cancel                             any     `run` itself cancelled the call: never again
-#     stop                               any     interrupted by a clean stop: as if not begun
+#     stop                               any     interrupted by a clean stop or a restart, or
+#                                                broken off by the callback around it: as if
+#                                                not begun
 #     due                                do      its retry delay is over
 #     sent                               –       an event was put into the instance's buffer
 #     rollback                           –       `run` has failed, or is told to roll back: from
 #                                                here on only handlers run; the error that
 #                                                started it
 #
-# A rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
+# A step's key is its kind, name and count, behind the key of the step whose callback calls it. A
+# rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
 
 
 class Row(NamedTuple):
@@ -778,7 +784,7 @@ class Row(NamedTuple):
 
 STEP_KINDS = ("do", "sleep", "wait_for_event")
 ROLLBACK = "rollback\n"  # what the key of a rollback handler begins with
-SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
+SEPARATOR = "\n"  # between the parts of a key: names hold no control characters
 
 
 def step_label(key: str | None) -> str:
@@ -805,13 +811,14 @@ class Step:
     waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
     task: asyncio.Task[Any] | None = None
     freed: asyncio.Future[None] | None = None  # done when that call has ended
-    alone: bool = False  # nothing else of the run was under way when it was called
+    alone: bool = False  # nothing else of the run was under way when its call began to wait
     running: Attempt | None = None  # until its end is committed
     fresh: Any = None  # its value or error itself, if made in this life
 
     @property
     def nested(self) -> bool:
-        """Whether a step's callback has called it."""
+        """Whether not `run` has called it, but a step's callback, or a rollback as its handler: its
+        result doesn't wait for a turn."""
         return self.key.count(SEPARATOR) > 2
 
 
@@ -931,7 +938,7 @@ def _brief(error: dict[str, Any]) -> dict[str, str]:
 
 class Wait(NamedTuple):
     """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
-    an event until `due`."""
+    an event of that type until `due`. `kind` is "sleep", "retry" or "wait"."""
 
     seq: int
     at: int
@@ -1101,7 +1108,8 @@ Entry = tuple[str, str, int | None, int | None]  # id, params, retention of succ
 
 class Store:
     """The database, as seen from its own thread. After each commit `deliver(results, news,
-    touched)` is called on the loop; when storage fails, `broke(error, callbacks)`."""
+    touched)` is called on the loop, with None for `touched` when another process wrote: then there
+    may be news on anything. When storage fails, it is `broke(error, callbacks)`."""
 
     def __init__(
         self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
@@ -1312,7 +1320,8 @@ class Store:
             # plain file of our own would drop the locks that another engine of this process holds.
             uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
-                # Also if its newest pages are in the WAL only: a process died while it moved them.
+                # Tolerates a broken schema: what a process that died inside a checkpoint left makes
+                # sense only with its WAL, which is not read here.
                 self._db.execute("PRAGMA writable_schema = ON")
                 if self._one("PRAGMA application_id") != (APPLICATION_ID,):
                     raise WorkflowInternalError("not a database of this module")
@@ -1780,7 +1789,7 @@ class Store:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
-        # (What has changed is written without the id, which costs an index.)
+        # (`_write` leaves ids alone: to write one costs an index, too.)
         self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
         self._touched |= {inst.key, inst.id or ""}
 
@@ -1804,10 +1813,10 @@ class Store:
         self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
-    # -- operations of a run: each is guarded, and does nothing for an outdated run. A run whose
-    #    instance was running when its process died is `careful`: it commits each start before the
-    #    callback, until one more step has finished, so that a step which kills its process is
-    #    noticed.
+    # -- operations of a run: each is guarded, and does nothing for an outdated run. The answer None
+    #    ends a life. A run whose instance was running when its process died is `careful`: it
+    #    commits each start before the callback, until one more step has finished, so that a step
+    #    which kills its process is noticed.
 
     def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], str]]:
         """What lives begin with: the instance, its whole journal (in one query), and the workflow's
@@ -1864,8 +1873,8 @@ class Store:
         return idle
 
     def requeue(self, key: int, generation: int, *statuses: str) -> bool:
-        """A pausing run has nothing in flight any more, or a waiting one wants to go on by
-        itself."""
+        """A pausing run has nothing in flight any more, or a waiting one wants to go on by itself
+        (if it still is that)."""
         if inst := self._mine(key, generation, *statuses):
             self._requeue(inst)
         return True
@@ -2014,6 +2023,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.function: StepFunction | None = None  # whose call it is, in the decorator form
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         attempt = _attempt.get()
+        # In whose callback it is made, if that belongs to this run.
         self.attempt = attempt if attempt is not None and attempt.run is run else None
         scope: Run | Attempt = self.attempt or run
         counts = scope.counts = scope.counts or {}
@@ -2285,7 +2295,8 @@ class Run:
         self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
         self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
         self.seq, self.careful = inst.seq, bool(inst.careful)
-        self.status = inst.status  # or "idling" while it is not certain that it may wait
+        # "idling" while it is not certain that it may wait, "ended" when `run` has.
+        self.status = inst.status
         self.steps, self._inbox = fold(rows)
         self.event = WorkflowEvent(
             freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
@@ -2293,27 +2304,29 @@ class Run:
         self.counts: dict[str, int] = {}
         self.unawaited: set[StepCall] = set()  # those of `run` itself
         self.active: dict[str, Step] = {}  # the steps whose calls are under way
+        # Being unloaded; because somebody else has cancelled it; and garbage.
         self.dead = self.orphan = self._collected = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
-        self.successor: Instance | None = None
+        self.successor: Instance | None = None  # what the next life begins with, if one follows
         # Of callbacks; at the end, all that must end before the next life.
         self.tasks: dict[Any, None] = {}
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
-        self.interrupted: list[str] = []  # steps whose recorded attempts the end of this cut off
+        self.interrupted: list[str] = []  # steps with attempts that the end of this life cut off
         self._steps_left = bound.step_limit
-        self._writing = 0
+        self._writing = 0  # operations that the store has not answered yet
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = False
+        self._settling = False  # the engine is going to call `settled`
         self._timer: Any = None  # to hibernate, to end a search, or to give up on tasks
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], StepFunction] = {}
         self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
+        # The error that a rollback was started by, as it is stored.
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
         self.searching: bool = self._started_rollback is not None and not searched
-        if self.searching:  # for handlers, whatever is cancelled or not
+        if self.searching:  # for rollback handlers: results don't wait behind cancelled calls
             self._inbox = deque(step for step in self._inbox if step.state != "cancelled")
 
     def begin(self) -> None:
@@ -2326,7 +2339,8 @@ class Run:
             self._search()
 
     async def _main(self) -> tuple[str, BaseException | None]:
-        """The output of `run`, as it is stored, or the error that has left it."""
+        """The output of `run` (or what its rollback has to say), as it is stored, or the error that
+        has left it."""
         try:
             if self._started_rollback is not None and not self.searching:
                 output = await self._roll_back(self._started_rollback)
@@ -2569,7 +2583,7 @@ class Run:
             plain = not _is_async(callback)
             while step.waiting:  # for the end of its retry delay
                 await self._wait(step)
-            # For an instance that doesn't pause, and if it's plain, for a thread.
+            # Then until the instance doesn't pause; and if the callback is plain, for a thread.
             while not (may_start := self._may_start(step)) or attempt.slot is not plain:
                 if may_start:
                     attempt.slot = await self.engine.threads.slots.acquire()
@@ -3099,8 +3113,8 @@ class Engine:
         self.clock = clock or Clock()
         self.hibernate_after = parse_duration(hibernate_after)
         self.turn = 0  # of the loop, counted while somebody needs to know
-        self._settling: deque[tuple[int, Run]] = deque()
-        self.ticking = False
+        self._settling: deque[tuple[int, Run]] = deque()  # whom to ask again, and in which turn
+        self.ticking = False  # whether `_next_turn` is about to be called
         self.activity = 0  # counts what callbacks do
         self.runs: dict[int, Run] = {}  # by the instance's key
         self.told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # that their run is dead
@@ -3380,19 +3394,19 @@ class Workflow:
         [{"id", "code", "message"}]}`, with one entry for each id.
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        checked = self._batch(ids, "ids", self._check_id)
-        return await self.engine.call("delete_batch", self.name, checked)  # type: ignore[no-any-return]
+        legal = self._batch(ids, "ids", self._check_id)
+        return await self.engine.call("delete_batch", self.name, legal)  # type: ignore[no-any-return]
 
     def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> list[Any]:
-        """A caller's list, when each of its entries has been checked, and their number."""
+        """What `check` makes of each entry of a caller's list, if there aren't too many."""
         if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
             raise TypeError(f"{what} is {type(given).__name__}: expected a list")
-        checked = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
+        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
-        if not 0 < len(checked) <= limit:
-            what = f"{what} has {len(checked)} entries: expected 1 to {limit} (limit batch)"
+        if not 0 < len(entries) <= limit:
+            what = f"{what} has {len(entries)} entries: expected 1 to {limit} (limit batch)"
             raise _refusal("limit.batch_size", what)
-        return checked
+        return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
         options, limits = _CREATE | _options(given, (*_CREATE,), where), self.engine.limits
@@ -3438,7 +3452,7 @@ class Workflow:
         return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
 
 
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # and their defaults
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # options and defaults
 
 
 def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
