@@ -507,11 +507,6 @@ def _message(error: BaseException) -> str:
         return ""
 
 
-def _native(cls: type[BaseException]) -> type[BaseException]:
-    """The nearest built-in base of an exception class: the one that keeps the args."""
-    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
-
-
 def encode_error(error: BaseException, **more: Any) -> str:
     """An error as JSON: where its class is, its name and message, and its args, attributes and
     group members as far as these are allowed values."""
@@ -561,7 +556,8 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
         return WorkflowError(record["message"], name=record["name"])
     if issubclass(found, StopIteration):  # a coroutine can't raise it
         return RuntimeError(record["message"])
-    native = _native(found)
+    # The nearest built-in base keeps the args; the class's own `__init__` is not called.
+    native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
     members = [rebuild_error(member) for member in record["members"]]
     args = (record["message"], members) if members else tuple(record["args"])
     try:
@@ -1077,8 +1073,6 @@ _NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
 _READ = ", ".join((*Instance._fields[:-2], *_NEWER))
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
-# While a rollback runs, what else the instance waits for stands still: `restart` may need it.
-OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
 
 
@@ -1411,7 +1405,9 @@ class Store:
         rows: list[Row] = []
         due = inst.expiry()
         if inst.status in LIVE:
-            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE {OPEN_WAITS} ORDER BY seq"
+            # While a rollback runs, all other waits stand still: `restart` may need them.
+            sql = f"""SELECT {", ".join(Wait._fields)} FROM waits
+                      WHERE instance = ? AND (step LIKE '{ROLLBACK}%') = ? ORDER BY seq"""
             found = self._db.execute(sql, (inst.key, inst.rollback is not None))
             waits = [Wait._make(row) for row in found]
             rows = self._end_waits(inst, waits, now)
