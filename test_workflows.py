@@ -2965,6 +2965,18 @@ class Refusals(Case):
 
 
 class Deleting(Case):
+    async def test_who_waits_for_its_result_does_not_wait_for_the_next_one_with_its_id(
+        self,
+    ) -> None:
+        async with asyncio.timeout(3), self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            old = await bound.create(id="i")
+            waiting = asyncio.create_task(old.result())
+            await self.clock.settle()
+            hold(engine)
+            await asyncio.gather(old.delete(), bound.create(id="i"))
+            await self.assertCode("instance.not_found", waiting)
+
     async def test_a_deleted_instance_is_gone_with_all_that_it_stored(self) -> None:
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_event))

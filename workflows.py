@@ -1688,7 +1688,7 @@ class Store:
         """Carries out one of the next operations, on the instance with that id."""
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
-            raise _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
+            raise _not_found(workflow, id)
         return getattr(self, op)(inst, *args)
 
     def status(self, inst: Instance) -> tuple[int, str, str | None]:
@@ -1903,6 +1903,10 @@ class Store:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
         self.requeue(key, generation, "running", "waitingForPause")
+
+
+def _not_found(workflow: str, id: str) -> WorkflowError:
+    return _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -3522,8 +3526,7 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    what = f"{self.workflow.name!r} has no instance {self.id!r} (any more)"
-                    raise _refusal("instance.not_found", f"workflow {what}")
+                    raise _not_found(self.workflow.name, self.id)
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
@@ -3600,7 +3603,9 @@ class WorkflowInstance:
         try:
             while status not in FINISHED:
                 ended = engine.watch(key)
-                key, status, data = await self._call("status")
+                present, status, data = await self._call("status")
+                if present != key:  # deleted, and its id is used again
+                    raise _not_found(self.workflow.name, self.id)
                 if status not in FINISHED and late.done():
                     raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
