@@ -4957,6 +4957,18 @@ class Waits(Introspected):
             await self.clock.advance("30 days")
             await asyncio.wait_for(waiting, 1)
 
+    async def test_the_present_status_counts_whatever_has_come_since(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", self.called("s"), rollback=asyncio.Event().wait)
+            await step.wait_for_event("w", "wanted", timeout="1 hour")
+
+        async with self.one(run) as one:
+            await one.wait_for_status("waiting")
+            await (await self.workflow.get("x")).send_event(type="other")
+            await one.wait_for_status("waiting")
+            await self.clock.advance("1 hour")  # its timeout leaves run: the rollback begins
+            await one.wait_for_status("running")
+
     async def test_a_wait_that_can_not_come_true_any_more_is_an_error(self) -> None:
         async def run(event: Any, step: Any) -> None:
             raise ValueError("boom")

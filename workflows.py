@@ -3942,7 +3942,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         return _brief(await self._reach("errored"))
 
     async def _reach(self, status: str) -> Any:
-        types = ("started", status) if status == "running" else (status,)
+        types = ("started", "running", "rollback") if status == "running" else (status,)
         return decode((await self._row("", types, f"it became {status}")).data or "null")
 
     async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
@@ -3951,7 +3951,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         instance, present = WorkflowInstance(self.workflow, self.id or ""), not label
         async with contextlib.aclosing(instance.follow()) as news:
             async for inst, rows in news:
-                rows = [row for row in rows if step_label(row.step) == label]
+                rows = [r for r in rows if step_label(r.step) == label and r.type != "sent"]
                 for row in rows[-1:] if present else rows:
                     if row.type in types and not (row.step or "").startswith(ROLLBACK):
                         return row
