@@ -1954,6 +1954,31 @@ class Nested(Lives):
         await self.outcome(run)
         self.assertEqual(seen, ["'k'"] * 3)
 
+    async def test_an_event_for_a_wait_that_was_just_broken_off_is_delivered_once(self):
+        async def run(event, step):
+            async def outer(ctx):
+                call = step.wait_for_event("inner", "t")
+                if ctx.attempt == 2:
+                    return (await call).payload
+                waiting = asyncio.create_task(call)
+                await asyncio.sleep(0.01)
+                waiting.cancel()
+                store = engine.store  # which gives it the event before the loop cancels it
+                store.post(store.on, "test", "i", "send_event", "t", "1", then=lambda *_: None)
+                await asyncio.wait([waiting])
+                raise ValueError
+
+            got = [await step.do("outer", constant(1, delay), outer)]
+            await caught(step.wait_for_event("outside", "t", timeout="1 hour"))
+            return got
+
+        for delay in (1, "1 hour"):  # in one life, and in several
+            with self.subTest(delay):
+                self.setUp()
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run)).create(id="i")
+                    self.assertEqual(await self.finish(instance), [1])
+
     async def test_a_race_inside_a_step_is_a_step(self):
         async def run(event, step):
             async def race():

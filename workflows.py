@@ -836,8 +836,8 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     if row.type == "stop":
         step.attempts -= step.open
         step.open = False
-        if step.config is None and live:
-            del steps[row.step]  # it had not even begun
+        if step.config is None:
+            del steps[row.step]  # a wait, or an attempt that had not even begun
     elif row.type == "cancel":
         step.state, step.open, step.queued = "cancelled", False, not step.nested
         return step
@@ -2780,10 +2780,12 @@ class Run:
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
+            if row.step not in self.steps:  # `_abandon_call` has stopped it meanwhile
+                continue
             if step := apply(self.steps, row):
                 self._finished(step)
             elif row.type == "due":
-                self._poke(self.steps[row.step or ""])
+                self._poke(self.steps[row.step])
         # What was written before it went idle is old; the answer to that will say.
         if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
