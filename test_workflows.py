@@ -6262,6 +6262,25 @@ class RestartFrom(Undoing):
     async def test_a_kept_sleep_goes_on_with_its_time_after_a_rollback(self) -> None:
         self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)
 
+    async def test_a_kept_sleep_has_the_time_that_a_pause_before_a_rollback_left_it(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.ensure_future(step.sleep("nap", "2 hours"))
+            await step.sleep("half", "30 minutes")
+            await step.do("x", lambda: self.work("x"), rollback=self.undone)
+            await nap
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("1 hour")
+            await instance.pause()
+            await self.clock.advance("1 day")
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            await instance.restart({"from": {"name": "x"}})
+            for minutes, status in ((50, "waiting"), (20, "complete")):
+                await self.clock.advance(minutes * 60_000)
+                self.assertEqual((await instance.status()).status, status)
+
     async def test_a_kept_retry_delay_goes_on_with_its_time(self) -> None:
         times = []
 

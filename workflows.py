@@ -1746,6 +1746,7 @@ class Store:
         where = """attempt IS NOT NULL AND instr(extra, '"rollback":') LIMIT 1"""
         if inst.rollback is not None or not self._journal(inst.key, where):
             return False
+        self._unpause(inst)
         columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
         row = _row("rollback", None, error)
         if inst.status in ("running", "waitingForPause"):
