@@ -3052,8 +3052,10 @@ def _wants_context(name: str, function: Callable[..., Any]) -> Any:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return False  # a built-in that doesn't say
-    ways: Any = [("ctx", (), {"ctx": None}), (False, (), {}), (True, (None,), {})]
-    for way, args, named in ways["ctx" not in signature.parameters :]:
+    ways: list[Any] = [(False, (), {}), (True, (None,), {})]
+    if "ctx" in signature.parameters:
+        ways.insert(0, ("ctx", (), {"ctx": None}))
+    for way, args, named in ways:
         with contextlib.suppress(TypeError):
             signature.bind(*args, **named)
             return way
