@@ -347,7 +347,9 @@ class Clock:
     """Where all time comes from: the wall clock for moments that are stored (a machine that was
     suspended must notice), the event loop's monotonic clock for timers."""
 
-    exact = False  # whether the loop waits for the writer after each operation
+    # Whether the loop waits for the writer after each operation: then histories are the same in
+    # every run of a test.
+    exact = False
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []  # the open ones that go by it
@@ -1067,6 +1069,7 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
+# Of an `Instance`: what changes, and what is read.
 _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:-2])
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
@@ -1095,7 +1098,7 @@ class News(NamedTuple):
 
 
 Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
-Then = Callable[[Any, BaseException | None], None]
+Then = Callable[[Any, BaseException | None], None]  # gets an operation's result or refusal
 Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
 
@@ -1465,7 +1468,7 @@ class Store:
                 for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
                     inst = self._buffer(inst, *event)
             self._news.append(News(inst, [], True))
-        self._look_again = free == BATCH <= len(queued)
+        self._look_again = free == BATCH <= len(queued)  # in the next transaction
 
     def _free_slots(self) -> float:
         taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
@@ -1487,6 +1490,7 @@ class Store:
         """Puts an instance that has already run at its place in the queue, ahead of all new ones;
         one that was pausing goes there on `resume`."""
         now = self.clock.now()
+        # Among those, first woken first: by when it fell due, not by when that was noticed.
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
         if inst.status == "waitingForPause":
             inst = self._move(inst.key, _row("paused"), paused=now, place=place, wake=None)
