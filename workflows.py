@@ -556,8 +556,6 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return WorkflowError(record["message"], name=record["name"])
-    if issubclass(found, StopIteration):  # a coroutine can't raise it
-        return RuntimeError(record["message"])
     # The nearest built-in base keeps the args; the class's own `__init__` is not called.
     native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
     members = [rebuild_error(member) for member in record["members"]]
