@@ -303,6 +303,10 @@ class Names(Case):
                 engine.bind(workflow(None, again))
         with self.assertRaises(ValueError):
             engine.bind(workflow(None), "other", "TEST")
+        for wrong in ({"name": "a b"}, {"name": "x" * 65}, {"binding": "A-B"}, {"steps": 25_001}):
+            (named,) = wrong.values()
+            with self.assertRaisesRegex(ValueError, str(named)):
+                engine.bind(workflow(None), **({"name": "other"} | wrong))
 
     async def test_each_life_gets_a_new_object_of_the_class(self):
         made = []
@@ -2919,6 +2923,8 @@ class Refusals(Case):
                 await self.finish(instance)
         with self.assertRaisesRegex(TypeError, "database is 5"):
             Engine(5)  # type: ignore[arg-type]
+        with self.assertRaisesRegex(TypeError, "clock is int: expected a Clock"):
+            Engine(clock=5)  # type: ignore[arg-type]
 
     async def test_outside_of_a_run_the_limit_of_state_is_a_plain_workflow_error(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=50)) as engine:
@@ -4506,6 +4512,66 @@ class Limiting(Case):
         for name in ("steps", "max_sleep"):
             with self.assertRaisesRegex(ValueError, "at most"):
                 dataclasses.replace(Limits(), **{name: 10**12})
+
+    async def test_a_result_beyond_the_limit_fails_the_step_at_once(self) -> None:
+        attempts = []
+
+        async def run(event: Any, step: Any) -> str:
+            async def large() -> str:
+                attempts.append(1)
+                return "x" * 50
+
+            error = await caught(step.do("s", large))
+            self.assertIs(type(error), WorkflowFatalError)
+            self.assertIn("has 52 bytes: at most 51 (limit step_bytes)", str(error))
+            return error.code
+
+        limits = dataclasses.replace(FOREVER, step_bytes=51)
+        self.assertEqual(await self.outcome(run, limits=limits), "limit.step_output")
+        self.assertEqual(attempts, [1])
+
+    async def test_params_and_payloads_beyond_the_limit_are_refused(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, payload_bytes=51)) as engine:
+            bound = engine.bind(workflow(one_event))
+            await self.assertCode("limit.event_payload", bound.create(id="i", params="x" * 50))
+            instance = await bound.create(id="i", params="x" * 49)
+            refused = instance.send_event(type="t", payload="x" * 50)
+            await self.assertCode("limit.event_payload", refused)
+            self.assertEqual(self.rows("SELECT count(*) FROM events"), [(0,)])
+
+    async def test_an_output_beyond_the_limit_of_state_is_the_error_of_its_instance(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            return "x" * 60
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=50)
+        with self.assertRaises(WorkflowFatalError) as refused:
+            await self.outcome(run, limits=limits)
+        self.assertEqual(refused.exception.code, "limit.instance_state")
+
+    async def test_an_attempt_beyond_its_cpu_time_fails_and_is_retried(self) -> None:
+        def burn() -> None:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.02:
+                pass
+
+        async def burn_and_wait() -> None:
+            burn()
+            await asyncio.sleep(3600)  # not that long: this is where it is noticed
+
+        async def run(event: Any, step: Any) -> None:
+            async def burn_once(ctx: Any) -> int:
+                if ctx.attempt == 1:
+                    burn()
+                return ctx.attempt
+
+            for callback in (burn, burn_and_wait):
+                error = await caught(step.do("always", ONCE, callback))
+                self.assertIs(type(error), WorkflowError)
+                self.assertEqual(error.code, "limit.cpu")
+            return await step.do("once", burn_once)
+
+        limits = dataclasses.replace(FOREVER, cpu_ms=10)
+        self.assertEqual(await self.outcome(run, limits=limits), 2)
 
     async def test_creations_per_second_are_counted_over_a_sliding_second(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, creations_per_second=2)) as e:
