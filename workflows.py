@@ -813,8 +813,8 @@ class Step:
 
     @property
     def nested(self) -> bool:
-        """Whether not `run` has called it, but a step's callback, or a rollback as its handler: its
-        result doesn't wait for a turn."""
+        """Whether a step's callback has called it, or it is a rollback handler: its result doesn't
+        go to `run`, and need not wait for a turn."""
         return self.key.count(SEPARATOR) > 2
 
 
@@ -2307,7 +2307,7 @@ class Run:
         self.counts: dict[str, int] = {}
         self.unawaited: set[StepCall] = set()  # those of `run` itself
         self.active: dict[str, Step] = {}  # the steps whose calls are under way
-        # Being unloaded; because somebody else has cancelled it; and garbage.
+        # Being unloaded; cancelled by somebody else; collected as garbage.
         self.dead = self.orphan = self._collected = False
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.successor: Instance | None = None  # what the next life begins with, if one follows
@@ -2325,7 +2325,7 @@ class Run:
         self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
-        # The error that a rollback was started by, as it is stored.
+        # The error that started the rollback, if one has begun, as it is stored.
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
         self.searching: bool = self._started_rollback is not None and not searched
