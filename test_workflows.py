@@ -714,6 +714,13 @@ class Errors(Lives):
 
         self.assertEqual(await self.outcome(run), "RuntimeError")
 
+    async def test_args_that_its_base_does_not_take_leave_the_class_and_the_message(self):
+        error = UnicodeDecodeError("ascii", b"x", 0, 1, "odd")
+        error.args = ("of another version",)
+        (got,) = await self.rebuilt(error)
+        self.assertIs(type(got), UnicodeDecodeError)
+        self.assertEqual((str(got), got.args), (str(error), (str(error),)))
+
     async def test_the_members_of_a_group_come_back_one_by_one(self):
         inner = ExceptionGroup("inner", [Attributes(1, "x")])
         (got,) = await self.rebuilt(ExceptionGroup("outer", [KeyError("k"), inner]))
@@ -7860,6 +7867,7 @@ class Decorated(Lives):
                 ("step.invalid_config", "timeout", step.do("x", {"timeout": 0})(plain)),
                 ("step.invalid_config", "dependz", step.do("x", dependz=[])(plain)),
                 ("step.invalid_config", "5", step.do("x", depends=5)(plain)),
+                ("step.invalid_config", "'yes'", step.do("x", concurrent="yes")(plain)),
                 ("step.invalid_config", "0 steps", step.do("x", depends=[good])(plain)),
                 ("step.invalid_config", "decorated", step.do("x", depends=[plain])(lambda a: a)),
                 ("step.invalid_config", "'good'", step.do("x", depends=["good"])(lambda a: a)),
