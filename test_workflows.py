@@ -303,6 +303,10 @@ class Names(Case):
                 engine.bind(workflow(None, again))
         with self.assertRaises(ValueError):
             engine.bind(workflow(None), "other", "TEST")
+        for wrong in ({"name": "a b"}, {"name": "x" * 65}, {"binding": "A-B"}, {"steps": 25_001}):
+            (named,) = wrong.values()
+            with self.assertRaisesRegex(ValueError, str(named)):
+                engine.bind(workflow(None), **({"name": "other"} | wrong))
 
     async def test_each_life_gets_a_new_object_of_the_class(self):
         made = []
@@ -709,6 +713,13 @@ class Errors(Lives):
             return type(await caught(step.do("s", ONCE, callback))).__name__
 
         self.assertEqual(await self.outcome(run), "RuntimeError")
+
+    async def test_args_that_its_base_does_not_take_leave_the_class_and_the_message(self):
+        error = UnicodeDecodeError("ascii", b"x", 0, 1, "odd")
+        error.args = ("of another version",)
+        (got,) = await self.rebuilt(error)
+        self.assertIs(type(got), UnicodeDecodeError)
+        self.assertEqual((str(got), got.args), (str(error), (str(error),)))
 
     async def test_the_members_of_a_group_come_back_one_by_one(self):
         inner = ExceptionGroup("inner", [Attributes(1, "x")])
@@ -1954,6 +1965,31 @@ class Nested(Lives):
         await self.outcome(run)
         self.assertEqual(seen, ["'k'"] * 3)
 
+    async def test_an_event_for_a_wait_that_was_just_broken_off_is_delivered_once(self):
+        async def run(event, step):
+            async def outer(ctx):
+                call = step.wait_for_event("inner", "t")
+                if ctx.attempt == 2:
+                    return (await call).payload
+                waiting = asyncio.create_task(call)
+                await asyncio.sleep(0.01)
+                waiting.cancel()
+                store = engine.store  # which gives it the event before the loop cancels it
+                store.post(store.on, "test", "i", "send_event", "t", "1", then=lambda *_: None)
+                await asyncio.wait([waiting])
+                raise ValueError
+
+            got = [await step.do("outer", constant(1, delay), outer)]
+            await caught(step.wait_for_event("outside", "t", timeout="1 hour"))
+            return got
+
+        for delay in (1, "1 hour"):  # in one life, and in several
+            with self.subTest(delay):
+                self.setUp()
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run)).create(id="i")
+                    self.assertEqual(await self.finish(instance), [1])
+
     async def test_a_race_inside_a_step_is_a_step(self):
         async def run(event, step):
             async def race():
@@ -2895,6 +2931,8 @@ class Refusals(Case):
                 await self.finish(instance)
         with self.assertRaisesRegex(TypeError, "database is 5"):
             Engine(5)  # type: ignore[arg-type]
+        with self.assertRaisesRegex(TypeError, "clock is int: expected a Clock"):
+            Engine(clock=5)  # type: ignore[arg-type]
 
     async def test_outside_of_a_run_the_limit_of_state_is_a_plain_workflow_error(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=50)) as engine:
@@ -2966,6 +3004,18 @@ class Refusals(Case):
 
 
 class Deleting(Case):
+    async def test_who_waits_for_its_result_does_not_wait_for_the_next_one_with_its_id(
+        self,
+    ) -> None:
+        async with asyncio.timeout(3), self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            old = await bound.create(id="i")
+            waiting = asyncio.create_task(old.result())
+            await self.clock.settle()
+            hold(engine)
+            await asyncio.gather(old.delete(), bound.create(id="i"))
+            await self.assertCode("instance.not_found", waiting)
+
     async def test_a_deleted_instance_is_gone_with_all_that_it_stored(self) -> None:
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_event))
@@ -4471,6 +4521,66 @@ class Limiting(Case):
             with self.assertRaisesRegex(ValueError, "at most"):
                 dataclasses.replace(Limits(), **{name: 10**12})
 
+    async def test_a_result_beyond_the_limit_fails_the_step_at_once(self) -> None:
+        attempts = []
+
+        async def run(event: Any, step: Any) -> str:
+            async def large() -> str:
+                attempts.append(1)
+                return "x" * 50
+
+            error = await caught(step.do("s", large))
+            self.assertIs(type(error), WorkflowFatalError)
+            self.assertIn("has 52 bytes: at most 51 (limit step_bytes)", str(error))
+            return error.code
+
+        limits = dataclasses.replace(FOREVER, step_bytes=51)
+        self.assertEqual(await self.outcome(run, limits=limits), "limit.step_output")
+        self.assertEqual(attempts, [1])
+
+    async def test_params_and_payloads_beyond_the_limit_are_refused(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, payload_bytes=51)) as engine:
+            bound = engine.bind(workflow(one_event))
+            await self.assertCode("limit.event_payload", bound.create(id="i", params="x" * 50))
+            instance = await bound.create(id="i", params="x" * 49)
+            refused = instance.send_event(type="t", payload="x" * 50)
+            await self.assertCode("limit.event_payload", refused)
+            self.assertEqual(self.rows("SELECT count(*) FROM events"), [(0,)])
+
+    async def test_an_output_beyond_the_limit_of_state_is_the_error_of_its_instance(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            return "x" * 60
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=50)
+        with self.assertRaises(WorkflowFatalError) as refused:
+            await self.outcome(run, limits=limits)
+        self.assertEqual(refused.exception.code, "limit.instance_state")
+
+    async def test_an_attempt_beyond_its_cpu_time_fails_and_is_retried(self) -> None:
+        def burn() -> None:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.02:
+                pass
+
+        async def burn_and_wait() -> None:
+            burn()
+            await asyncio.sleep(3600)  # not that long: this is where it is noticed
+
+        async def run(event: Any, step: Any) -> None:
+            async def burn_once(ctx: Any) -> int:
+                if ctx.attempt == 1:
+                    burn()
+                return ctx.attempt
+
+            for callback in (burn, burn_and_wait):
+                error = await caught(step.do("always", ONCE, callback))
+                self.assertIs(type(error), WorkflowError)
+                self.assertEqual(error.code, "limit.cpu")
+            return await step.do("once", burn_once)
+
+        limits = dataclasses.replace(FOREVER, cpu_ms=10)
+        self.assertEqual(await self.outcome(run, limits=limits), 2)
+
     async def test_creations_per_second_are_counted_over_a_sliding_second(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, creations_per_second=2)) as e:
             bound = e.bind(workflow(one_sleep))
@@ -4945,6 +5055,18 @@ class Waits(Introspected):
             self.assertFalse(waiting.done())
             await self.clock.advance("30 days")
             await asyncio.wait_for(waiting, 1)
+
+    async def test_the_present_status_counts_whatever_has_come_since(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", self.called("s"), rollback=asyncio.Event().wait)
+            await step.wait_for_event("w", "wanted", timeout="1 hour")
+
+        async with self.one(run) as one:
+            await one.wait_for_status("waiting")
+            await (await self.workflow.get("x")).send_event(type="other")
+            await one.wait_for_status("waiting")
+            await self.clock.advance("1 hour")  # its timeout leaves run: the rollback begins
+            await one.wait_for_status("running")
 
     async def test_a_wait_that_can_not_come_true_any_more_is_an_error(self) -> None:
         async def run(event: Any, step: Any) -> None:
@@ -6213,6 +6335,25 @@ class RestartFrom(Undoing):
 
     async def test_a_kept_sleep_goes_on_with_its_time_after_a_rollback(self) -> None:
         self.assertEqual(await self.sleeps_on(fail=True, rollback=self.undone), 2)
+
+    async def test_a_kept_sleep_has_the_time_that_a_pause_before_a_rollback_left_it(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.ensure_future(step.sleep("nap", "2 hours"))
+            await step.sleep("half", "30 minutes")
+            await step.do("x", lambda: self.work("x"), rollback=self.undone)
+            await nap
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("1 hour")
+            await instance.pause()
+            await self.clock.advance("1 day")
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            await instance.restart({"from": {"name": "x"}})
+            for minutes, status in ((50, "waiting"), (20, "complete")):
+                await self.clock.advance(minutes * 60_000)
+                self.assertEqual((await instance.status()).status, status)
 
     async def test_a_kept_retry_delay_goes_on_with_its_time(self) -> None:
         times = []
@@ -7727,6 +7868,7 @@ class Decorated(Lives):
                 ("step.invalid_config", "timeout", step.do("x", {"timeout": 0})(plain)),
                 ("step.invalid_config", "dependz", step.do("x", dependz=[])(plain)),
                 ("step.invalid_config", "5", step.do("x", depends=5)(plain)),
+                ("step.invalid_config", "'yes'", step.do("x", concurrent="yes")(plain)),
                 ("step.invalid_config", "0 steps", step.do("x", depends=[good])(plain)),
                 ("step.invalid_config", "decorated", step.do("x", depends=[plain])(lambda a: a)),
                 ("step.invalid_config", "'good'", step.do("x", depends=["good"])(lambda a: a)),

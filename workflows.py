@@ -38,7 +38,7 @@ The file reads downwards; each section begins with what it is for and why it is 
     binding      `Workflow` and `WorkflowInstance`, the side that callers see
     dialect      the decorator form of `step.do`, and the modules of Cloudflare's Python SDK
     test tools   introspection, and a clock that moves only when told; then the camelCase names
-    command line `demo`, which kills its own engine
+    command line `demo`, which kills a workflow's process and shows that it goes on
 """
 
 from __future__ import annotations
@@ -347,7 +347,9 @@ class Clock:
     """Where all time comes from: the wall clock for moments that are stored (a machine that was
     suspended must notice), the event loop's monotonic clock for timers."""
 
-    exact = False  # whether the loop waits for the writer after each operation
+    # Whether the loop waits for the writer after each operation: then histories are the same in
+    # every run of a test.
+    exact = False
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []  # the open ones that go by it
@@ -505,13 +507,8 @@ def freeze(value: Any) -> Any:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except (Exception, SystemExit):  # a user's __str__ may do anything; its error is recorded
+    except (Exception, SystemExit):  # a user's `__str__` may do anything; the rest is recorded
         return ""
-
-
-def _native(cls: type[BaseException]) -> type[BaseException]:
-    """The nearest built-in base of an exception class: the one that keeps the args."""
-    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
 
 
 def encode_error(error: BaseException, **more: Any) -> str:
@@ -561,9 +558,8 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return WorkflowError(record["message"], name=record["name"])
-    if issubclass(found, StopIteration):  # a coroutine can't raise it
-        return RuntimeError(record["message"])
-    native = _native(found)
+    # The nearest built-in base keeps the args; the class's own `__init__` is not called.
+    native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
     members = [rebuild_error(member) for member in record["members"]]
     args = (record["message"], members) if members else tuple(record["args"])
     try:
@@ -735,12 +731,15 @@ def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[
 
 
 _DEFAULT_CONFIG = StepConfig(None)
-_ASKING = StepConfig({"timeout": 5000})  # a function for the delay
+_ASKING = StepConfig({"timeout": 5000})  # how long a delay function may take to answer
 
 # --------------------------------------------------------------------------------------------------
 # Journal: what a recorded history means. The journal of an instance is append-only; its rows are
 # the only thing that a replay knows. These functions are pure: they read rows and touch nothing
 # else.
+#
+# An instance is in memory only from time to time; each of these stays is a life (see "Run"), and
+# what a life does is recorded as it happens:
 #
 #     type                               step    what happened
 #     queued started running waiting     –       the instance changed its status; the first row
@@ -755,14 +754,17 @@ _ASKING = StepConfig({"timeout": 5000})  # a function for the delay
 #     sleep → slept                      sleep   sleep_until is a sleep too
 #     wait → event | timeout             wait    the event is consumed in this very row
 #     cancel                             any     `run` itself cancelled the call: never again
-#     stop                               any     interrupted by a clean stop: as if not begun
+#     stop                               any     interrupted by a clean stop or a restart, or
+#                                                broken off by the callback around it: as if
+#                                                not begun
 #     due                                do      its retry delay is over
 #     sent                               –       an event was put into the instance's buffer
 #     rollback                           –       `run` has failed, or is told to roll back: from
 #                                                here on only handlers run; the error that
 #                                                started it
 #
-# A rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
+# A step's key is its kind, name and count, behind the key of the step whose callback calls it. A
+# rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
 
 
 class Row(NamedTuple):
@@ -781,7 +783,7 @@ class Row(NamedTuple):
 RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
 STEP_KINDS = ("do", "sleep", "wait_for_event")
 ROLLBACK = "rollback\n"  # what the key of a rollback handler begins with
-SEPARATOR = "\n"  # between the parts of a step's key; names hold no control characters
+SEPARATOR = "\n"  # between the parts of a key: names hold no control characters
 
 
 def step_label(key: str | None) -> str:
@@ -808,13 +810,14 @@ class Step:
     waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
     task: asyncio.Task[Any] | None = None
     freed: asyncio.Future[None] | None = None  # done when that call has ended
-    alone: bool = False  # nothing else of the run was under way when it was called
+    alone: bool = False  # nothing else of the run was under way when its call began to wait
     running: Attempt | None = None  # until its end is committed
     fresh: Any = None  # its value or error itself, if made in this life
 
     @property
     def nested(self) -> bool:
-        """Whether a step's callback has called it."""
+        """Whether a step's callback has called it, or it is a rollback handler: its result doesn't
+        go to `run`, and need not wait for a turn."""
         return self.key.count(SEPARATOR) > 2
 
 
@@ -838,8 +841,8 @@ def apply(steps: dict[str, Step], row: RowTail) -> Step | None:
     if type == "stop":
         step.attempts -= step.open
         step.open = False
-        if step.config is None and live:
-            del steps[key]  # it had not even begun
+        if step.config is None:
+            del steps[key]  # a wait, or an attempt that had not even begun
     elif type == "cancel":
         step.state, step.open, step.queued = "cancelled", False, not step.nested
         return step
@@ -936,7 +939,7 @@ def _brief(error: dict[str, Any]) -> dict[str, str]:
 
 class Wait(NamedTuple):
     """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
-    an event until `due`."""
+    an event of that type until `due`. `kind` is "sleep", "retry" or "wait"."""
 
     seq: int
     at: int
@@ -1069,6 +1072,7 @@ class Instance(NamedTuple):
         return self.id is None or (expiry is not None and expiry <= now)
 
 
+# Of an `Instance`: what changes, and what is read.
 _CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:-2])
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
@@ -1076,8 +1080,6 @@ _READ = ", ".join((*Instance._fields[:-2], *_NEWER))
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
-# While a rollback runs, what else the instance waits for stands still: `restart` may need it.
-OPEN_WAITS = f"instance = ? AND (step LIKE '{ROLLBACK}%') = ?"
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
 
 
@@ -1097,14 +1099,15 @@ class News(NamedTuple):
 
 
 Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
-Then = Callable[[Any, BaseException | None], None]
+Then = Callable[[Any, BaseException | None], None]  # gets an operation's result or refusal
 Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
 
 
 class Store:
     """The database, as seen from its own thread. After each commit `deliver(results, news,
-    touched)` is called on the loop; when storage fails, `broke(error, callbacks)`."""
+    touched)` is called on the loop, with None for `touched` when another process wrote: then there
+    may be news on anything. When storage fails, it is `broke(error, callbacks)`."""
 
     def __init__(
         self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
@@ -1311,7 +1314,8 @@ class Store:
             # plain file of our own would drop the locks that another engine of this process holds.
             uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
-                # Also if its newest pages are in the WAL only: a process died while it moved them.
+                # Tolerates a broken schema: what a process that died inside a checkpoint left makes
+                # sense only with its WAL, which is not read here.
                 self._db.execute("PRAGMA writable_schema = ON")
                 if self._one("PRAGMA application_id") != (APPLICATION_ID,):
                     raise WorkflowInternalError("not a database of this module")
@@ -1401,7 +1405,9 @@ class Store:
         rows: list[Row] = []
         due = inst.expiry()
         if inst.status in LIVE:
-            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE {OPEN_WAITS} ORDER BY seq"
+            # While a rollback runs, all other waits stand still: `restart` may need them.
+            sql = f"""SELECT {", ".join(Wait._fields)} FROM waits
+                      WHERE instance = ? AND (step LIKE '{ROLLBACK}%') = ? ORDER BY seq"""
             found = self._db.execute(sql, (inst.key, inst.rollback is not None))
             waits = [Wait._make(row) for row in found]
             rows = self._end_waits(inst, waits, now)
@@ -1459,7 +1465,7 @@ class Store:
                 for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
                     inst = self._buffer(inst, *event)
             self._news.append(News(inst, [], True))
-        self._look_again = free == BATCH <= len(queued)
+        self._look_again = free == BATCH <= len(queued)  # in the next transaction
 
     def _free_slots(self) -> float:
         taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
@@ -1481,6 +1487,7 @@ class Store:
         """Puts an instance that has already run at its place in the queue, ahead of all new ones;
         one that was pausing goes there on `resume`."""
         now = self.clock.now()
+        # Among those, first woken first: by when it fell due, not by when that was noticed.
         place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
         if inst.status == "waitingForPause":
             inst = self._move(inst.key, _row("paused"), paused=now, place=place, wake=None)
@@ -1682,7 +1689,7 @@ class Store:
         """Carries out one of the next operations, on the instance with that id."""
         inst = self._find(workflow, [id]).get(id)
         if inst is None:
-            raise _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
+            raise _not_found(workflow, id)
         return getattr(self, op)(inst, *args)
 
     def status(self, inst: Instance) -> tuple[int, str, str | None]:
@@ -1740,6 +1747,7 @@ class Store:
         where = """attempt IS NOT NULL AND instr(extra, '"rollback":') LIMIT 1"""
         if inst.rollback is not None or not self._journal(inst.key, where):
             return False
+        self._unpause(inst)
         columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
         row = _row("rollback", None, error)
         if inst.status in ("running", "waitingForPause"):
@@ -1764,22 +1772,22 @@ class Store:
             self._db.execute(sql, (inst.key, str([row.seq for row in kept])))
         self._unpause(inst)
         # What it had in flight is as after a clean stop.
-        stopped = [_row("stop", step.key) for step in fold(kept)[0].values() if step.open]
-        params = None if kept else rows[0].data
+        steps = fold(kept)[0].values()
+        stopped = [_row("stop", step.key) for step in steps if step.open]
         sql = "SELECT payload FROM events WHERE instance = ?"
-        left = [params, *(payload for (payload,) in self._db.execute(sql, (inst.key,)))]
-        left += [row.data for row in kept if row.type in ("queued", "done", "event")]
+        left = [rows[0].data, *(payload for (payload,) in self._db.execute(sql, (inst.key,)))]
+        left += [step.data for step in steps if step.state == "done"]
         state = sum(size_of(text or "") for text in left)
         self._change(inst.key, stopped, state - inst.state)
         fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
         (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
-        self._move(inst.key, _row("queued", None, params), **fresh)
+        self._move(inst.key, _row("queued", None, None if kept else rows[0].data), **fresh)
 
     def delete(self, inst: Instance) -> None:
         """Frees the id; the owner clears the rest away when it has stopped the run."""
         gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
         self._change(inst.key, generation=inst.generation + 1, **gone)
-        # (What has changed is written without the id, which costs an index.)
+        # (`_write` leaves ids alone: to write one costs an index, too.)
         self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
         self._touched |= {inst.key, inst.id or ""}
 
@@ -1803,10 +1811,10 @@ class Store:
         self._check_state(inst.state, size_of(payload), WorkflowError)
         self._buffer(inst, type, payload)
 
-    # -- operations of a run: each is guarded, and does nothing for an outdated run. A run whose
-    #    instance was running when its process died is `careful`: it commits each start before the
-    #    callback, until one more step has finished, so that a step which kills its process is
-    #    noticed.
+    # -- operations of a run: each is guarded, and does nothing for an outdated run. The answer None
+    #    ends a life. A run whose instance was running when its process died is `careful`: it
+    #    commits each start before the callback, until one more step has finished, so that a step
+    #    which kills its process is noticed.
 
     def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], str]]:
         """What lives begin with: the instance, its whole journal (in one query), and the workflow's
@@ -1863,8 +1871,8 @@ class Store:
         return idle
 
     def requeue(self, key: int, generation: int, *statuses: str) -> bool:
-        """A pausing run has nothing in flight any more, or a waiting one wants to go on by
-        itself."""
+        """A pausing run has nothing in flight any more, or a waiting one wants to go on by itself
+        (if it still is that)."""
         if inst := self._mine(key, generation, *statuses):
             self._requeue(inst)
         return True
@@ -1897,6 +1905,10 @@ class Store:
         """A clean stop: no attempt counts, and whoever owns the database next goes on."""
         self.give_up(key, generation, "stop", interrupted)
         self.requeue(key, generation, "running", "waitingForPause")
+
+
+def _not_found(workflow: str, id: str) -> WorkflowError:
+    return _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -2013,6 +2025,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.function: StepFunction | None = None  # whose call it is, in the decorator form
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         attempt = _attempt.get()
+        # In whose callback it is made, if that belongs to this run.
         self.attempt = attempt if attempt is not None and attempt.run is run else None
         scope: Run | Attempt = self.attempt or run
         counts = scope.counts = scope.counts or {}
@@ -2277,9 +2290,9 @@ class Run:
 
     # What only the end changes has its beginning here: with more than 30 attributes of its own, an
     # object is slow.
-    dead = orphan = _collected = False
-    successor: Instance | None = None
-    interrupted: Sequence[str] = ()  # steps whose recorded attempts the end of this cut off
+    dead = orphan = _collected = False  # being unloaded; cancelled by others; garbage
+    successor: Instance | None = None  # what the next life begins with, if one follows
+    interrupted: Sequence[str] = ()  # steps with attempts that the end of this life cut off
     _timer: Any = None  # to hibernate, to end a search, or to give up on tasks
 
     def __init__(
@@ -2288,7 +2301,8 @@ class Run:
         self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
         self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
         self.seq, self.careful = inst.seq, bool(inst.careful)
-        self.status = inst.status  # or "idling" while it is not certain that it may wait
+        # "idling" while it is not certain that it may wait, "ended" when `run` has.
+        self.status = inst.status
         self.steps, self._inbox = fold(rows)
         self.event = WorkflowEvent(
             freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
@@ -2301,18 +2315,19 @@ class Run:
         self.tasks: dict[Any, None] = {}
         self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
         self._steps_left = bound.step_limit
-        self._writing = 0
+        self._writing = 0  # operations that the store has not answered yet
         self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = False
+        self._settling = False  # the engine is going to call `settled`
         # Of the decorator form: what is declared, and what has come of it.
         self.functions: dict[tuple[str, str], StepFunction] = {}
         self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
+        # The error that started the rollback, if one has begun, as it is stored.
         self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
         self.searching: bool = self._started_rollback is not None and not searched
-        if self.searching:  # for handlers, whatever is cancelled or not
+        if self.searching:  # for rollback handlers: results don't wait behind cancelled calls
             self._inbox = deque(step for step in self._inbox if step.state != "cancelled")
 
     def begin(self) -> None:
@@ -2325,7 +2340,8 @@ class Run:
             self._search()
 
     async def _main(self) -> tuple[str, BaseException | None]:
-        """The output of `run`, as it is stored, or the error that has left it."""
+        """The output of `run` (or what its rollback has to say), as it is stored, or the error that
+        has left it."""
         try:
             if self._started_rollback is not None and not self.searching:
                 output = await self._roll_back(self._started_rollback)
@@ -2568,7 +2584,7 @@ class Run:
             plain = not _is_async(callback)
             while step.waiting:  # for the end of its retry delay
                 await self._wait(step)
-            # For an instance that doesn't pause, and if it's plain, for a thread.
+            # Then until the instance doesn't pause; and if the callback is plain, for a thread.
             while not (may_start := self._may_start(step)) or attempt.slot is not plain:
                 if may_start:
                     attempt.slot = await self.engine.threads.slots.acquire()
@@ -2764,10 +2780,12 @@ class Run:
             return
         self.seq = max(self.seq, inst.seq)
         for row in rows:
+            if row.step not in self.steps:  # `_abandon_call` has stopped it meanwhile
+                continue
             if step := apply(self.steps, row[2:]):
                 self._finished(step)
             elif row.type == "due":
-                self._poke(self.steps[row.step or ""])
+                self._poke(self.steps[row.step])
         # What was written before it went idle is old; the answer to that will say.
         if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
@@ -3033,8 +3051,10 @@ def _wants_context(name: str, function: Callable[..., Any]) -> Any:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return False  # a built-in that doesn't say
-    ways: Any = [("ctx", (), {"ctx": None}), (False, (), {}), (True, (None,), {})]
-    for way, args, named in ways["ctx" not in signature.parameters :]:
+    ways: list[Any] = [(False, (), {}), (True, (None,), {})]
+    if "ctx" in signature.parameters:
+        ways.insert(0, ("ctx", (), {"ctx": None}))
+    for way, args, named in ways:
         with contextlib.suppress(TypeError):
             signature.bind(*args, **named)
             return way
@@ -3097,8 +3117,8 @@ class Engine:
         self.clock = clock or Clock()
         self.hibernate_after = parse_duration(hibernate_after)
         self.turn = 0  # of the loop, counted while somebody needs to know
-        self._settling: deque[tuple[int, Run]] = deque()
-        self.ticking = False
+        self._settling: deque[tuple[int, Run]] = deque()  # whom to ask again, and in which turn
+        self.ticking = False  # whether `_next_turn` is about to be called
         self.activity = 0  # counts what callbacks do
         self.runs: dict[int, Run] = {}  # by the instance's key
         self.told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # that their run is dead
@@ -3378,19 +3398,19 @@ class Workflow:
         [{"id", "code", "message"}]}`, with one entry for each id.
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        checked = self._batch(ids, "ids", self._check_id)
-        return await self.engine.call("delete_batch", self.name, checked)  # type: ignore[no-any-return]
+        legal = self._batch(ids, "ids", self._check_id)
+        return await self.engine.call("delete_batch", self.name, legal)  # type: ignore[no-any-return]
 
     def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> list[Any]:
-        """A caller's list, when each of its entries has been checked, and their number."""
+        """What `check` makes of each entry of a caller's list, if there aren't too many."""
         if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
             raise TypeError(f"{what} is {type(given).__name__}: expected a list")
-        checked = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
+        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
-        if not 0 < len(checked) <= limit:
-            what = f"{what} has {len(checked)} entries: expected 1 to {limit} (limit batch)"
+        if not 0 < len(entries) <= limit:
+            what = f"{what} has {len(entries)} entries: expected 1 to {limit} (limit batch)"
             raise _refusal("limit.batch_size", what)
-        return checked
+        return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
         options, limits = _CREATE | _options(given, (*_CREATE,), where), self.engine.limits
@@ -3436,7 +3456,7 @@ class Workflow:
         return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
 
 
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # and their defaults
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # options and defaults
 
 
 def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
@@ -3510,8 +3530,7 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    what = f"{self.workflow.name!r} has no instance {self.id!r} (any more)"
-                    raise _refusal("instance.not_found", f"workflow {what}")
+                    raise _not_found(self.workflow.name, self.id)
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
@@ -3588,7 +3607,9 @@ class WorkflowInstance:
         try:
             while status not in FINISHED:
                 ended = engine.watch(key)
-                key, status, data = await self._call("status")
+                present, status, data = await self._call("status")
+                if present != key:  # deleted, and its id is used again
+                    raise _not_found(self.workflow.name, self.id)
                 if status not in FINISHED and late.done():
                     raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
@@ -3925,7 +3946,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         return _brief(await self._reach("errored"))
 
     async def _reach(self, status: str) -> Any:
-        types = ("started", status) if status == "running" else (status,)
+        types = ("started", "running", "rollback") if status == "running" else (status,)
         return decode((await self._row("", types, f"it became {status}")).data or "null")
 
     async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
@@ -3934,7 +3955,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         instance, present = WorkflowInstance(self.workflow, self.id or ""), not label
         async with contextlib.aclosing(instance.follow()) as news:
             async for inst, rows in news:
-                rows = [row for row in rows if step_label(row.step) == label]
+                rows = [r for r in rows if step_label(r.step) == label and r.type != "sent"]
                 for row in rows[-1:] if present else rows:
                     if row.type in types and not (row.step or "").startswith(ROLLBACK):
                         return row
