@@ -6210,6 +6210,62 @@ class RestartFrom(Undoing):
             self.assertEqual(await self.finish(instance), ["a", "b", "c"])
         self.assertEqual(self.log, ["a", "b", "c", "b", "c"])
 
+    async def test_what_was_cancelled_behind_the_step_begins_anew(self) -> None:
+        async def race(event: Any, step: Any) -> int:
+            approval = asyncio.create_task(step.wait_for_event("approval", "approval"))
+            await asyncio.sleep(0)
+            work = await step.do("work", returns(1))
+            approval.cancel()
+            return await step.do("final", returns(work + 1))
+
+        broken = [True]
+
+        async def group(event: Any, step: Any) -> list[str]:
+            async def pay() -> str:
+                if broken:
+                    raise ValueError("no money")
+                return "paid"
+
+            async with asyncio.TaskGroup() as tasks:
+                slow = tasks.create_task(step.do("slow", lambda: asyncio.sleep(0.01, "slow")))
+                paid = tasks.create_task(step.do("pay", ONCE, pay))
+            return [slow.result(), paid.result()]
+
+        async with self.engine() as engine:
+            racing = await engine.bind(workflow(race, "Race")).create()
+            self.assertEqual(await self.finish(racing), 2)
+            await racing.restart({"from": {"name": "work"}})
+            self.assertEqual(await self.finish(racing), 2)
+            grouped = await engine.bind(workflow(group, "Group")).create()
+            await caught(self.finish(grouped))
+            broken.clear()
+            await grouped.restart({"from": {"name": "pay"}})
+            await until(lambda: self.ended(grouped))
+            self.assertEqual(await grouped.result(), ["slow", "paid"])
+
+    async def ended(self, instance: Any) -> bool:
+        await self.clock.settle()
+        return (await instance.status()).status in workflows.FINISHED
+
+    async def test_an_event_that_went_back_to_the_buffer_counts_once(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            lost = asyncio.create_task(step.wait_for_event("w", "t"))
+            await step.sleep("s", "1 hour")
+            lost.cancel()
+            args = ("test", "i", "send_event", "t", '"xx"')
+            engine.store.post(engine.store.on, *args, then=lambda *_: None)
+            await asyncio.wait([lost])
+            await step.do("last", returns(None))
+            await step.wait_for_event("never", "never")
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="i", params=[])
+            await self.clock.advance("1 hour")
+            self.assertEqual((await engine.usage()).storage_bytes, 2 + 4 + 4)
+            await instance.restart({"from": {"name": "last"}})
+            await self.clock.settle()
+            self.assertEqual((await engine.usage()).storage_bytes, 2 + 4 + 4 + 4)
+
     async def test_the_count_says_which_of_the_steps_of_that_name(self) -> None:
         async def run(event: Any, step: Any) -> None:
             for n in range(3):

@@ -868,11 +868,12 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
 
 def cut(rows: Sequence[Row], name: str, count: int, kind: str | None) -> list[Row]:
     """What is left of a history when it begins again from a step: what began before that. (Nothing,
-    if there is no such step.)"""
+    if there is no such step.) What `run` cancelled later begins anew: the reason may be gone."""
     began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
     keys = [SEPARATOR.join((kind, name, str(count))) for kind in ([kind] if kind else STEP_KINDS)]
     first = next((began[key] for key in keys if key in began), 0)
-    return [row for row in rows if row.seq < first or (row.step and began[row.step] < first)]
+    began |= {row.step: row.seq for row in rows if row.type == "cancel"}
+    return [row for row in rows if (began[row.step] if row.step else row.seq) < first]
 
 
 _STATUSES = "queued started running waiting waiting_for_pause paused errored terminated"
@@ -2194,6 +2195,8 @@ class Attempt:
         finally:
             self.free_slot()
         self.cpu += cpu
+        if isinstance(error, StopIteration):  # which a coroutine can't raise
+            error = RuntimeError(_message(error))
         if error is not None:
             raise error
         return await value if inspect.isawaitable(value) else value
@@ -2390,7 +2393,8 @@ class Run:
                     await attempts
             elif self._is_next(step) and self._is_alone(step):
                 self._inbox.popleft().queued = False
-            # (One that is cancelled waits until `run` cancels it again.)
+            if step.state == "cancelled" and not self.searching:
+                log.info("%s: step %r waits until run cancels it again", self, call.name)
             while step.queued or step.state not in ("done", "error"):
                 await self._wait(step)
             return self._value(call)
@@ -2654,6 +2658,8 @@ class Run:
                 delay = parse_duration(answer) if failure is None else 0
             except ValueError as wrong:
                 failure = wrong
+            finally:
+                asked.free_slot()
             if failure is not None:
                 what = f"{type(failure).__name__}: {_message(failure)}"
                 message = f"the delay function of step {call.name!r} failed: {what}"
@@ -2803,6 +2809,8 @@ class Run:
     def _check_pause(self) -> None:
         pausing = self.status == "waitingForPause"
         if pausing and not any(step.running for step in self.active.values()):
+            if self._cancelled:
+                self._record_cancelled()
             self._post(self.engine.store.requeue, "waitingForPause")
 
     def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
