@@ -2492,7 +2492,9 @@ class Run:
             return plan(call, *call.args, **call.options)
         except (TypeError, ValueError, OverflowError) as error:
             code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-            what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))  # not our function's name
+            # Not our function's name and numbers.
+            what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))
+            what = re.sub(r"takes .* positional .* given", "takes fewer arguments", what)
             raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
 
     def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
