@@ -152,11 +152,15 @@ class WorkflowInternalError(WorkflowError):
 
 
 def _refusal(code: str, message: str) -> WorkflowError:
+    """Of a caller's call; inside a run it is `_fatal`. What serves both is told which."""
     return WorkflowError(message, code=code)
 
 
 def _fatal(code: str, message: str) -> WorkflowFatalError:
     return WorkflowFatalError(message, code=code)
+
+
+Refuse = Callable[[str, str], WorkflowError]
 
 
 class _Unload(asyncio.CancelledError):
@@ -633,7 +637,7 @@ def checked(
     code: str,
     limits: Limits = Limits.UNLIMITED,
     limit: str = "step_bytes",
-    refuse: Callable[[str, str], WorkflowError] = _refusal,
+    refuse: Refuse = _refusal,
 ) -> tuple[str, Any]:
     """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
     more bytes than the limit of that name."""
@@ -1243,6 +1247,7 @@ class Store:
         results: list[Any] = []
         self._insist("BEGIN IMMEDIATE")
         self._see_others()
+        # All that the operations of runs need (they begin with a key), in one query.
         self._read([args[0] for _, args, _ in batch if args and isinstance(args[0], int)])
         for op, args, then in batch:
             try:
@@ -1582,8 +1587,7 @@ class Store:
         return self._change(key, [row], size, status=row[0], **columns)
 
     def _write(self) -> None:
-        """Writes what has changed: before a query that looks for anything but ids and keys, and
-        before the commit."""
+        """Writes what has changed: before a query, and before the commit."""
         rows, self._rows = self._rows, []
         self._insert("journal", rows)
         changed = [self._present[key][:-2] for key in self._changed]
@@ -1614,11 +1618,11 @@ class Store:
         self._insert("events", [(inst.key, type, inst.seq, now, payload)])
         return inst
 
-    def _check_state(self, present: int, size: int, error: type[WorkflowError]) -> None:
+    def _check_state(self, present: int, size: int, refuse: Refuse) -> None:
         limit = self.limits.instance_bytes
         if size and limit is not None and present + size > limit:
-            message = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
-            raise error(message, code="limit.instance_state")
+            what = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
+            raise refuse("limit.instance_state", what)
 
     # -- operations of callers, in any process
 
@@ -1640,7 +1644,7 @@ class Store:
         now = self.clock.now()
         (of,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
         for _, params, *_ in entries:
-            self._check_state(0, size_of(params), WorkflowError)
+            self._check_state(0, size_of(params), _refusal)
         taken = self._find(workflow, [entry[0] for entry in entries])
         self._check_queue(len({entry[0] for entry in entries} - taken.keys()))
         (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
@@ -1699,6 +1703,7 @@ class Store:
         return inst.key, inst.status, rows[0].data if rows else None
 
     def pause(self, inst: Instance) -> None:
+        """At once, or when its run has nothing in flight any more; not during a rollback."""
         now = self.clock.now()
         if inst.rollback == "begun":
             return
@@ -1809,7 +1814,7 @@ class Store:
         if inst.status in FINISHED:
             what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
             raise _refusal("instance.not_running", what)
-        self._check_state(inst.state, size_of(payload), WorkflowError)
+        self._check_state(inst.state, size_of(payload), _refusal)
         self._buffer(inst, type, payload)
 
     # -- operations of a run: each is guarded, and does nothing for an outdated run. The answer None
@@ -1835,7 +1840,7 @@ class Store:
         inst = self._mine(key, generation)
         if inst is None:
             return None
-        self._check_state(inst.state, size, WorkflowFatalError)
+        self._check_state(inst.state, size, _fatal)
         columns: dict[str, Any] = {}
         if inst.careful and any(type in ("done", "error") for type, *_ in rows):
             columns["careful"] = 0
@@ -1894,7 +1899,7 @@ class Store:
                 if inst.termination is not None:
                     status, data = "terminated", None
             try:
-                self._check_state(inst.state, size, WorkflowFatalError)
+                self._check_state(inst.state, size, _fatal)
             except WorkflowFatalError as too_large:
                 status, data, size = "errored", encode_error(too_large), 0
             if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
@@ -2221,6 +2226,7 @@ class Attempt:
                 resume, given = coroutine.throw, raised
 
     def free_slot(self) -> None:
+        """Gives its thread's place to the next, if it has one."""
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
@@ -2237,14 +2243,14 @@ class Attempt:
         self._expire(self._excess())
 
     def timeout_error(self) -> WorkflowTimeoutError:
+        """What it fails with when its time is up."""
         return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
         if limit is None or self.cpu <= limit * 1_000_000:
             return None
-        message = f"the attempt used over {limit} ms of CPU time (limit cpu_ms)"
-        return WorkflowError(message, code="limit.cpu")
+        return _refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
     def _expire(self, verdict: BaseException | None) -> None:
         """Decides that the attempt has failed, whatever its callback does from now on."""
@@ -2327,13 +2333,14 @@ class Run:
         # By step: its rollback handler, and the configuration of that as it was given.
         self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
         # The error that started the rollback, if one has begun, as it is stored.
-        self._started_rollback = next((row.data for row in rows if row.type == "rollback"), None)
+        self._rollback_error = next((row.data for row in rows if row.type == "rollback"), None)
         searched = previous is not None and previous.searching
-        self.searching: bool = self._started_rollback is not None and not searched
+        self.searching: bool = self._rollback_error is not None and not searched
         if self.searching:  # for rollback handlers: results don't wait behind cancelled calls
             self._inbox = deque(step for step in self._inbox if step.state != "cancelled")
 
     def begin(self) -> None:
+        """Calls `run`, or the handlers of its rollback."""
         # Not by `loop.create_task`, whose factory may begin it before we know it.
         name = f"workflows:{self.bound.name}:{self.id}"
         self.task = asyncio.Task(self._main(), loop=self.loop, name=name)
@@ -2346,8 +2353,8 @@ class Run:
         """The output of `run` (or what its rollback has to say), as it is stored, or the error that
         has left it."""
         try:
-            if self._started_rollback is not None and not self.searching:
-                output = await self._roll_back(self._started_rollback)
+            if self._rollback_error is not None and not self.searching:
+                output = await self._roll_back(self._rollback_error)
             else:
                 info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
                 output = self.bound.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
@@ -2446,8 +2453,6 @@ class Run:
             await step.waiter
         finally:
             step.waiter = None
-        if self.dead:
-            await self._leave()
 
     async def _leave(self) -> None:
         """Ends the task that called a step of a dead run. If it comes back after that, it ignores
@@ -2535,7 +2540,7 @@ class Run:
         if isinstance(type, Mapping):
             given = _options(type, ("type", "timeout"), "options")
             type, timeout = given.get("type"), given.get("timeout", timeout)
-        type = _check_event_type(type if event_type is None else event_type, WorkflowFatalError)
+        type = _check_event_type(type if event_type is None else event_type, _fatal)
         self._begin_wait(call, type, parse_duration(timeout))
 
     def _begin_wait(
@@ -2670,6 +2675,7 @@ class Run:
         return min(delay * config.backoff(attempt.number), longest), error
 
     def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
+        """Hands an attempt's start to the store, as a row of its own."""
         attempt.recorded = True
         row = ("start", attempt.call.key, attempt.number, None, None, attempt.extra)
         self._post(self.engine.store.record, [row], then=then)
@@ -2763,7 +2769,7 @@ class Run:
 
     def _is_idle(self) -> bool:
         """Whether all that is under way are sleeps, event waits and retry delays."""
-        if self._writing or not self.active or self._started_rollback is not None:
+        if self._writing or not self.active or self._rollback_error is not None:
             return False
         return all(step.waiting for step in self.active.values())
 
@@ -2781,6 +2787,7 @@ class Run:
     # -- news from the store
 
     def on_news(self, inst: Instance, rows: list[Row], admitted: bool) -> None:
+        """What the writer has recorded by itself, or somebody else has done to the instance."""
         outdated = inst.generation != self.generation or inst.status in (*FINISHED, "paused")
         if self.dead or outdated:
             self.unload()
@@ -2869,7 +2876,7 @@ class Run:
             self.loop.call_later(1, self.engine.adopt, self)
             return
         text, error = task.result()
-        if self._started_rollback is None:
+        if self._rollback_error is None:
             self._warn_about_calls()
         if self._cancelled:
             self._record_cancelled()
@@ -2881,7 +2888,7 @@ class Run:
         self._post(self.engine.store.finish, *end, then=self._end_rolled_back)
 
     def _end_rolled_back(self, successor: Instance | None, _: BaseException | None) -> None:
-        """`run` has ended, but not the instance: a rollback has begun."""
+        """`run` has ended, but not the instance: a rollback has begun, or storage has failed."""
         self.successor = self.successor or successor
         self.unload()
 
@@ -2955,6 +2962,7 @@ class Run:
         self.task_ended()
 
     def task_ended(self, task: asyncio.Task[Any] | None = None) -> None:
+        """One less to wait for; with the last one of a dead run, its life is over."""
         self.tasks.pop(task, None)
         if self.dead and not (self.tasks or self.ended.done()):
             self._timer.cancel()
@@ -3011,11 +3019,11 @@ _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
 _NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
 
 
-def _check_event_type(type: Any, error: type[WorkflowError]) -> str:
+def _check_event_type(type: Any, refuse: Refuse) -> str:
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
-    message = f"{_show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
-    raise error(message, code="event.invalid_type")
+    what = f"{_show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
+    raise refuse("event.invalid_type", what)
 
 
 def _do_arguments(*args: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
@@ -3461,7 +3469,7 @@ class Workflow:
         event = {"payload": None} | _merge(options, given, ("type", "payload"), what)
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
-        type = _check_event_type(event["type"], WorkflowError)
+        type = _check_event_type(event["type"], _refusal)
         code, limits = "event.not_serializable", self.engine.limits
         return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
 
@@ -3587,7 +3595,8 @@ class WorkflowInstance:
     async def restart(self, options: Options = None, /, **given: Any) -> None:
         """Begins again with the same id, params and timestamp; everything else is erased. With
         `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
-        that step: what started before it is kept, and so are buffered events.
+        that step: what started before it is kept (but what `run` cancelled after it begins anew),
+        and so are buffered events.
 
         Error: `instance.cannot_restart` if its history has no such step."""
         start = _merge(options, given, ("from",), "restart").get("from")
@@ -3873,6 +3882,7 @@ class WorkflowInstanceModifier:
     # -- what the engine asks
 
     def covers(self, workflow: str, inst: Instance | Run) -> bool:
+        """Whether this block is about that instance."""
         mine = workflow == self.workflow.name and inst.key > self.after
         return mine and self.id in (None, inst.id)
 
