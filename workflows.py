@@ -23,22 +23,34 @@ stored result, and goes on from there. Steps retry, sleep for months and wait fo
 
     asyncio.run(main())
 
-The file reads downwards; each section begins with what it is for and why it is so:
+The whole idea fits into a few lines. Whatever `run` does outside of steps it does again in each
+life; what a step did is done once:
 
-    vocabulary   statuses, errors, the small records that users see
-    durations    "5 minutes" to milliseconds, and the clock
-    codec        values and errors to JSON and back, exactly
-    limits       what Cloudflare's plans allow
-    retry        a step's configuration, and how long it waits before it tries again
-    journal      what a recorded history means: pure functions
-    store        all SQL, the one writer thread, group commit, who owns the database
-    threads      where plain (not async) callbacks run
-    run          one life of one instance: replay, attempts, the `step` object
-    engine       which instances live now, and what happens when something fails
-    binding      `Workflow` and `WorkflowInstance`, the side that callers see
-    dialect      the decorator form of `step.do`, and the modules of Cloudflare's Python SDK
-    test tools   introspection, and a clock that moves only when told; then the camelCase names
-    command line `demo`, which kills a workflow's process and shows that it goes on
+    journal = []                              # on disk, in real life: what has happened, in order
+
+    def replay(run):
+        recorded = dict(journal)              # step → result
+
+        def do(step, callback):
+            if step not in recorded:          # it has not finished yet: so it runs, and what it
+                recorded[step] = callback()   # returns is appended before anybody sees it
+                journal.append((step, recorded[step]))
+            return recorded[step]
+
+        return run(do)                        # always from the top, however often the process died
+
+Below is the same, but stored, concurrent, and asleep most of the time.
+
+    Part I, the heart      the words; the journal; the database; transactions; writing;
+                           scheduling; a run; the engine
+    Part II, the rules     durations and the clock; values and errors; limits; arguments; retries;
+                           records; executions
+    Part III, the sides    binding; rollback; history; usage; the Python dialect; test tools; the
+                           command line
+
+Whoever reads the first part knows how durable execution works. Each section of the second can be
+read alone, and knows nothing of the heart. Each section of the third could be deleted: the heart
+calls it in one place or two.
 """
 
 from __future__ import annotations
@@ -58,6 +70,7 @@ import json
 import keyword
 import logging
 import math
+import operator
 import os
 import queue
 import re
@@ -72,7 +85,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
@@ -91,8 +104,12 @@ log = logging.getLogger("workflows")
 
 Params = TypeVar("Params")
 
+# ==================================================================================================
+# Part I: the heart
+# ==================================================================================================
+#
 # --------------------------------------------------------------------------------------------------
-# Vocabulary: statuses, errors, and the small records that users see.
+# The words: statuses and errors.
 #
 # An instance moves through eight statuses (Cloudflare's names, also in the database):
 #
@@ -102,10 +119,12 @@ Params = TypeVar("Params")
 #       └───── waiting
 #
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
-# (paused → queued or waiting; waitingForPause → running), `terminate` and `restart` (→ queued, from
-# anywhere); all other moves are the engine's. What ran when its process ended is queued again.
+# (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued, from
+# anywhere). All other moves are the engine's. What ran when its process ended is queued again.
 
 FINISHED = ("complete", "errored", "terminated")
+LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
+STATUSES = (*LIVE, "paused", *FINISHED)
 
 
 class WorkflowError(Exception):
@@ -151,24 +170,2963 @@ class WorkflowInternalError(WorkflowError):
     code = "workflow.internal"
 
 
-def _refusal(code: str, message: str) -> WorkflowError:
-    """Of a caller's call; inside a run it is `_fatal`. What serves both is told which."""
+Refuse = Callable[[str, str], WorkflowError]  # makes an error of a code and a message
+
+
+def refusal(code: str, message: str) -> WorkflowError:
+    """What a caller's call raises."""
     return WorkflowError(message, code=code)
 
 
-def _fatal(code: str, message: str) -> WorkflowFatalError:
+def fatal(code: str, message: str) -> WorkflowFatalError:
+    """What a step call raises."""
     return WorkflowFatalError(message, code=code)
 
 
-Refuse = Callable[[str, str], WorkflowError]
+# --------------------------------------------------------------------------------------------------
+# The journal: what is recorded, and what it means.
+#
+# The journal of an instance is append-only, and the only thing that a replay knows. An instance is
+# in memory only from time to time. Each of these stays is a life (see "A run"), and what happens in
+# a life is recorded as it happens:
+#
+#     type                               step    what has happened
+#     queued started running waiting     –       The instance has this status now. The first row of
+#       waitingForPause paused                   all, `queued`, holds the params, `complete` holds
+#       complete errored terminated              the output, `errored` the error.
+#     start                              do      An attempt began. The first one of a step holds the
+#                                                step's configuration in `extra`.
+#     done | failed | error              do      The attempt ended: with a result, with a failure
+#                                                that is retried, with a failure for good.
+#     due                                do      The delay before the next attempt is over.
+#     sleep → slept                      sleep   `sleep_until` is a sleep, too.
+#     wait → event | timeout             wait    The event is consumed in this very row.
+#     cancel                             any     `run` itself has cancelled the call.
+#     stop                               any     A clean stop, a restart or the callback around the
+#                                                call interrupted it: it counts as not begun.
+#     sent                               –       An event was put into the instance's buffer.
+#     rollback                           –       From here on only rollback handlers run; `data` is
+#                                                the error that they undo.
+#
+# A step's key is its kind, its name and its count. The key of a step that the callback of another
+# step calls begins with the key of that other step. A rollback handler is a step of the kind
+# "rollback": its key is that word, followed by the key of the step that it undoes.
+#
+# The functions of this section are pure: they read rows, and touch nothing else.
 
 
-class _Unload(asyncio.CancelledError):
-    """Raised by step calls in a run that is being unloaded. A `CancelledError`, so that `finally`
+class Row(NamedTuple):
+    """A row of the journal. `data` and `extra` are JSON; `seq` and `at` (a moment) are given to it
+    when it is appended."""
+
+    type: str
+    step: str | None = None
+    attempt: int | None = None
+    data: str | None = None
+    extra: str | None = None
+    seq: int = 0
+    at: int = 0
+
+
+STEP_KINDS = ("do", "sleep", "wait_for_event")
+SEPARATOR = "\n"  # between the parts of a key: names hold no control characters
+ROLLBACK = "rollback" + SEPARATOR
+
+
+def step_label(key: str | None) -> str:
+    """`<name>-<count>`, as Cloudflare shows a step."""
+    return "-".join((key or "").split(SEPARATOR)[-2:])
+
+
+# Slots, here and elsewhere: what there are many of costs the garbage collector time.
+@dataclasses.dataclass(slots=True, eq=False)
+class Step:
+    """What the journal says about one step."""
+
+    key: str
+    state: str = "new"  # → pending → done | error | cancelled
+    attempts: int = 0
+    open: bool = False  # the last attempt has begun, and has no end
+    asleep: bool = False  # in a sleep, an event wait or a retry delay
+    config: str | None = None  # as it was when the first attempt began
+    data: str | None = None  # the result, or the error
+    extra: str | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether its result does not go to `run`: a callback has called it, or it is a rollback
+        handler."""
+        return self.key.count(SEPARATOR) > 2
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has a result, or has failed for good."""
+        return self.state in ("done", "error")
+
+
+_ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
+
+
+def apply(steps: dict[str, Step], row: Row) -> Step | None:
+    """Takes one row into account. Returns the step if the row is its result, or its cancellation by
+    `run`: what `run` has seen of these, it must see again in the same order."""
+    if row.step is None:
+        return None
+    if (step := steps.get(row.step)) is None:
+        step = steps[row.step] = Step(row.step)
+    if row.type == "stop":
+        step.attempts -= 1 if step.open else 0
+        step.open = False
+        if step.config is None:  # a sleep, a wait, or a step without any attempt
+            del steps[row.step]
+        return None
+    if row.attempt is not None:
+        step.attempts = row.attempt
+    if step.config is None and row.type == "start":
+        step.config = row.extra
+    step.open = row.type == "start"
+    step.asleep = row.type in ("sleep", "wait", "failed")
+    if row.type == "cancel":
+        step.state = "cancelled"
+        return step
+    if step.ended or step.state == "cancelled":
+        return None  # the first end counts
+    step.state = _ENDS.get(row.type, "pending")
+    if not step.ended:
+        return None
+    step.data, step.extra = row.data, row.extra
+    return step
+
+
+def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
+    """The steps of a history; and those of them that `run` itself called and that have a result or
+    were cancelled, in the order in which `run` came to know of that."""
+    steps: dict[str, Step] = {}
+    inbox: OrderedDict[str, Step] = OrderedDict()
+    for row in rows:
+        if (step := apply(steps, row)) and not step.nested:
+            inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
+            inbox[step.key] = step
+    return steps, inbox
+
+
+def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """What is left of a history when it begins again from the step with the first of these keys
+    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
+    after that begins anew, because the reason for the cancellation may be gone."""
+    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
+    counts_from = {row.step: row.seq for row in reversed(rows)}
+    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
+    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
+
+
+class Wait(NamedTuple):
+    """What an instance waits for: the end of a sleep or of a retry delay (then `event` is None), or
+    an event of that type until `due`. `kind` is "sleep", "retry" or "wait"."""
+
+    kind: str
+    step: str
+    event: str | None
+    due: int
+    fixed: bool = False  # a pause does not move `due` (`sleep_until`)
+    seq: int = 0  # of its row in the journal
+    at: int = 0
+
+
+class WaitEnd(NamedTuple):
+    """When a wait ended, and (seq, at) of the buffered event that ended it, if one did."""
+
+    at: int
+    wait: Wait
+    event: tuple[int, int] | None
+
+
+def end_waits(
+    waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
+) -> list[WaitEnd]:
+    """Which waits have ended by now, in the order in which they did, however late we look. The
+    oldest event that came at or before the deadline of the first waiter of its type is that
+    waiter's."""
+    buffered = {type: deque(queue) for type, queue in events.items()}
+    ended = []
+    for wait in waits:
+        mine = buffered.get(wait.event)
+        if mine and mine[0][1] <= wait.due:
+            event = mine.popleft()
+            ended.append(WaitEnd(max(event[1], wait.at), wait, event))
+        elif wait.due <= now:
+            ended.append(WaitEnd(wait.due, wait, None))
+    return sorted(ended, key=lambda end: (end.at, end.wait.seq))
+
+
+# --------------------------------------------------------------------------------------------------
+# The database: one file, one connection, one process that runs the instances.
+#
+# The rows are the truth; nobody's memory is. Every write of a run is guarded by the instance's
+# status and generation in the same transaction, so that a run whose instance was changed meanwhile,
+# by whichever process, writes nothing more.
+#
+# Any number of processes may use the file. One of them, the owner, runs the instances: the one that
+# holds an exclusive transaction on a second, empty database. SQLite brings the locking of every
+# platform, and a process that dies lets go of it.
+#
+# Three columns of an instance together say what is being done to it:
+#
+#     status                rollback            termination   meaning
+#     any but the finished  NULL                NULL          `run` runs, or will
+#     queued, running       begun               NULL          `run` has failed: its steps are undone
+#     queued, running       begun               by whom       terminated: its steps are undone first
+#     complete              NULL                NULL          the output is in the newest row
+#     errored               NULL                NULL          failed; there was nothing to undo
+#     errored               complete | failed   NULL          failed, and the undoing went like that
+#     terminated            NULL                by whom       terminated at once
+#     terminated            complete | failed   by whom       the undoing went like that, or was cut
+
+APPLICATION_ID = 0x57664C77  # "WfLw"
+_SCHEMA = (  # by version: what leads to it from the one before
+    """
+CREATE TABLE numbers (             -- counts keys and places in the queue
+    last INTEGER NOT NULL);
+INSERT INTO numbers VALUES (0);
+CREATE TABLE workflows (           -- the names that were bound, for clients without the classes
+    key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
+    script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
+CREATE TABLE instances (
+    key INTEGER PRIMARY KEY, workflow INTEGER NOT NULL,
+    id TEXT,                       -- NULL once deleted, until the owner has cleared it away
+    trigger TEXT NOT NULL, created INTEGER NOT NULL,
+    success_retention INTEGER, error_retention INTEGER,
+    status TEXT NOT NULL,
+    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete
+    careful INTEGER NOT NULL,      -- it was running when its process died: see "A run"
+    place INTEGER,                 -- in the queue; of a paused one, where it goes back to
+    wake INTEGER,                  -- when the owner must attend to it
+    started INTEGER, ended INTEGER, paused INTEGER,
+    termination TEXT, rollback TEXT,
+    UNIQUE (workflow, id));
+CREATE INDEX queue ON instances (workflow, status, place);
+CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
+CREATE TABLE journal (
+    instance INTEGER NOT NULL, seq INTEGER NOT NULL,
+    state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
+    at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
+    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
+CREATE TABLE waits (               -- each with the number of its row in the journal, like events
+    instance INTEGER NOT NULL, kind TEXT NOT NULL, step TEXT NOT NULL, event TEXT,
+    due INTEGER NOT NULL, fixed INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
+    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
+CREATE TABLE events (              -- the buffer: sent, and not consumed
+    instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
+    payload TEXT NOT NULL,
+    PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
+CREATE TABLE usage (
+    month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
+    storage_bytes INTEGER) WITHOUT ROWID;
+""",
+)
+SCHEMA_VERSION = len(_SCHEMA)
+WAL_PAGES = 1000  # from so many on, the log is written back into the database
+
+
+class Database:
+    """The file and its lock. Two threads use them, one at a time: see "Writing"."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.owner = False  # whether this process runs the instances
+        self._files: dict[str, os.stat_result] = {}
+        self._version = 0  # of the data, when we last asked
+
+    def open(self) -> None:
+        """Opens or makes the file, in one transaction, so that it always says whose it is."""
+        if sqlite3.sqlite_version_info < (3, 35):  # the first that knows RETURNING
+            raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
+        on_disk = self.path != ":memory:"
+        if on_disk:
+            _refuse_foreign_file(self.path)
+        paths = [self.path, self.path + "-owner" if on_disk else self.path]
+        self._db, self._lock = (
+            sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            for path in paths
+        )
+        self.execute, self.executemany = self._db.execute, self._db.executemany
+        self.insist("PRAGMA synchronous = FULL")
+        self.insist("PRAGMA fullfsync = 1")
+        self.insist("BEGIN IMMEDIATE")
+        version = _schema_version(self._db)
+        for script in _SCHEMA[version:]:
+            for statement in script.split(";\n"):
+                self.execute(statement)
+        if version < SCHEMA_VERSION:
+            self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.insist("COMMIT")
+        if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
+            raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
+        if on_disk:
+            self._files = {path: os.stat(path) for path in paths}
+
+    def close(self) -> None:
+        """Closes the file, and lets go of the lock."""
+        self.owner = False
+        with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it has failed
+            self._lock.close()
+            self._db.close()
+
+    def rows(self, sql: str, *args: Any) -> list[Any]:
+        return self.execute(sql, args).fetchall()
+
+    def one(self, sql: str, *args: Any) -> Any:
+        (row,) = self.execute(sql, args).fetchall()
+        return row
+
+    def begin(self) -> bool:
+        """Begins a transaction that may write; False if another process is in one."""
+        try:
+            self.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
+                raise
+            return False
+        return True
+
+    def insist(self, sql: str) -> list[Any]:
+        """Waits for a lock that another process holds, but not for long without notice. (SQLite's
+        own way to wait sleeps too long to be fair, and gives up.)"""
+        began = time.monotonic()
+        while True:
+            try:
+                return self.execute(sql).fetchall()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+            if time.monotonic() > began + 5:
+                began = math.inf
+                log.warning("%s: another process has held a lock for 5 s; waiting", self.path)
+            time.sleep(0.001)
+
+    def contend(self) -> bool:
+        """Tries to become the owner; says whether this process is the owner now."""
+        if not self.owner:
+            try:
+                self._lock.execute("BEGIN EXCLUSIVE")
+                self.owner = True
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+        return self.owner
+
+    def others_wrote(self) -> bool:
+        """Whether another connection has written since we last asked."""
+        before, (self._version,) = self._version, self.one("PRAGMA data_version")
+        return self._version != before
+
+    def check_files(self) -> None:
+        """SQLite goes on writing into a file that was removed or replaced, where nobody would ever
+        read it: that is a failure of storage."""
+        for path, was in self._files.items():
+            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
+                raise WorkflowInternalError(f"{path} was removed or replaced")
+
+
+def _refuse_foreign_file(path: str) -> None:
+    """Refuses a file that isn't ours, before any lock or side file is made. It is read through
+    SQLite, because closing a plain file would drop the locks that another engine of this process
+    holds on it."""
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        # A process may have died while SQLite wrote its log back: then the schema makes sense only
+        # together with the log, which is not read here.
+        db.execute("PRAGMA writable_schema = ON")
+        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+            raise WorkflowInternalError("not a database of this module")
+        _schema_version(db)
+
+
+def _schema_version(db: sqlite3.Connection) -> int:
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise WorkflowInternalError(f"written by a newer version (schema {version})")
+    return version
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def _storage_error(path: str, error: BaseException) -> WorkflowInternalError:
+    if isinstance(error, WorkflowInternalError):
+        return WorkflowInternalError(f"{path}: {error}")
+    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
+        return WorkflowInternalError(f"{path}: not a database")
+    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Instance:
+    """A row of `instances`, with the number and the state of its newest row in the journal."""
+
+    key: int
+    workflow: int
+    id: str | None
+    trigger: str
+    created: int
+    success_retention: int | None
+    error_retention: int | None
+    status: str
+    generation: int = 1
+    careful: int = 0
+    place: int | None = None
+    wake: int | None = None
+    started: int | None = None
+    ended: int | None = None
+    paused: int | None = None
+    termination: str | None = None
+    rollback: str | None = None
+    seq: int = 0
+    state: int = 0
+
+    def expiry(self) -> int | None:
+        """When a finished instance is deleted. Cloudflare keeps a terminated one as long as one
+        that has succeeded."""
+        kept = self.error_retention if self.status == "errored" else self.success_retention
+        return None if self.ended is None or kept is None else self.ended + kept
+
+    def is_over(self, now: int) -> bool:
+        """Whether nobody may see it any more: it was deleted, or has expired."""
+        expiry = self.expiry()
+        return self.id is None or (expiry is not None and expiry <= now)
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Instance)]
+_COLUMNS = _FIELDS[: _FIELDS.index("seq")]
+_CHANGING = _COLUMNS[_COLUMNS.index("status") :]
+_values_of = operator.attrgetter(*_COLUMNS)
+_NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
+_SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
+_UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
+    ON CONFLICT (key) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _CHANGING)}"""
+_AMONG = "IN (SELECT value FROM json_each(?))"
+_OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
+
+
+# --------------------------------------------------------------------------------------------------
+# Transactions: the unit of work.
+#
+# What callers and runs want done they post as operations: functions whose first argument is the
+# transaction. All that is posted within one turn of the loop shares a transaction and its one
+# commit (group commit), and nobody is told of a result before that commit: what a caller has seen
+# is on disk. An operation checks first and writes last, so that one that refuses (by raising a
+# `WorkflowError`) leaves no trace; any other error undoes the whole transaction and stops the
+# engine.
+
+_TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
+
+
+class Lease(NamedTuple):
+    """A run's right to write: it ends when its instance's generation is raised."""
+
+    key: int
+    generation: int
+
+
+class News(NamedTuple):
+    """What a transaction tells the engine about an instance. `rows` are those that its run, if it
+    is in memory, has not seen; `admitted` says that a new life begins."""
+
+    instance: Instance
+    rows: list[Row]
+    admitted: bool = False
+
+
+Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
+
+
+class Transaction:
+    """The instances that it has read; what it changes, which is written in bulk, before a query and
+    before the commit; and what the engine must be told after that."""
+
+    def __init__(self, database: Database, scheduler: Scheduler) -> None:
+        self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
+        self.news: list[News] = []
+        self.touched: set[Topic] = set()
+        self.requeued: list[Instance] = []
+        self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
+        self.wrote = False
+        self._instances: dict[int, Instance] = {}
+        self._changed: set[int] = set()
+        self._rows: list[tuple[Any, ...]] = []
+
+    def select(self, where: str, *args: Any) -> list[Instance]:
+        """Instances, each as one object, however often it is read."""
+        self.write()
+        return self._read(where, *args)
+
+    def _read(self, where: str, *args: Any) -> list[Instance]:
+        rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
+        found = []
+        for row in rows:
+            inst = self._instances.setdefault(row[0], Instance(*row))
+            found.append(inst)
+            if inst.wake is not None and inst.wake <= self.now:
+                self.scheduler.stirred = True  # another process may have changed it
+        return found
+
+    def prefetch(self, leases: Iterable[Lease]) -> None:
+        """Reads the instances of many runs at once."""
+        keys = {lease.key for lease in leases}
+        if len(keys) == 1:
+            self._read("key = ?", *keys)
+        elif keys:
+            self._read(f"key {_AMONG}", str([*keys]))
+
+    def mine(self, lease: Lease, *statuses: str) -> Instance | None:
+        """The instance of a run, if the run may still write, and the status is one of these."""
+        inst = self._instances.get(lease.key)
+        if inst is None or inst.generation != lease.generation:
+            return None
+        return inst if inst.status in (statuses or LIVE) else None
+
+    def find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
+        """The instances with these ids. Those that have expired are not found but cleared away: so
+        they are never seen, however late the owner is."""
+        found = {}
+        for inst in self.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps(ids)):
+            if inst.is_over(self.now):
+                self.purge(inst)
+            else:
+                found[inst.id or ""] = inst
+        return found
+
+    def journal(self, inst: Instance, where: str = "true", *args: Any) -> list[Row]:
+        """The rows of an instance's journal, in order."""
+        self.write()
+        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
+        return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
+
+    def next_number(self) -> int:
+        """Keys and places in the queue are numbers of one sequence, and never given twice."""
+        (number,) = self.db.one("UPDATE numbers SET last = last + 1 RETURNING last")
+        return int(number)
+
+    def append(self, inst: Instance, row: Row, size: int = 0) -> None:
+        """Appends a row to an instance's journal; its state grows by so many bytes."""
+        inst.seq += 1
+        inst.state += size
+        self.storage += size
+        self.touched.add(inst.id or "")
+        self._instances[inst.key] = inst
+        self._rows.append((inst.key, inst.seq, inst.state, self.now, *row[:5]))
+
+    def change(self, inst: Instance, **columns: Any) -> None:
+        """Changes columns of an instance."""
+        for name, value in columns.items():
+            setattr(inst, name, value)
+        self._instances[inst.key] = inst
+        self._changed.add(inst.key)
+        self.scheduler.stirred |= "status" in columns
+        if inst.wake is not None:
+            self.scheduler.next_wake = min(self.scheduler.next_wake, inst.wake)
+
+    def move(self, inst: Instance, row: Row, size: int = 0, **columns: Any) -> None:
+        """Changes an instance's status to what the row says."""
+        self.append(inst, row, size)
+        if row.type in FINISHED:
+            inst.status, inst.ended, inst.place = row.type, self.now, None
+            inst.wake = inst.expiry()
+            self.touched.add(inst.key)
+        self.change(inst, status=row.type, **columns)
+
+    def requeue(self, inst: Instance) -> None:
+        """Puts an instance that has run at its place in the queue: ahead of those that have not, and
+        among its like by when it fell due, however late that was noticed. One that was about to
+        pause goes there when it is resumed."""
+        place = inst.place
+        if place is None:
+            place = WOKEN + min(inst.wake or self.now, self.now)
+        if inst.status == "waitingForPause":
+            self.move(inst, Row("paused"), paused=self.now, place=place, wake=None)
+            self.news.append(News(inst, []))
+        else:
+            self.change(inst, status="queued", place=place)
+            self.requeued.append(inst)
+
+    def buffer(self, inst: Instance, type: str, payload: str) -> None:
+        """Adds an event to those that the instance has not consumed; the owner delivers it, usually
+        in this very transaction."""
+        self.append(inst, Row("sent"), size_of(payload))
+        self.change(inst, wake=self.now)
+        event = (inst.key, type, inst.seq, self.now, payload)
+        self.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+
+    def purge(self, inst: Instance) -> None:
+        """Clears away an instance and all its rows."""
+        self.write()
+        self.storage -= inst.state
+        del self._instances[inst.key]
+        for table in ("journal", "waits", "events"):
+            self.db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
+        self.db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
+
+    def write(self) -> None:
+        """Writes what has been appended and changed."""
+        if self._rows:
+            self.db.executemany(
+                "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
+            )
+            self._rows.clear()
+            self.wrote = True
+        if self._changed:
+            self.wrote = True
+            changed = [_values_of(self._instances[key]) for key in self._changed]
+            self.db.executemany(_UPSERT, changed)
+            self._changed.clear()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing: who runs a transaction, and when.
+#
+# On the loop itself, at the end of the turn in which something was posted, as long as that takes
+# well under a millisecond: so a step needs no hand-over between threads. On a slow disk, or while
+# another process holds the write lock, in the writer thread: so the loop never waits for either.
+# Both take the same `_transact`, one at a time. What was posted first is committed first, so that
+# everything goes through the thread as long as the thread has anything.
+#
+# Beside that, the thread looks every 50 ms (a tick) whether another process has written, whether
+# something has fallen due by the wall clock, which may jump, whether the owner is gone, and every
+# second whether the file is still there. What it finds it tells the loop, which posts.
+
+TICK = 0.05  # seconds
+QUICK = 0.0005  # seconds that a commit on the loop may take
+TRUST = 8  # quick commits in the thread until the next one is tried on the loop
+BATCH = 256  # operations, and due or queued instances, that one transaction takes at most
+
+Operation = Callable[..., Any]
+Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
+Posted = tuple[Operation, tuple[Any, ...], Then]
+
+
+def nothing(tx: Transaction) -> None:
+    """An operation that lets the scheduler do what is due."""
+
+
+def ignore(*_: Any) -> None:
+    """What to do with a result that nobody needs."""
+
+
+def resolve(
+    future: asyncio.Future[Any] | None, value: Any = None, error: BaseException | None = None
+) -> None:
+    """Ends a future, unless it has ended."""
+    if future is not None and not future.done():
+        future.set_result(value) if error is None else future.set_exception(error)
+
+
+class Answer(NamedTuple):
+    """What came of a transaction. `touched` is None if another process has written: then anything
+    may have changed."""
+
+    results: list[tuple[Then, Any, BaseException | None]]
+    news: list[News]
+    touched: set[Topic] | None
+
+
+class Writer:
+    """Runs what is posted, and then tells the engine."""
+
+    def __init__(self, engine: Engine, database: Database) -> None:
+        self.engine, self.database, self.scheduler = engine, database, engine.scheduler
+        self.exact = engine.clock.exact
+        self.failure: WorkflowInternalError | None = None
+        self.flushing = False  # the loop is about to run what was posted
+        self._posted: list[Posted] = []
+        self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
+        self._handed = 0  # batches of the thread that have not been answered yet
+        self._lock = threading.Lock()  # whoever uses the database holds it
+        self._doubts = TRUST  # so many more quick commits, until the next one is made on the loop
+        self._timer: Any = None
+        self._armed: float = math.inf  # when the timer goes off
+        self._ticked = self._checked = time.monotonic()
+        self._process = os.getpid()
+        self._closed = False
+        self._cpu_counted = 0  # ns, of the engine's
+
+    def start(self) -> asyncio.Future[None]:
+        """Opens the database in the thread; the future fails if that is refused."""
+        opened: asyncio.Future[None] = self.engine.loop.create_future()
+        self.closed: asyncio.Future[None] = self.engine.loop.create_future()
+        self.thread = threading.Thread(target=self._main, args=(opened,), daemon=True)
+        self.thread.start()
+        return opened
+
+    def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
+        """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
+        committed."""
+        if not self.flushing:
+            self.flushing = True
+            self.engine.call_soon(self._flush)
+        self._posted.append((operation, args, then))
+
+    def close(self) -> None:
+        """Runs what is posted, and lets the thread close the database."""
+        posted, self._posted = self._posted, []
+        self._closed = True
+        self._hand_over(posted)
+        self._batches.put(None)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was posted that has no answer yet."""
+        return bool(self._posted or self._handed)
+
+    # -- on the loop
+
+    def _flush(self) -> None:
+        self.flushing = False
+        batch, self._posted = self._posted[:BATCH], self._posted[BATCH:]
+        if self._posted:
+            self.flushing = True
+            self.engine.call_soon(self._flush)
+        if self._closed or self._process != os.getpid():
+            return  # (a forked child must not write over our connection)
+        here = self.exact or (self._doubts == 0 and self._handed == 0)
+        if here and self._lock.acquire(blocking=self.exact):
+            try:
+                answer = self._answer(batch, patient=self.exact)
+            finally:
+                self._lock.release()
+            if answer is not None:
+                self._take(answer)
+                return
+        self._hand_over(batch)
+
+    def _hand_over(self, batch: list[Posted]) -> None:
+        self._handed += 1
+        self._batches.put(batch)
+
+    def _take(self, answer: Answer, batches: int = 0) -> None:
+        self._handed -= batches
+        if self.failure is not None:
+            self.engine.storage_failed()
+        self.engine.deliver(answer)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Sees to it that what is due is attended to in time."""
+        if self.scheduler.is_due():
+            self.post(nothing)
+        elif self.scheduler.next_wake < self._armed and self.database.owner:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
+            self._timer = clock.call_later(self._armed - clock.now(), self._go_off)
+
+    def _go_off(self) -> None:
+        self._armed = math.inf
+        self._set_timer()
+
+    def _hear(self, others_wrote: bool) -> None:
+        """What the thread has found at a tick."""
+        if others_wrote:
+            self.scheduler.stirred = True
+            self.engine.deliver(Answer([], [], None))
+        self.post(nothing)
+
+    # -- on either thread, with the lock
+
+    def _answer(self, batch: list[Posted], patient: bool) -> Answer | None:
+        """Carries out a batch, or says that storage has failed; None if another process holds the
+        lock and we are not patient."""
+        try:
+            if self.failure is None:
+                return self._transact(batch, patient)
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C, in the middle of it
+                raise
+        return Answer([(then, None, self.failure) for _, _, then in batch], [], set())
+
+    def _transact(self, batch: list[Posted], patient: bool) -> Answer | None:
+        """The transaction: each operation, then what is due by then, then the commit."""
+        if patient:
+            self.database.insist("BEGIN IMMEDIATE")
+        elif not self.database.begin():
+            return None
+        outside = self.exact and self.database.others_wrote()  # the tick would see it some time
+        self.scheduler.stirred |= outside
+        tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
+        tx.cpu_ns = cpu_ns - self._cpu_counted
+        results: list[tuple[Then, Any, BaseException | None]] = []
+        tx.prefetch(args[0] for _, args, _ in batch if args and isinstance(args[0], Lease))
+        for operation, args, then in batch:
+            try:
+                results.append((then, operation(tx, *args), None))
+            except WorkflowInternalError:
+                raise
+            except WorkflowError as refused:
+                results.append((then, None, refused))
+        self.scheduler.run(tx)
+        count_usage(tx)
+        tx.write()
+        began = time.perf_counter()
+        self.database.execute("COMMIT")
+        self._cpu_counted = cpu_ns
+        if tx.wrote:
+            quick = time.perf_counter() - began < QUICK
+            self._doubts = max(0, self._doubts - 1) if quick else TRUST
+        return Answer(results, tx.news, None if outside else tx.touched)
+
+    def fail(self, error: BaseException) -> None:
+        """Storage has failed: nothing of this transaction is stored, and nothing more will be."""
+        self.failure = _storage_error(self.database.path, error)
+        if isinstance(error, Exception):
+            log.critical("%s; the engine stops here", self.failure, exc_info=error)
+        self.database.close()
+
+    # -- in the thread
+
+    def _main(self, opened: asyncio.Future[None]) -> None:
+        call = self.engine.call_from_thread
+        try:
+            self.database.open()
+            call(resolve, opened)
+            self._work()
+        except Exception as error:  # of opening: all else is told by `_answer` and `tick`
+            call(resolve, opened, None, _storage_error(self.database.path, error))
+        with self._lock:
+            self.database.close()
+        call(resolve, self.closed)
+
+    def _work(self) -> None:
+        batches: list[list[Posted] | None] = []
+        while None not in batches and not self.engine.loop.is_closed():  # without our being left
+            batches.clear()
+            with contextlib.suppress(queue.Empty):
+                batches.append(self._batches.get(timeout=TICK))
+                while True:
+                    batches.append(self._batches.get_nowait())
+            if any(batches):
+                batch = [posted for part in batches for posted in part or ()]
+                with self._lock:
+                    answer = self._answer(batch, patient=True)
+                self.engine.call_from_thread(self._take, answer, len(batches))
+            if time.monotonic() > self._ticked + TICK:
+                self._tick()
+
+    def _tick(self) -> None:
+        """Looks for what nobody tells us."""
+        with self._lock:
+            self._ticked = time.monotonic()
+            if self.failure is not None:
+                return
+            try:
+                others_wrote = self.database.others_wrote()
+                if self.scheduler.bound and not self.database.owner:
+                    self.scheduler.stirred = self.database.contend()
+                if self._ticked > self._checked + 1:
+                    self._checked = self._ticked
+                    self.database.check_files()
+                    self.scheduler.warn_about_unbound_work()
+                if others_wrote or self.scheduler.is_due():
+                    self.engine.call_from_thread(self._hear, others_wrote)
+            except Exception as error:
+                self.fail(error)
+                self.engine.call_from_thread(self._take, Answer([], [], set()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Scheduling: what is due, and who may run.
+#
+# The column `wake` says when the owner must attend to an instance: because something falls due,
+# because a caller has changed it (then `wake` is that moment), or because it expires. So waiting,
+# recovery, retention and news from other processes are one index scan. It is part of every
+# transaction that may have made something due, and its cost depends on what is due, not on what is
+# there. Only `queued` instances are found otherwise: by their place in the queue.
+#
+# An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it wakes
+# up it goes through the queue again, ahead of those that have never started.
+
+WOKEN = -(2**53)  # added to a place in the queue: ahead of those that have never started
+
+
+class Scheduler:
+    """The owner's part of a transaction."""
+
+    def __init__(self, database: Database, clock: Clock, limits: Limits) -> None:
+        self.database, self.clock, self.limits = database, clock, limits
+        self.bound: dict[int, Workflow] = {}  # by the workflow's key
+        self.blocks: list[WorkflowInstanceModifier] = []  # see "Test tools"
+        self.next_wake: float = math.inf  # nothing is due before
+        self.stirred = False  # something may be due, or a slot may be free
+        self.closing = False  # nothing begins any more
+        self._warned: set[int] = set()  # workflows that are not bound, and have been warned about
+        self._room = 0  # so many may be created before the queue must be counted again
+        self._inherited: list[int] = []  # workflows whose last owner may have left something
+
+    def is_due(self) -> bool:
+        """Whether there is reason to attend to the database."""
+        due = self.stirred or self.next_wake <= self.clock.now()
+        return due and self.database.owner and not self.closing
+
+    def take_up(self, key: int, workflow: Workflow) -> None:
+        """From now on this process runs a workflow's instances, whenever it is the owner."""
+        self.bound[key] = workflow
+        self._inherited.append(key)
+        self.stirred = True
+        self.database.contend()
+
+    def run(self, tx: Transaction) -> None:
+        """What is due, then the queue."""
+        if self.is_due():
+            self._inherit(tx)
+            due = self._of_bound(tx, "wake <= ? ORDER BY wake LIMIT ?", tx.now, BATCH)
+            if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
+                due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
+            for inst in dict.fromkeys(due):
+                self._attend(tx, inst)
+            self.stirred = self._admit(tx)
+            earliest = [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
+            self.next_wake = min((wake for wake in earliest if wake is not None), default=math.inf)
+        for inst in tx.requeued:
+            if inst.status == "queued":  # it found no free slot
+                tx.append(inst, Row("queued"))
+
+    def _inherit(self, tx: Transaction) -> None:
+        """What ran when its process died is queued again."""
+        inherited, self._inherited = self._inherited, []
+        for workflow in inherited:
+            for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", workflow):
+                tx.change(inst, careful=1)
+                tx.requeue(inst)
+
+    def _attend(self, tx: Transaction, inst: Instance) -> None:
+        """Ends what an instance has waited for, or clears it away; and tells the engine."""
+        rows: list[Row] = []
+        due = inst.expiry()
+        if inst.status in LIVE:
+            undoing = inst.rollback == "begun"  # then only its own waits count
+            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
+            found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
+            waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
+            ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
+            rows = [self._end_wait(tx, inst, end) for end in ended]
+            left = {wait.seq: wait.due for wait in waits}
+            for end in ended:
+                del left[end.wait.seq]
+            due = min(left.values(), default=None)
+            if rows and inst.status == "waiting":
+                tx.requeue(inst)
+        if inst.is_over(tx.now):
+            tx.purge(inst)
+        else:
+            tx.change(inst, wake=due)
+        # A rollback is another life, of an instance that goes on running.
+        begun = inst.status == "running" and inst.rollback == "begun"
+        tx.news.append(News(inst, rows, admitted=begun))
+
+    def _buffered(
+        self, tx: Transaction, inst: Instance, waits: list[Wait]
+    ) -> dict[str | None, list[tuple[int, int]]]:
+        """By type: (seq, at) of the events in the buffer that may end one of these waits."""
+        sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
+        types = {wait.event for wait in waits if wait.event is not None}
+        return {type: tx.db.rows(sql, inst.key, type, len(waits)) for type in types}
+
+    def _end_wait(self, tx: Transaction, inst: Instance, end: WaitEnd) -> Row:
+        """Records the end of a wait; the event that ended it is consumed in the same transaction."""
+        wait, event = end.wait, end.event
+        tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
+        row = Row("due" if wait.kind == "retry" else "slept", wait.step)
+        if event is not None:
+            sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
+            (payload,) = tx.db.one(sql, inst.key, wait.event, event[0])
+            extra = json.dumps({"type": wait.event, "seq": event[0], "at": event[1]})
+            row = Row("event", wait.step, None, payload, extra)
+        elif wait.event is not None:
+            (began,) = tx.journal(inst, "seq = ?", wait.seq)
+            ms = json.loads(began.data or "")["timeout"]
+            error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
+            row = Row("timeout", wait.step, None, encode_error(error))
+        tx.append(inst, row)
+        return Row(*row[:5], inst.seq, tx.now)
+
+    def _admit(self, tx: Transaction) -> bool:
+        """Gives free slots to the queue, first come first served. Returns whether that must go on
+        in another transaction."""
+        queued = []
+        for key, workflow in self.bound.items():
+            head = tx.select(
+                "workflow = ? AND status = 'queued' ORDER BY place LIMIT ?", key, BATCH
+            )
+            queued += head[: self._free(tx, workflow.running, [key])] if head else []
+        most = min(BATCH, self._free(tx, self.limits.running, self.bound)) if queued else 0
+        queued.sort(key=lambda inst: (inst.place, inst.key))
+        for inst in queued[:most]:
+            first_time = inst.started is None
+            row = Row("started" if first_time else "running")
+            tx.append(inst, row)
+            started = tx.now if first_time else inst.started
+            tx.change(inst, status="running", place=None, started=started)
+            if first_time:
+                for block in self.blocks:
+                    block.instance_starts(tx, inst)
+            tx.news.append(News(inst, [], admitted=True))
+        return len(queued) >= BATCH == most
+
+    def _free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
+        """How many more may run."""
+        if limit is None:
+            return 10**9
+        taken: int = sum(self._one(tx, "count(*)", key, _TAKES_A_SLOT) for key in workflows)
+        return max(0, limit - taken)
+
+    def check_queue(self, tx: Transaction, new: int) -> None:
+        """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
+        that it is done again only when a tenth of the room is used up."""
+        limit = self.limits.queued
+        if limit is not None and new > self._room:
+            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
+            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
+            room = limit + self._free(tx, self.limits.running, self.bound) - length
+            if new > room:
+                what = f"more than {limit} instances would be queued (limit queued)"
+                raise refusal("limit.queued_instances", what)
+            self._room = (room - new) // 10 + new
+        self._room -= new
+
+    def warn_about_unbound_work(self) -> None:
+        """All processes that run a file bind the same workflows: says so, once, if that is not
+        so."""
+        sql = """SELECT key, name FROM workflows AS w WHERE
+                 EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
+                 OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
+        for key, name in self.database.rows(sql, self.clock.now()) if self.database.owner else ():
+            if key not in self.bound and key not in self._warned:
+                self._warned.add(key)
+                path = self.database.path
+                log.warning("%s: there is work for %r, which is not bound here", path, name)
+
+    def _of_bound(self, tx: Transaction, where: str, *args: Any) -> list[Instance]:
+        where = f"workflow = ? AND {where}"
+        return [inst for key in self.bound for inst in tx.select(where, key, *args)]
+
+    def _one(self, tx: Transaction, aggregate: str, workflow: int, where: str) -> Any:
+        tx.write()
+        sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND {where}"
+        return tx.db.one(sql, workflow)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# A run: one life of one instance, from its loading to its unloading.
+#
+# A life begins with the folded journal, and calls `run` from the top. Each step call is looked up:
+# if the journal has its result, it gets that, and nothing else happens; otherwise the step begins,
+# or goes on, for real.
+#
+# Results reach `run` one at a time, in the order in which they were recorded, each only when the run
+# has settled down from the one before: when ten turns of the loop went by without a step call. So
+#
+#     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
+#
+# finds the same task done in every life. What happens for the first time goes the same way: it is
+# recorded, then put into the inbox, then handed over when its turn comes. (Ten turns are more than
+# `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
+# of them may see two results at once in one life, and one after the other in another.)
+#
+# When an attempt of a step begins, a row says so. It is posted by the attempt's task, in the very
+# moment in which that calls the callback. So if the callback ends without waiting for anything, its
+# start and its end share a commit; if not, its start is on disk at the end of that turn. An attempt
+# that has a start and no end was cut off by the death of its process, and counts as failed. That
+# leaves the callback that kills its process in that first moment, which would do so for ever.
+# Therefore an instance that was running when its process died is `careful`: until one more of its
+# steps has ended, it waits for the commit of a start before it calls the callback.
+#
+# When all that is under way waits for a moment or an event, the instance is `waiting`, and some time
+# later its life ends; only rows remain, and the scheduler begins another life when it is due. A life
+# also ends because `run` has ended, because the instance was paused, restarted, terminated or
+# deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and nothing
+# in memory is worth keeping.
+
+SETTLED = 10  # turns of the loop without a step call or a result
+GRACE = 1.0  # seconds that cancelled code gets to end
+
+_life: contextvars.ContextVar[object] = contextvars.ContextVar("life", default=None)
+_attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)
+
+
+class Unload(asyncio.CancelledError):
+    """What step calls raise in a run that is being unloaded. A `CancelledError`, so that `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
 
 
-def _camel(name: str) -> str:
+class StepCall(Coroutine[Any, Any, Any]):
+    """What `step.do(…)` and its siblings return: counted when made, begun when first awaited. It is
+    a coroutine for asyncio, so that `create_task`, `gather` and `TaskGroup` take it. While it is
+    under way, it holds what there is only then."""
+
+    step: Step
+    task: asyncio.Task[Any] | None = None  # the one that awaits it
+    attempt: Attempt | None = None  # from when it may begin until its end is committed
+    waiter: asyncio.Future[None] | None = None  # done when it should look again
+    alone = False  # nothing else of the run was under way when it began to wait
+    fresh: Any = None  # its value or its error itself, if that was made in this life
+    _over: asyncio.Future[None] | None = None
+
+    def __init__(
+        self,
+        run: Run,
+        kind: str,
+        plan: Callable[[Any], DoPlan | WaitPlan],
+        name: Any,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self.run, self.kind, self.plan = run, kind, plan
+        self.name, self.args, self.options = name, args, options
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+        outer = _attempt.get()
+        # The attempt in whose callback it is made, if that belongs to this run.
+        self.outer = outer if outer is not None and outer.run is run else None
+        counts = (self.outer or run).counts
+        self.key = f"{kind}{SEPARATOR}{name}"
+        self.count = counts[self.key] = counts.get(self.key, 0) + 1
+        self.key += f"{SEPARATOR}{self.count}"
+        if self.outer is None:
+            run.unawaited.add(self)
+        else:
+            self.key = self.outer.call.key + SEPARATOR + self.key
+
+    def way(self) -> Coroutine[Any, Any, Any]:
+        """What awaiting it does."""
+        return self.run.perform(self)
+
+    def _begin(self) -> Coroutine[Any, Any, Any]:
+        if self._coroutine is None:
+            self.run.unawaited.discard(self)
+            self._coroutine = self.way()
+        return self._coroutine
+
+    def __await__(self) -> Any:
+        return self._begin().__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._begin().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._begin().throw(*error)
+
+    def close(self) -> None:
+        self._begin().close()
+
+    def wake(self) -> None:
+        """Something has happened to its step."""
+        if self.waiter is not None:
+            resolve(self.waiter)
+
+    async def join(self) -> None:
+        """Waits until it is under way no more."""
+        self._over = self._over or self.run.loop.create_future()
+        await asyncio.shield(self._over)
+
+    def end(self) -> None:
+        """It is under way no more."""
+        self.task = None
+        if self._over is not None:
+            resolve(self._over)
+
+
+class WorkflowStep:
+    """The `step` of `run(event, step)`. Each method returns something to await, once.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def do(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
+        returns, and returns that, now and in every replay.
+
+        The callback is async, or plain, which runs in a thread; if it has one required parameter,
+        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
+        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
+        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
+        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
+
+        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
+        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
+
+        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
+        function: see `StepFunction`.
+
+        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
+        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
+        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
+        `limit.instance_state`."""
+        if "callback" in options or any(map(callable, args)):
+            return StepCall(self._run, "do", plan_do, name, args, options)
+        return StepDecorator(self._run, name, args, options)
+
+    def sleep(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+        """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
+
+        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
+        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
+        return StepCall(self._run, "sleep", plan_sleep, name, args, options)
+
+    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+        """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
+        milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
+        counts of a name, and the errors."""
+        return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
+
+    def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
+        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
+        days) it raises `WorkflowTimeoutError`.
+
+        developers.cloudflare.com/workflows/build/events-and-parameters/
+        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
+        plan = plan_wait_for_event
+        return StepCall(self._run, "wait_for_event", plan, name, args, options)
+
+
+class Loaded(NamedTuple):
+    """What a life begins with."""
+
+    instance: Instance
+    rows: list[Row]
+
+
+class Life:
+    """The tasks of a run, and how they end."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, inst: Instance) -> None:
+        self.engine, self.loop, self.workflow = engine, engine.loop, workflow
+        self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
+        self.token = object()  # what code of `run` has in its context: see `runs_with_timers`
+        self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
+        self.dead = False  # whatever its code does is ignored
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.orphan = False  # its task was cancelled by somebody else
+        self.successor: Instance | None = None  # what the next life begins with, if one follows
+        self._ending: set[asyncio.Task[Any]] = set()  # tasks that must end before that
+        self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
+
+    def __str__(self) -> str:
+        return f"{self.workflow.name} {self.id}"
+
+    def begin(self) -> None:
+        """Calls `main` in a task."""
+        # Not by `loop.create_task`, whose factory may begin it before we know it.
+        name = f"workflows:{self.workflow.name}:{self.id}"
+        self.task = asyncio.Task(self.main(), loop=self.loop, name=name)
+        self.task.add_done_callback(self.main_ended)
+
+    async def main(self) -> Any:
+        """What it lives for."""
+        raise NotImplementedError
+
+    def main_ended(self, task: asyncio.Task[Any]) -> None:
+        """Records what came of that."""
+        raise NotImplementedError
+
+    def calling(self) -> list[asyncio.Task[Any]]:
+        """The tasks that await step calls."""
+        raise NotImplementedError
+
+    def unload(self) -> None:
+        """Ends this life by cancelling its tasks. `ended` is done when all have ended, or after a
+        second."""
+        if self.dead:
+            return
+        self.dead = True
+        self._timer = self.loop.call_later(GRACE, self._abandon)
+        for task in {self.task, *self.calling(), *self.callbacks}:
+            if not task.done():
+                self._ending.add(task)
+                task.add_done_callback(self._one_has_ended)
+                task.cancel()
+        self._check_ended()
+
+    def _one_has_ended(self, task: asyncio.Task[Any]) -> None:
+        self._ending.discard(task)
+        self._check_ended()
+
+    def _abandon(self) -> None:
+        log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._ending))
+        self._ending.clear()
+        self._check_ended()
+
+    def _check_ended(self) -> None:
+        if not (self._ending or self.ended.done()):
+            self._timer.cancel()
+            self.ended.set_result(None)
+            self.engine.lives.life_ended(self)
+
+    async def refuse(self) -> NoReturn:
+        """Ends code that calls a step in a dead run. Code that catches that and goes on is told
+        more plainly, and slowed down if it never stops: a loop that catches everything does no
+        harm."""
+        attempt, task = _attempt.get(), asyncio.current_task()
+        if attempt is not None and attempt.run is not self:
+            raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
+        self._refused[task] += 1
+        if self._refused[task] == 1:
+            raise Unload
+        if self._refused[task] > 100:
+            await asyncio.sleep(GRACE)
+        raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
+
+
+class Run(Life):
+    """One life of one instance: replays `run`, goes on, and records what happens."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        inst, rows = loaded
+        super().__init__(engine, workflow, inst)
+        self.careful = bool(inst.careful)
+        # As recorded; or "idling" (it asks whether it may wait), "pausing" or "ended" (it has asked
+        # for that).
+        self.status = inst.status
+        self.seq = inst.seq  # of the newest row that it knows of
+        self.steps, self.inbox = fold(rows)
+        payload = freeze(decode(rows[0].data or "null"))
+        self.event = WorkflowEvent(payload, to_datetime(inst.created), self.id, workflow.name)
+        self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
+        self.unawaited: set[StepCall] = set()  # of these
+        self.active: dict[str, StepCall] = {}  # the calls that are under way
+        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
+        self.handlers: dict[str, Any] = {}  # see "Rollback"
+        self._called: set[str] = set()  # the steps that were called
+        self._dos_left = workflow.steps
+        self.last_move = 0  # the turn of the loop in which it last did something
+        self._settling = False  # `settled` will be called
+        self._writing = 0  # operations that have no answer yet
+
+    async def main(self) -> Any:
+        """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
+        _life.set(self.token)
+        try:
+            info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.workflow.name)
+            output = self.workflow.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
+            if inspect.isawaitable(output):
+                output = await output
+            what, code = "the output of run", "output.not_serializable"
+            return checked(output, what, code, refuse=fatal)[0]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            by_others = self.dead or self.task.cancelling()
+            if isinstance(error, asyncio.CancelledError) and by_others:
+                raise
+            return error
+
+    def main_ended(self, task: asyncio.Task[Any]) -> None:
+        if self.dead:
+            return
+        if task.cancelled() or task.exception() is not None:
+            self.orphan = True  # usually the loop is being torn down
+            self.unload()
+            self.loop.call_later(1, self.engine.lives.adopt, self)
+        else:
+            self.status = "ended"  # nothing else begins
+            self.conclude(task.result())
+
+    def conclude(self, result: Any) -> None:
+        """Records how `run` has ended."""
+        self._warn_about_calls()
+        self._record_cancelled()
+        if isinstance(result, BaseException):
+            log.warning("%s: an error has left run", self, exc_info=result)
+            self.post(finish, Row("errored", data=encode_error(result)), 0, then=self._go_on_as)
+        else:
+            self.post(finish, Row("complete", data=result), size_of(result), then=self._go_on_as)
+
+    def _go_on_as(self, successor: Instance, _: BaseException | None) -> None:
+        """`run` has ended, but not the instance: its steps will be undone."""
+        self.successor = successor
+        self.unload()
+
+    def calling(self) -> list[asyncio.Task[Any]]:
+        return [call.task for call in self.active.values() if call.task is not None]
+
+    # -- step calls
+
+    async def perform(self, call: StepCall) -> Any:
+        """The way of every step call: look it up, carry it out if need be, wait for its turn."""
+        if self.dead:
+            await self.refuse()
+        self.last_move = self.engine.turns.now
+        check_name(call.name)
+        while (other := self.active.get(call.key)) is not None:
+            await other.join()  # of the attempt before, which has failed without waiting for it
+        step = call.step = self.steps.get(call.key) or Step(call.key)
+        call.task = asyncio.current_task(self.loop)
+        self.active[call.key], self.steps[call.key] = call, step
+        try:
+            self._note(call)
+            if step.state in ("new", "pending"):
+                await self.carry_out(call)
+            elif self._is_next(step) and self._is_alone(call):
+                del self.inbox[call.key]
+            if step.state == "cancelled":
+                log.info("%s: step %r waits until run cancels it again", self, call.name)
+            while call.key in self.inbox or not step.ended:
+                await self.wait(call)
+            return self._value(call)
+        except asyncio.CancelledError:
+            if not self.dead:
+                self._on_cancellation(call)
+            raise
+        finally:
+            del self.active[call.key]
+            call.end()
+            if self.active and not self.loop.is_closed():
+                self.move_on()
+
+    def _note(self, call: StepCall) -> None:
+        """Notes that a step was called: counts it, if it is a `do`, and keeps its handler."""
+        if call.kind == "do":
+            if call.key not in self._called:
+                self._dos_left -= 1
+            if self._dos_left < 0:
+                limit = self.workflow.steps
+                raise fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
+            note_handler(self, call)
+        self._called.add(call.key)
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
+        if call.outer is None:
+            self._record_cancelled()
+        plan = call.plan(call)
+        if isinstance(plan, DoPlan):
+            await self._attempts(call, plan)
+        else:
+            self._begin_wait(call, plan)
+
+    def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
+        """Begins a sleep or an event wait, unless an earlier life has done so."""
+        if call.outer is not None:
+            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
+        if call.step.state == "new":
+            due = 0 if self.is_skipped(plan.kind, call) else plan.due  # 0 is before any event
+            row = Row(plan.kind, call.key, None, plan.data)
+            apply(self.steps, row)
+            self.post(record, row, 0, Wait(plan.kind, call.key, plan.event, due, plan.fixed))
+
+    def is_skipped(self, kind: str, call: StepCall) -> bool:
+        """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
+        return any(block.skips(kind, call) for block in self.engine.scheduler.blocks)
+
+    async def wait(self, call: StepCall) -> None:
+        """Suspends a call until something has happened to its step."""
+        call.waiter = self.loop.create_future()
+        call.alone = self._is_alone(call)
+        self.move_on()
+        try:
+            await call.waiter
+        finally:
+            call.waiter = None
+
+    def _value(self, call: StepCall) -> Any:
+        """What the caller gets: always from what was stored, also the first time."""
+        step, fresh, data = call.step, call.fresh, call.step.data
+        if not step.nested:
+            step.data = None  # nobody asks again; the next attempt around a nested step does
+        if step.state == "error":
+            error = rebuild_error(decode(data or "null"))
+            raise error.with_traceback(None if fresh is None else fresh.__traceback__)
+        if fresh is not None or data is None:
+            return fresh
+        return step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
+
+    # -- attempts
+
+    async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
+        """The attempts of a step, until the end of the last one is posted."""
+        again = True
+        if call.step.open:
+            attempt = call.attempt = Attempt(self, call, plan.config, call.step.attempts)
+            died = WorkflowInternalError("attempt failed: the engine stopped")
+            again = await self.end_attempt(attempt, None, died)
+        while again:
+            attempt = Attempt(self, call, plan.config, call.step.attempts + 1)
+            try:
+                await self._gate(attempt, plan.plain)
+                while self.careful and not await self._store_start(attempt):
+                    await self._gate(attempt, plan.plain)
+                await attempt.execute(self._callback(attempt, plan))
+                again = attempt.again
+            finally:
+                attempt.free_slot()
+
+    def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
+        """What an attempt calls: the callback, or what a test has put in its place."""
+        for block in reversed(self.engine.scheduler.blocks):
+            if (mock := block.substitute(attempt)) is not None:
+                return mock
+        return plan.bind(attempt)
+
+    async def _gate(self, attempt: Attempt, plain: bool) -> None:
+        """Returns when an attempt may begin: its retry delay is over, the instance is running, and
+        a plain callback has a thread. (A nested one may begin while the instance pauses, because
+        the callback around it could not end otherwise.) From then on a pause waits for it."""
+        call = attempt.call
+        call.attempt = None
+        while True:
+            runs = self.status == "running" or (call.outer and self.status == "waitingForPause")
+            if call.step.asleep or not runs or self.engine.scheduler.closing:
+                attempt.free_slot()
+                if self.status in ("idling", "waiting") and not call.step.asleep:
+                    self.post(wake_up)  # `run` goes on by itself
+                await self.wait(call)
+            elif plain and not attempt.slot:
+                attempt.slot = await self.engine.threads.slots.acquire()
+            else:
+                break
+        call.attempt = attempt
+
+    def post_start(self, attempt: Attempt) -> None:
+        """Records that an attempt calls its callback."""
+        if not attempt.call.step.open:  # a careful life has done so before
+            row = self._start_row(attempt)
+            apply(self.steps, row)
+            self.engine.writer.post(record, self.lease, row)  # the answer to its end will do
+
+    def _start_row(self, attempt: Attempt) -> Row:
+        config = attempt.config.text if attempt.call.step.config is None else None
+        at = self.engine.clock.now()
+        return Row("start", attempt.call.key, attempt.number, extra=config, at=at)
+
+    async def _store_start(self, attempt: Attempt) -> bool:
+        """Waits until an attempt's start is stored; False if a pause was stored before it."""
+        stored, row = self.loop.create_future(), self._start_row(attempt)
+        attempt.call.step.open = True
+        nested = attempt.call.outer is not None
+        self.post(record_start, row, nested, then=functools.partial(resolve, stored))
+        if not await stored:
+            attempt.call.step.open = False
+            return False
+        apply(self.steps, row)
+        return True
+
+    async def end_attempt(self, attempt: Attempt, value: Any, error: BaseException | None) -> bool:
+        """Posts the end of an attempt; says whether another one follows."""
+        call, delay, result = attempt.call, None, (None, None)
+        if error is None and call.kind == "do":  # what a rollback handler returns is ignored
+            what, code = f"the result of step {call.name!r}", "step.not_serializable"
+            try:
+                result = checked(value, what, code, self.engine.limits, "step_bytes", fatal)
+            except WorkflowFatalError as refused:
+                error = refused
+        if error is not None:
+            delay, error = await self._retry_delay(attempt, error)
+        self._post_end(attempt, result, error, delay)
+        return delay is not None
+
+    async def _retry_delay(
+        self, attempt: Attempt, error: BaseException
+    ) -> tuple[int | None, BaseException]:
+        """How long to wait before the next attempt, or None if there is none; and the error that
+        counts."""
+        call, config = attempt.call, attempt.config
+        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if given_up or attempt.number > config.limit:
+            return None, error
+        try:
+            delay = await config.delay_after(attempt, error)
+        except WorkflowFatalError as failure:
+            return None, failure
+        delay = min(delay, 0 if self.is_skipped("retry", call) else self.engine.limits.max_sleep)
+        what = f"{self}: step {call.name!r}: attempt {attempt.number} of {config.limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        return delay, error
+
+    def _post_end(
+        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None
+    ) -> None:
+        step, size, wait = attempt.call.step, 0, None
+        if error is None:
+            type, (text, fresh) = "done", result
+            size = size_of(text or "")
+        elif delay is None:
+            type, text, fresh = "error", encode_error(error), error
+        else:
+            type, text, fresh = "failed", encode_error(error, retry_delay_ms=delay), None
+            wait = Wait("retry", step.key, None, self.engine.clock.now() + delay)
+            step.asleep = True
+        step.open = False
+        row = Row(type, step.key, attempt.number, text)
+        then = functools.partial(self._end_stored, attempt, row, fresh)
+        self.post(record, row, size, wait, then=then)
+
+    def _end_stored(
+        self, attempt: Attempt, row: Row, fresh: Any, _: Any, refused: BaseException | None
+    ) -> None:
+        """The end of an attempt is committed; or refused, because its result is beyond a limit."""
+        if refused is not None:
+            self._post_end(attempt, None, refused, None)
+            return
+        if attempt.call.attempt is attempt:
+            attempt.call.attempt = None
+        attempt.call.fresh = fresh
+        self.careful = self.careful and row.type == "failed"
+        self._take(row)
+
+    # -- results, one at a time
+
+    def _take(self, row: Row) -> None:
+        """Takes a row into account that was recorded in this life."""
+        step, call = apply(self.steps, row), self.active.get(row.step or "")
+        if step is not None and not step.nested:
+            self.inbox[step.key] = step
+        elif call is not None and (step is not None or row.type == "due"):
+            call.wake()
+
+    def _is_next(self, step: Step) -> bool:
+        return next(iter(self.inbox), None) == step.key and step.state != "cancelled"
+
+    def _is_alone(self, call: StepCall) -> bool:
+        """Whether nothing else of `run` can happen before this call goes on: it is made by the task
+        of `run` itself, no other call is under way, and no task is about to make one. Then a result
+        may be handed over at once: it can disturb nobody."""
+        return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
+
+    def move_on(self) -> None:
+        """Does what comes next by itself. Called after whatever has happened."""
+        if self.dead or self.status not in ("running", "waitingForPause"):
+            return
+        if self.status == "waitingForPause" and not self.attempts_in_flight():
+            self._record_cancelled()
+            self.status = "pausing"
+            self.post(pause_now)
+        elif not self._settling:
+            call = self.active.get(next(iter(self.inbox), ""))
+            if call and call.waiter and call.alone and len(self.active) == 1:
+                self._hand_over(call)
+            elif self.inbox or self.cancelled or self._is_idle():
+                self._settling = True
+                self.last_move = self.engine.turns.now
+                self.engine.turns.when_settled(self)
+
+    def settled(self) -> None:
+        """Ten turns of the loop went by without a step call or a result."""
+        self._settling = False
+        if self.dead or self.status not in ("running", "waitingForPause"):
+            return
+        if self.active:
+            self._record_cancelled()
+        called = (self.active.get(key) for key in self.inbox)
+        if call := next((call for call in called if call and call.waiter), None):
+            while next(iter(self.inbox)) != call.key:
+                self.inbox.popitem(last=False)  # its call never came
+            self._hand_over(call)
+        elif self._is_idle():
+            self.status = "idling"  # until the answer comes, no attempt may begin
+            self.post(go_idle, self.seq, then=self._idled)
+
+    def _hand_over(self, call: StepCall) -> None:
+        """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
+        if call.step.ended:
+            del self.inbox[call.key]
+            self.last_move = self.engine.turns.now
+            call.wake()
+
+    def _is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        if self.status != "running" or self._writing or not self.active:
+            return False
+        return all(call.step.asleep for call in self.active.values())
+
+    def _idled(self, idle: bool, _: BaseException | None) -> None:
+        if idle:
+            self.status = "waiting"
+            self.engine.lives.drowse(self)
+        elif self.status == "idling":
+            self._become("running")
+
+    def still_waits(self) -> bool:
+        """Whether it may be unloaded: a call that `run` has made meanwhile waits for nothing yet."""
+        return self.status == "waiting" and all(c.step.asleep for c in self.active.values())
+
+    def attempts_in_flight(self) -> bool:
+        """Whether an attempt has begun whose end is not stored yet."""
+        return any(call.attempt for call in self.active.values())
+
+    def busy(self) -> bool:
+        """Whether it will go on by itself, as far as we can see."""
+        return self._settling or (self.dead and not self.ended.done())
+
+    # -- what others do
+
+    def on_news(self, news: News) -> None:
+        """The scheduler has recorded something, or somebody has changed the instance."""
+        inst = news.instance
+        outdated = inst.generation != self.lease.generation
+        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
+            self.unload()
+            self.successor = inst if news.admitted else self.successor
+            return
+        self.seq = max(self.seq, inst.seq)
+        for row in news.rows:
+            if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
+                self._take(row)
+        # What was committed before it asked to be idle says nothing; the answer to that will.
+        if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
+            self._become(inst.status)
+
+    def _become(self, status: str) -> None:
+        self.status = status
+        for call in self.active.values():
+            if not (call.step.asleep or call.attempt):
+                call.wake()  # it may stand at the gate
+        self.move_on()
+
+    def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
+        """Posts one of the operations below."""
+        self._writing += 1
+        written = functools.partial(self._written, then)
+        self.engine.writer.post(operation, self.lease, *args, then=written)
+
+    def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
+        self._writing -= 1
+        if result is None and error is None:
+            self.unload()  # the instance has ended, or somebody has changed it: there will be news
+        elif type(result) is int:
+            self.seq = max(self.seq, result)
+        if not self.dead:
+            if then is not None:
+                then(result, error)
+            self.move_on()
+
+    # -- cancelled calls
+    #
+    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so that
+    # a run which is being torn down records nothing. In a later life that call does not begin again:
+    # it stays pending until `run` cancels it again, and what was recorded after the cancellation
+    # waits for that.
+
+    def _on_cancellation(self, call: StepCall) -> None:
+        """`run`, or the callback around it, has cancelled a call."""
+        step = call.step
+        self.last_move = self.engine.turns.now
+        self.inbox.pop(call.key, None)
+        step.asleep = False
+        if step.nested:
+            # A callback is repeated as a whole: what it broke off is as if it had not been called.
+            if step.state == "pending":
+                apply(self.steps, Row("stop", call.key))
+                self.post(break_off, "stop", [call.key])
+        elif step.state != "cancelled":
+            step.state = "cancelled"
+            self.cancelled.append(call.key)
+
+    def _record_cancelled(self) -> None:
+        if self.cancelled:
+            cancelled, self.cancelled = self.cancelled, []
+            self.post(break_off, "cancel", cancelled)
+
+    def unload(self) -> None:
+        if not self.dead:
+            cut_off = [call.key for call in self.active.values() if call.attempt]
+            self.interrupted = [key for key in cut_off + self.cancelled if self.steps[key].open]
+        super().unload()
+
+    def _warn_about_calls(self) -> None:
+        for call in self.unawaited:
+            log.warning("%s: step %r was called but never awaited", self, call.name)
+        steps = [step for step in self.steps.values() if step.state != "new"]
+        if not any(step.state == "cancelled" for step in steps):
+            what = "%s: replay never reached the recorded step %r; is its name deterministic?"
+            for step in steps:
+                if step.key not in self._called and not step.nested:
+                    log.warning(what, self, step_label(step.key))
+
+
+# What a run posts. Each of these is guarded by the run's lease; the answer None says that the run
+# may write no more, and ends its life.
+
+
+def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
+    """What lives begin with. Those whose instances were changed meanwhile are left out."""
+    loaded = []
+    leases = [Lease(inst.key, inst.generation) for inst in instances]
+    tx.prefetch(leases)
+    for lease in leases:
+        if inst := tx.mine(lease, "running", "waitingForPause"):
+            loaded.append(Loaded(copy.copy(inst), tx.journal(inst)))  # as it is at this point
+    return loaded
+
+
+def record(
+    tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None
+) -> int | None:
+    """Appends what a run did, and what it waits for from then on. Returns the row's number."""
+    inst = tx.mine(lease)
+    if inst is None:
+        return None
+    check_state(tx, inst.state, size, fatal)
+    tx.append(inst, row, size)
+    if begins_step(row):
+        tx.steps += 1
+    if inst.careful and row.type in ("done", "error"):
+        tx.change(inst, careful=0)
+    if wait is not None:
+        values = (inst.key, *wait[:5], inst.seq, tx.now)
+        tx.db.execute("INSERT INTO waits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        due = wait.due if wait.event is None else tx.now  # its event may be there already
+        tx.change(inst, wake=due if inst.wake is None else min(due, inst.wake))
+    return inst.seq
+
+
+def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | bool | None:
+    """Appends the start of an attempt that has not called its callback yet: not if the instance is
+    about to pause, because then it must not."""
+    inst = tx.mine(lease)
+    if inst is not None and inst.status == "waitingForPause" and not nested:
+        return False
+    return record(tx, lease, row)
+
+
+def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int | None:
+    """Records that calls were cancelled, or stopped. An event that one of them was given, but that
+    `run` never saw, goes back to its place in the buffer."""
+    inst = tx.mine(lease)
+    if inst is None:
+        return None
+    for step in steps:
+        tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
+        newest = tx.journal(inst, "step = ?", step)[-1:]
+        if newest and newest[0].type == "event":
+            was = json.loads(newest[0].extra or "")
+            event = (inst.key, was["type"], was["seq"], was["at"], newest[0].data)
+            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+            tx.change(inst, wake=tx.now)
+        tx.append(inst, Row(type, step))
+    return inst.seq
+
+
+def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
+    """running → waiting, unless something has happened that the run does not know of."""
+    inst = tx.mine(lease, "running")
+    if inst is None or inst.seq != seq:
+        return False
+    tx.move(inst, Row("waiting"))
+    return True
+
+
+def wake_up(tx: Transaction, lease: Lease) -> bool:
+    """waiting → queued, because `run` goes on by itself."""
+    if inst := tx.mine(lease, "waiting"):
+        tx.requeue(inst)
+    return True
+
+
+def pause_now(tx: Transaction, lease: Lease) -> bool:
+    """waitingForPause → paused: nothing is in flight any more."""
+    if inst := tx.mine(lease, "waitingForPause"):
+        tx.requeue(inst)
+    return True
+
+
+def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | None:
+    """`run` has ended, and the instance with it; unless it has failed and a rollback begins."""
+    inst = tx.mine(lease)
+    if inst is None:
+        return None
+    try:
+        check_state(tx, inst.state, size, fatal)
+    except WorkflowFatalError as too_large:
+        row, size = Row("errored", data=encode_error(too_large)), 0
+    if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
+        return copy.copy(inst)
+    tx.move(inst, row, size)
+    return None
+
+
+def hand_back(tx: Transaction, lease: Lease, interrupted: Sequence[str]) -> None:
+    """A clean stop: no attempt counts, and whoever owns the database next goes on."""
+    break_off(tx, lease, "stop", interrupted)
+    if inst := tx.mine(lease, "running", "waitingForPause"):
+        tx.requeue(inst)
+
+
+def check_state(tx: Transaction, present: int, size: int, refuse: Refuse) -> None:
+    """Refuses what would make an instance's state too large."""
+    limit = tx.scheduler.limits.instance_bytes
+    if size and limit is not None and present + size > limit:
+        what = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
+        raise refuse("limit.instance_state", what)
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine: turns the news of transactions into lives, and knows what to do when something fails:
+# storage (stop in place), the loop (unload), the whole process (nothing at all: the next one finds
+# what was running).
+
+
+class Turns:
+    """Counts the turns of the loop while somebody needs to know, and tells runs when they have
+    settled."""
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+        self._call_soon = call_soon
+        self.now = 0
+        self.ticking = False  # whether the next turn will be counted
+        self._waiting: deque[tuple[int, Run]] = deque()  # whom to ask again, and when
+
+    def when_settled(self, run: Run) -> None:
+        """Calls `run.settled` when the run has done nothing for `SETTLED` turns."""
+        self._waiting.append((self.now + SETTLED, run))
+        if not self.ticking:
+            self.ticking = True
+            self._call_soon(self._next)
+
+    def _next(self) -> None:
+        self.now += 1
+        self.ticking = bool(self._waiting)
+        if self.ticking:
+            self._call_soon(self._next)
+        while self._waiting and self._waiting[0][0] <= self.now:
+            _, run = self._waiting.popleft()
+            if run.last_move + SETTLED > self.now and not run.dead:
+                self._waiting.append((run.last_move + SETTLED, run))
+            else:
+                run.settled()
+
+
+class Lives:
+    """The instances that are in memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.runs: dict[int, Run] = {}  # by the instance's key
+        self._drowsy: dict[Run, float] = {}  # those that wait, and when they are unloaded
+        self._sweeping: Any = None  # the timer for that
+
+    def hear(self, news: Iterable[News]) -> None:
+        """Passes on what transactions tell about instances."""
+        admitted = []
+        for item in news:
+            if (run := self.runs.get(item.instance.key)) is not None:
+                run.on_news(item)
+            elif item.admitted:
+                admitted.append(item.instance)
+        if admitted:
+            self._load(admitted)
+
+    def _load(self, instances: list[Instance], previous: Run | None = None) -> None:
+        if not self.engine.scheduler.closing:
+            begin = functools.partial(self._begin, previous)
+            self.engine.writer.post(load, instances, then=begin)
+
+    def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
+        for found in loaded or ():
+            inst = found.instance
+            if not self.engine.scheduler.closing and inst.key not in self.runs:
+                workflow = self.engine.scheduler.bound[inst.workflow]
+                run = self.runs[inst.key] = next_life(self.engine, workflow, found, previous)
+                run.begin()
+
+    def life_ended(self, run: Life) -> None:
+        """The next life of its instance may begin."""
+        key = run.lease.key
+        if self.runs.get(key) is run and not (self.engine.scheduler.closing or run.orphan):
+            del self.runs[key]
+            if run.successor is not None:
+                self._load([run.successor], run)
+
+    def adopt(self, run: Run) -> None:
+        """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
+        if not self.engine.scheduler.closing:
+            run.orphan = False
+            self.hand_back(run)
+            self.life_ended(run)
+
+    def hand_back(self, run: Run) -> None:
+        """Leaves an instance to its next life, in whichever process."""
+        self.engine.writer.post(hand_back, run.lease, run.interrupted)
+
+    def drowse(self, run: Run) -> None:
+        """Unloads a run when it has waited for `hibernate_after`."""
+        if not run.still_waits():
+            return
+        self._drowsy.pop(run, None)
+        self._drowsy[run] = self.engine.clock.now() + self.engine.hibernate_after
+        self._set_sweep(self.engine.hibernate_after)
+
+    def _set_sweep(self, ms: float) -> None:
+        if self._sweeping is None:
+            self._sweeping = self.engine.clock.call_later(ms, self._sweep)
+
+    def _sweep(self) -> None:
+        """Unloads those that have waited long enough, but no run whose own code has a timer ahead:
+        `asyncio.timeout` in `run` must fire. (One look at all timers for many runs.)"""
+        self._sweeping, now = None, self.engine.clock.now()
+        due = [run for run, at in self._drowsy.items() if at <= now]
+        busy = (tokens_with_timers(self.engine.loop) if due else None) or ()
+        for run in due:
+            del self._drowsy[run]
+            if run.still_waits():
+                if run.token in busy:  # asyncio's timers go by the real time
+                    patience = max(0.05, self.engine.hibernate_after / 1000)
+                    self.engine.loop.call_later(patience, self.drowse, run)
+                else:
+                    run.unload()
+        if self._drowsy:
+            self._set_sweep(max(50, next(iter(self._drowsy.values())) - now))
+
+
+class Watchers:
+    """Those who wait for news, by topic."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._futures = weakref.WeakValueDictionary[Topic, asyncio.Future[None]]()
+
+    def watch(self, topic: Topic) -> asyncio.Future[None]:
+        """A future that is done when there may be news; it is kept by those who wait for it."""
+        return self._futures.setdefault(topic, self._loop.create_future())
+
+    def topics(self) -> list[Topic]:
+        return list(self._futures)
+
+    def tell(self, topics: Iterable[Topic] | None, _: BaseException | None = None) -> None:
+        for topic in topics or ():
+            if (future := self._futures.pop(topic, None)) is not None:
+                resolve(future)
+
+
+class WorkflowEntrypoint(Generic[Params]):
+    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
+    of each instance; `self.env` has the engine's `env` and bindings.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
+        """The workflow. What it returns becomes the output, an error that leaves it the error."""
+        raise NotImplementedError
+
+
+class Engine:
+    """Runs workflows on a database file (or ":memory:").
+
+    Enter it with `async with`. Any number of processes may open one file: one of them runs the
+    instances, the others are full clients, and one of those takes over when it goes away.
+
+    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
+    `hibernate_after` how long a waiting instance stays in memory; `drain` how long attempts that
+    are in flight may take to end when it is left."""
+
+    def __init__(
+        self,
+        database: str | os.PathLike[str] = "workflows.db",
+        *,
+        env: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        hibernate_after: Duration = "1 second",
+        drain: Duration = 0,
+    ) -> None:
+        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
+        if not isinstance(path, str) or not path:
+            raise TypeError(f"database is {show(database)}: expected a path")
+        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
+        for name, (given, kind) in kinds.items():
+            if not isinstance(given, (kind, type(None))):
+                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+        self.path = path if path == ":memory:" else os.path.realpath(path)
+        self.env = Env(env or {})
+        self.limits, self.clock = limits or Limits(), clock or Clock()
+        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+        self.cpu_ns = 0  # of all callbacks
+        self.activity = 0  # counts what callbacks do: see `ManualClock`
+        self._state = "not open yet"  # → open → closed
+        self._workflows: dict[str, Workflow] = {}
+        self.creations = Rate(self.limits.creations_per_second, self.clock)
+
+    def bind(
+        self,
+        cls: type[WorkflowEntrypoint[Any]],
+        name: str | None = None,
+        binding: str | None = None,
+        *,
+        steps: int | None = None,
+    ) -> Workflow:
+        """Makes a workflow known, before entering the engine or later. `name` defaults to the
+        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
+        the most steps that a run may call, up to 25,000."""
+        workflow = bindable(self, cls, name, binding, steps)
+        if workflow.name in self._workflows:
+            raise ValueError(f"workflow {workflow.name!r} is bound already")
+        if workflow.binding in self.env:
+            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
+        if self._state != "not open yet":
+            self.check_open()
+            self.writer.post(define, workflow)
+        self._workflows[workflow.name] = workflow
+        self.env[workflow.binding] = workflow
+        return workflow
+
+    # -- opening and closing
+
+    async def __aenter__(self) -> Self:
+        if self._state != "not open yet":
+            raise RuntimeError("an engine can be entered once; make a new one")
+        self.loop = asyncio.get_running_loop()
+        # What the engine does it does in this context, not in that of whoever caused it.
+        self._context = contextvars.copy_context()
+        self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
+        self.turns, self.lives = Turns(self.call_soon), Lives(self)
+        database = Database(self.path)
+        self.scheduler = Scheduler(database, self.clock, self.limits)
+        self.writer = Writer(self, database)
+        try:
+            await self.writer.start()
+        except asyncio.CancelledError:
+            self.writer.close()
+            raise
+        self._state = "open"
+        self.clock.engines.append(self)
+        for workflow in self._workflows.values():
+            self.writer.post(define, workflow)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._state != "open" or self.scheduler.closing or self.loop.is_closed():
+            return  # it was never entered, or is left already, or the thread notices
+        leaving = self.loop.create_task(self._leave())
+        try:
+            await asyncio.shield(leaving)
+        finally:
+            await (
+                leaving
+            )  # also when that is cancelled: it takes a second more than `drain` at most
+
+    async def _leave(self) -> None:
+        self.scheduler.closing = True
+        runs, patience = self.lives.runs, self.loop.time() + self.drain / 1000
+        while (
+            any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < patience
+        ):
+            await asyncio.sleep(0.01)
+        self._state = "closed"
+        self.clock.engines.remove(self)
+        for run in list(runs.values()):
+            run.unload()
+        await asyncio.gather(*(asyncio.shield(run.ended) for run in runs.values()))
+        for run in runs.values():
+            self.lives.hand_back(run)
+        self.writer.post(leave)
+        self.writer.close()
+        await self.writer.closed
+        self.writer.thread.join()
+        self.threads.close()
+        self.watchers.tell(self.watchers.topics())
+
+    def check_open(self) -> None:
+        """Refuses what needs an open engine."""
+        if self._state != "open":
+            raise RuntimeError(f"the engine is {self._state}: use it inside `async with Engine(…)`")
+        if asyncio.get_running_loop() is not self.loop:
+            raise RuntimeError("the engine was entered in another event loop")
+        if self.writer.failure is not None:
+            raise WorkflowInternalError(str(self.writer.failure))
+
+    # -- what others of this file ask of it
+
+    async def call(self, operation: Operation, *args: Any) -> Any:
+        """The result of an operation, once it is committed."""
+        self.check_open()
+        future: asyncio.Future[Any] = self.loop.create_future()
+        self.writer.post(operation, *args, then=functools.partial(resolve, future))
+        return await future
+
+    def call_soon(self, callback: Callable[..., object]) -> None:
+        """Calls back in the next turn of the loop."""
+        self.loop.call_soon(callback, context=self._context)
+
+    def call_from_thread(self, callback: Callable[..., object], *args: Any) -> None:
+        """Calls back on the loop."""
+        with contextlib.suppress(RuntimeError):  # it was closed, and the engine forgotten
+            self.loop.call_soon_threadsafe(callback, *args, context=self._context)
+
+    def nothing_else_ready(self) -> bool:
+        """Whether the loop has nothing to do but what the engine itself has asked for. (A loop that
+        does not show what it will do next is taken to be busy.)"""
+        ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
+        return ready is not None and len(ready) <= self.turns.ticking + self.writer.flushing
+
+    def deliver(self, answer: Answer) -> None:
+        """Passes on what a transaction tells."""
+        for then, result, error in answer.results:
+            try:
+                then(result, error)
+            except Exception:
+                log.exception("a bug in workflows.py: please report it")
+        self.lives.hear(answer.news)
+        if answer.touched is not None:
+            self.watchers.tell(answer.touched)
+        elif topics := self.watchers.topics():
+            self.writer.post(which_changed, topics, then=self.watchers.tell)
+
+    def storage_failed(self) -> None:
+        """Nothing goes on, and everybody who waits is told."""
+        for run in list(self.lives.runs.values()):
+            run.unload()
+        self.watchers.tell(self.watchers.topics())
+
+    def busy(self) -> bool:
+        """Whether anything will happen without an event, a timer or the world outside."""
+        runs = self.lives.runs.values()
+        return self.writer.busy or self.threads.may_end_soon() or any(run.busy() for run in runs)
+
+    async def workflow(self, name: str) -> Workflow:
+        """The workflow of a name that some process has bound, for one that has not its class: to
+        create instances and to steer them. Error: `workflow.not_found`."""
+        binding, steps = await self.call(find_workflow, name)
+        return Workflow(self, name, binding, steps)
+
+    async def usage(self) -> Usage:
+        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
+        return usage_of(await self.call(read_usage))
+
+
+def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
+    """Binding and limit of steps of a name that some process has bound."""
+    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
+    if not found:
+        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
+    return tuple(found[0])
+
+
+def define(tx: Transaction, workflow: Workflow) -> None:
+    """Records a bound name. From here on this process wants to own the database."""
+    sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
+             VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
+             class = excluded.class, steps = excluded.steps, modified = excluded.modified
+             RETURNING key"""
+    described = (workflow.name, workflow.binding, workflow.cls.__name__, workflow.steps)
+    (key,) = tx.db.one(sql, *described, tx.now, tx.now)
+    tx.wrote = True
+    tx.scheduler.take_up(key, workflow)
+
+
+def leave(tx: Transaction) -> None:
+    """What was about to begin is left to the next owner, too."""
+    if tx.db.owner:
+        for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
+            tx.requeue(inst)
+
+
+# ==================================================================================================
+# Part II: the rules
+# ==================================================================================================
+#
+# --------------------------------------------------------------------------------------------------
+# Durations and the clock. Inside the module every time is a whole number of milliseconds, every
+# moment one since the Unix epoch, read from a `Clock`. (Elsewhere only real spans are measured: CPU
+# time, and patience with locks and threads.)
+
+_UNITS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+_UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year", 365))}
+_DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+YEAR = _UNITS["year"]  # Cloudflare's longest sleep
+
+
+Duration = float | str | timedelta  # see `parse_duration`
+
+
+def show(value: Any) -> str:
+    """A value in an error message: never too long, and never another error."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def show_error(error: BaseException) -> str:
+    """An error in a log line, or in the message of another one."""
+    return f"{type(error).__name__}: {message_of(error)}"
+
+
+def parse_duration(value: Duration) -> int:
+    """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`,
+    or `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d),
+    singular or plural. Anything else is a `ValueError`.
+
+    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
+    ms: Any = value
+    if isinstance(value, timedelta):
+        ms = value / timedelta(milliseconds=1)
+    elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        ms = float(match[1]) * _UNITS[match[2]]
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
+        return round(ms)
+    text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
+    expected = f"milliseconds (0 or more), a timedelta, or {text}"
+    raise ValueError(f"{show(value)} is not a duration: expected {expected}")
+
+
+def parse_moment(value: Any) -> int:
+    """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from
+    there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
+    if isinstance(value, datetime) and value.utcoffset() is not None:
+        return (value - _EPOCH) // timedelta(milliseconds=1)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return max(0, round(value * 1000 if abs(value) < 1e11 else value))
+    expected = "an aware datetime, or seconds or milliseconds since 1970"
+    raise ValueError(f"{show(value)} is not a moment: expected {expected}")
+
+
+def to_datetime(ms: int) -> datetime:
+    return _EPOCH + timedelta(milliseconds=ms)
+
+
+class Clock:
+    """Where all time comes from: the wall clock for moments that are stored (a machine that was
+    suspended must notice), the event loop's monotonic clock for timers."""
+
+    exact = False  # whether tests rely on the order of all that happens: see `ManualClock`
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []  # the open ones that go by it
+
+    def now(self) -> int:
+        """Milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+    def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+        """Calls back on the running loop after so many milliseconds, unless cancelled.
+        (More than asyncio can take is cut to 100 years.)"""
+        return asyncio.get_running_loop().call_later(min(ms, 100 * YEAR) / 1000, callback)
+
+
+# --------------------------------------------------------------------------------------------------
+# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes,
+# as Cloudflare's structured clone has them, and never pickle: opening a database must not run
+# code.
+#
+# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
+# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64, for text
+# with surrogates, which UTF-8 doesn't have) or "$dict" (a list of pairs, for a dict that has one of
+# these keys, or such text as a key).
+
+DEEPEST = 300  # levels of nesting
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "$datetime": datetime.fromisoformat,
+    "$bytes": base64.b64decode,
+    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
+    "$dict": dict,
+}
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
+# (`_parse` is json.loads without its search for blanks, which we don't write.)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Unserializable(ValueError):
+    """A value that can't be stored; the message is its path and type."""
+
+
+def encode(value: Any) -> tuple[str, Any]:
+    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
+    value."""
+    try:
+        text = _to_json(value)
+        deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
+        if '"$' not in text and not deep and size_of(text):  # which fails for surrogates
+            decoded = _parse(text, 0)[0]
+            if decoded == value:
+                return text, decoded
+    except Exception:
+        pass  # the slow way finds out what, and where
+    try:
+        text = _to_json(_tagged(value, "$", frozenset()))
+        return text, decode(text)
+    except _Unserializable:
+        raise
+    except Exception as error:  # the value's own methods may raise anything
+        raise _Unserializable(f"$: {type(error).__name__}: {message_of(error)}") from None
+
+
+def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether it is nested deeper than `DEEPEST`, where code with less of the stack left might not
+    be able to read it back."""
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list, tuple)) and (levels == 1 or _is_deep(item, levels - 1)):
+            return True
+    return False
+
+
+def decode(text: str) -> Any:
+    """The value of a text made by `encode`."""
+    return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
+
+
+def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
+    """The same value as JSON with tags, or `_Unserializable` with the path of what can't be.
+    `above` is what it lies in: the ids of dicts and lists."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
+    if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
+        try:
+            _to_json(value)
+        except ValueError as error:  # not finite, or too many digits
+            raise _Unserializable(f"{path}: {show(value)}: {error}") from None
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, datetime):
+        if value.utcoffset() is None:
+            raise _Unserializable(f"{path}: datetime without a time zone")
+        return {"$datetime": datetime.isoformat(value)}
+    if isinstance(value, (bytes, bytearray)):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if not isinstance(value, (dict, list, tuple)):
+        raise _Unserializable(f"{path}: {type(value).__name__}")
+    if id(value) in above:
+        raise _Unserializable(f"{path}: a cycle")
+    if len(above) >= DEEPEST:
+        raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
+    above |= {id(value)}
+    if not isinstance(value, dict):
+        return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise _Unserializable(f"{path}: a key of type {type(odd[0]).__name__}")
+    pairs = [(_tagged(k, path, above), _tagged(v, f"{path}.{k}", above)) for k, v in value.items()]
+    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
+    return dict(pairs) if plain else {"$dict": pairs}
+
+
+def _untag(pairs: dict[str, Any]) -> Any:
+    tag = next(iter(pairs)) if len(pairs) == 1 else ""
+    return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
+
+
+def size_of(text: str) -> int:
+    """Bytes that a stored text takes."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _read_only(*_: Any, **__: Any) -> NoReturn:
+    instead = "changes would be lost at the next replay; copy it, and return state from a step"
+    raise TypeError(f"an event's payload is read-only: {instead}")
+
+
+class _FrozenDict(dict[str, Any]):
+    """Still a dict for `isinstance`, `json` and `==`; copies of it are plain dicts."""
+
+    __setitem__ = __delitem__ = __ior__ = _read_only
+    clear = pop = popitem = setdefault = update = _read_only
+
+    def __reduce__(self) -> Any:  # what `copy` and `pickle` go by
+        return dict, (dict(self),)
+
+
+class _FrozenList(list[Any]):
+    """Still a list for `isinstance`, `json` and `==`; copies of it are plain lists."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _read_only
+    append = clear = extend = insert = pop = remove = reverse = sort = _read_only
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def freeze(value: Any) -> Any:
+    """The same value, deeply read-only."""
+    if isinstance(value, dict):
+        return _FrozenDict((key, freeze(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return _FrozenList(freeze(item) for item in value)
+    return value
+
+
+def message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except (Exception, SystemExit):  # a user's `__str__` may do anything; the rest is recorded
+        return ""
+
+
+def encode_error(error: BaseException, **more: Any) -> str:
+    """An error as JSON: where its class is, its name and message, and its args, attributes and
+    group members as far as these are allowed values."""
+    try:
+        return encode(_describe(error) | more)[0]
+    except Exception:  # an error whose attributes or arguments can't even be looked at
+        return encode_error(WorkflowError(message_of(error), name=type(error).__name__), **more)
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    cls = type(error)
+    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    message = error.message if isinstance(error, BaseExceptionGroup) else message_of(error)
+    # `OSError.filename` and the like aren't in `__dict__`, but in slots.
+    names = [name for base in cls.__mro__ for name in vars(base) if _is_slot(base, name)]
+    slots = {name: value for name in names if (value := getattr(error, name, None)) is not None}
+    kept = {}
+    for name, value in {**slots, **vars(error), "args": list(error.args)}.items():
+        with contextlib.suppress(_Unserializable):
+            kept[name] = encode(value)[1]
+    label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
+    return {
+        "module": cls.__module__,
+        "class": cls.__qualname__,
+        "name": label if isinstance(label, str) else cls.__name__,
+        "message": message,
+        "args": kept.pop("args", [message]),
+        "attributes": kept,
+        "members": [_describe(member) for member in members],
+    }
+
+
+def _is_slot(cls: type, name: str) -> bool:
+    if name.startswith("__") or (cls, name) == (AttributeError, "obj"):  # which pickle drops, too
+        return False
+    slot = vars(cls)[name]
+    return inspect.ismemberdescriptor(slot) or inspect.isgetsetdescriptor(slot)
+
+
+def rebuild_error(record: dict[str, Any]) -> Exception:
+    """The error that `encode_error` described, with its own class if that is an `Exception` which
+    is already imported; else a `WorkflowError` with its name."""
+    found: Any = sys.modules.get(record["module"])
+    for part in record["class"].split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return WorkflowError(record["message"], name=record["name"])
+    # The nearest built-in base keeps the args; the class's own `__init__` is not called.
+    native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
+    members = [rebuild_error(member) for member in record["members"]]
+    args = (record["message"], members) if members else tuple(record["args"])
+    try:
+        error: Exception = native.__new__(found, *args)
+        native.__init__(error, *args)
+    except Exception:  # args of another version of the class: keep what can be kept
+        error = found.__new__(found)
+        error.args = (record["message"],)
+    for name, value in record["attributes"].items():
+        try:
+            object.__setattr__(error, name, value)
+        except AttributeError:  # a property without a setter
+            error.__dict__[name] = value
+    return error
+
+
+# --------------------------------------------------------------------------------------------------
+# Limits: what Cloudflare's plans allow, each enforced where it applies, with an error that names
+# it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine allows; None lifts a limit. The default is the paid plan without its creation
+    rate, which is an account's quota. Times are milliseconds; 1 MB is 10⁶ bytes, 1 MiB 2²⁰.
+
+    developers.cloudflare.com/workflows/reference/limits/"""
+
+    cpu_ms: int | None = 30_000
+    step_bytes: int | None = 2**20
+    payload_bytes: int | None = 2**20
+    instance_bytes: int | None = 10**9
+    max_sleep: int = YEAR
+    steps: int = 1024
+    running: int | None = 10_000
+    creations_per_second: int | None = None
+    queued: int | None = 1_000_000
+    batch: int = 100
+    id_length: int = 100
+    success_retention: int | None = 30 * _UNITS["day"]
+    error_retention: int | None = 30 * _UNITS["day"]
+
+    _needed = {"max_sleep", "steps", "batch", "id_length"}  # can't be lifted
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            lifted = value is None and name not in self._needed
+            if not lifted and (type(value) is not int or value < 0):
+                raise ValueError(f"Limits.{name} is {show(value)}: expected a whole number from 0")
+        if self.steps > 25_000 or self.max_sleep > YEAR:
+            raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
+
+    FREE: ClassVar[Limits]
+    PAID: ClassVar[Limits]
+    UNLIMITED: ClassVar[Limits]
+
+
+Limits.PAID = Limits(creations_per_second=100)
+_FREE: dict[str, int] = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
+_FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day"])
+Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
+_LIFTED: dict[str, Any] = dict.fromkeys(vars(Limits()).keys() - Limits._needed)
+Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
+
+_OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_output"}
+
+
+def checked(
+    value: Any,
+    what: str,
+    code: str,
+    limits: Limits = Limits.UNLIMITED,
+    limit: str = "step_bytes",
+    refuse: Refuse = refusal,
+) -> tuple[str, Any]:
+    """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
+    more bytes than the limit of that name."""
+    try:
+        text, fresh = encode(value)
+    except _Unserializable as bad:
+        raise refuse(code, f"{what} can't be stored: {bad}") from None
+    size, most = size_of(text), getattr(limits, limit)
+    if most is not None and size > most:
+        raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
+    return text, fresh
+
+
+# --------------------------------------------------------------------------------------------------
+# Arguments: what step calls are given, checked. All that is wrong with a step call is a
+# `WorkflowFatalError` where it is awaited, and nothing is stored of it; all that is wrong with a
+# caller's call is a `TypeError` or a `ValueError`, or a `WorkflowError` if it has a code.
+
+_NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
+_NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
+
+
+def options_of(given: Any, known: Sequence[str], what: str) -> dict[str, Any]:
+    """A copy of an options object in which every key is known."""
+    keys = ", ".join(known)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} is {type(given).__name__}: expected a dict with {keys}")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"{what} has the unknown key {show(unknown[0])}: expected {keys}")
+    return dict(given)
+
+
+def merge(given: Any, named: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
+    """An options object, or keyword arguments, or both; every key known, and none given twice."""
+    options = options_of({} if given is None else given, known, what)
+    for key in options.keys() & named:
+        raise TypeError(f"{what}: {key!r} is given twice")
+    return options | options_of(named, known, what)
+
+
+def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
+    """The milliseconds of a duration in an options object."""
+    try:
+        return parse_duration(part[key])
+    except ValueError as error:
+        raise ValueError(f"{what} key {key!r}: {error}") from None
+
+
+def check_name(name: Any) -> None:
+    """Refuses what is no name of a step."""
+    if not isinstance(name, str):
+        raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected a str")
+    if len(name) > 256:
+        raise fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
+    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        what = "holds a control character or a lone surrogate"
+        raise fatal("step.invalid_name", f"the step name {show(name)} {what}")
+
+
+def check_event_type(type: Any, refuse: Refuse) -> str:
+    """Refuses what is no type of an event."""
+    if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
+        return type
+    what = f"{show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
+    raise refuse("event.invalid_type", what)
+
+
+def step_named(step: Any, index: str = "index") -> tuple[str, int]:
+    """The name and the count of a step, from its name, or a dict with both."""
+    given = step if isinstance(step, Mapping) else {"name": step}
+    options_of(given, ("name", index), "step")
+    name, count = given.get("name"), given.get(index, 1)
+    if isinstance(name, str) and type(count) is int and count > 0:
+        return name, count
+    expected = f'its name, or {{"name": …, "{index}": …}} with a number from 1'
+    raise ValueError(f"{show(step)} is not a step: expected {expected}")
+
+
+def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
+    """A call's arguments by name, whether they were given by position or by name."""
+    if len(call.args) > len(names):
+        raise TypeError(f"too many arguments: expected name, {', '.join(names)}")
+    given = dict(zip(names, call.args, strict=False))
+    return merge(given, call.options, (*names, *more), "the call")
+
+
+def _misused(call: StepCall, error: Exception) -> WorkflowFatalError:
+    code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
+    return fatal(code, f"{call.kind} {call.name!r}: {error}")
+
+
+def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
+    """Config, callback, rollback handler and its config, of any form of `step.do`."""
+    names, args = ["config", "callback", "options"], call.args
+    if len(args) == 1 and callable(args[0]) and not call.options:
+        return None, args[0], None, None  # most calls
+    only_one = len(args) == 1 and not isinstance(args[0], (Mapping, type(None)))
+    if only_one or (args and callable(args[0])):
+        names.remove("config")
+    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
+    options = given.get("options")
+    handler, undo_config = given.get("rollback"), given.get("rollback_config")
+    if options is not None:
+        options = options_of(options, ("rollback", "rollbackConfig"), "options")
+        handler = options.get("rollback", handler)
+        undo_config = options.get("rollbackConfig", undo_config)
+    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
+        raise ValueError(f"rollback is {show(handler)}: expected a function")
+    if undo_config is not None:
+        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
+    return given.get("config"), given.get("callback"), handler, undo_config
+
+
+Bind = Callable[["Attempt"], Callable[[], Any]]  # gives the callback of an attempt
+
+
+class DoPlan(NamedTuple):
+    """What a `step.do` asks for. A plain callback is one that is not async: it runs in a thread."""
+
+    config: StepConfig
+    bind: Bind
+    plain: bool
+
+
+def plan_do(call: StepCall) -> DoPlan:
+    """Reads a `step.do` that has no result yet."""
+    try:
+        given, callback, handler, undo_config = do_arguments(call)
+        if call.step.config is not None:
+            config = StepConfig.load(call.step.config, given)
+        elif given is None and handler is None:
+            config = NO_CONFIG
+        else:
+            longest = call.run.engine.limits.max_sleep
+            config = StepConfig(given, longest)
+            if handler is not None:
+                config.undo = StepConfig(undo_config, longest, "rollbackConfig")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _misused(call, error) from None
+    if not callable(callback):
+        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
+        message = f"step {call.name!r}: {what}: expected an async or plain function"
+        raise fatal("step.invalid_callback", message)
+    if handler is not None and not _takes(handler, None):
+        message = f"step {call.name!r}: the rollback handler must take one argument"
+        raise fatal("step.invalid_callback", message)
+    return DoPlan(config, _bind(call.name, callback), not is_async(callback))
+
+
+class WaitPlan(NamedTuple):
+    """What a sleep or an event wait asks for: see `Wait`. `data` is what its row holds."""
+
+    kind: str
+    event: str | None
+    due: int
+    fixed: bool
+    data: str
+
+
+def plan_sleep(call: StepCall) -> WaitPlan:
+    """Reads `sleep(name, duration)`."""
+    try:
+        ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
+    except (TypeError, ValueError) as error:
+        raise _misused(call, error) from None
+    return WaitPlan("sleep", None, _due(call, ms), False, str(ms))
+
+
+def plan_sleep_until(call: StepCall) -> WaitPlan:
+    """Reads `sleep_until(name, when)`; Cloudflare's SDK says `timestamp`."""
+    try:
+        given = _arguments(call, ["when"], ["timestamp"])
+        moment = parse_moment(given.get("when", given.get("timestamp")))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _misused(call, error) from None
+    left = max(0, moment - call.run.engine.clock.now())
+    _due(call, left)
+    return WaitPlan("sleep", None, moment, True, str(left))
+
+
+def plan_wait_for_event(call: StepCall) -> WaitPlan:
+    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both."""
+    try:
+        given = _arguments(call, ["type", "timeout"], ["event_type"])
+        if isinstance(given.get("type"), Mapping):
+            given |= options_of(given.pop("type"), ("type", "timeout"), "options")
+        ms = parse_duration(given.get("timeout", "24 hours"))
+    except (TypeError, ValueError) as error:
+        raise _misused(call, error) from None
+    # `event_type` is what Cloudflare's SDK says.
+    type = check_event_type(given.get("event_type", given.get("type")), fatal)
+    data = json.dumps({"type": type, "timeout": ms})
+    return WaitPlan("wait", type, _due(call, ms), False, data)
+
+
+def _due(call: StepCall, ms: int) -> int:
+    """When a wait of that length ends."""
+    longest = call.run.engine.limits.max_sleep
+    if ms > longest:
+        message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
+        raise fatal("limit.sleep", message)
+    return call.run.engine.clock.now() + ms
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine."""
+    if type(function) is types.FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
+        return True  # most are, and this costs least
+    called = getattr(function, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
+    """Whether a function can be called like that; a built-in that doesn't say takes nothing."""
+    try:
+        inspect.signature(function).bind(*args, **named)
+    except TypeError:
+        return False
+    except ValueError:
+        return not (args or named)
+    return True
+
+
+def _bind(name: str, callback: Any) -> Bind:
+    """How a callback gets the step context: as `ctx`, if it has a parameter of that name, or as its
+    one argument, or not at all."""
+    if type(callback) is types.FunctionType and not callback.__code__.co_varnames:
+        return lambda attempt: callback  # this costs least, too
+    if _takes(callback, ctx=None) and "ctx" in inspect.signature(callback).parameters:
+        return lambda attempt: functools.partial(callback, ctx=attempt.context())
+    if _takes(callback):
+        return lambda attempt: callback
+    if _takes(callback, None):
+        return lambda attempt: functools.partial(callback, attempt.context())
+    what = f"the callback takes {inspect.signature(callback)}: it gets the step context at most"
+    raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Retries: a step's configuration, and how long it waits before it tries again.
+
+_RETRIES: dict[str, Any] = {"limit": 5, "delay": 10_000, "backoff": "exponential"}
+DEFAULT_CONFIG: dict[str, Any] = {"retries": _RETRIES, "timeout": "10 minutes"}
+_BACKOFF: dict[Any, Callable[[int], int]] = {
+    "constant": lambda attempts: 1,
+    "linear": lambda attempts: attempts,
+    "exponential": lambda attempts: 2 ** min(attempts - 1, 64),
+}
+_config_to_json = json.JSONEncoder(default=parse_duration).encode  # it knows infinity
+ASKING = 5000  # ms that a delay function may take
+
+
+class StepConfig:
+    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in, as
+    it is read back in a later life. It lacks a delay that is a function: each life has that of its
+    own call.
+
+    `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
+    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
+
+    def __init__(self, given: Any = None, max_sleep: int = YEAR, what: str = "config") -> None:
+        given = options_of({} if given is None else given, (*DEFAULT_CONFIG, "sensitive"), what)
+        retries = _RETRIES | options_of(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
+        merged = DEFAULT_CONFIG | given | {"retries": retries}
+        self.limit: float = retries["limit"]
+        self.delay: Any = retries["delay"]
+        if callable(self.delay):
+            del retries["delay"]
+        else:
+            self.delay = duration_of(retries, "delay", what)
+        self.timeout = duration_of(merged, "timeout", what)
+        is_number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        if not is_number or self.limit < 0 or self.limit not in (math.inf, self.limit // 1):
+            raise _bad_key(what, "limit", self.limit, "0, 1, 2, … or inf")
+        if not isinstance(retries["backoff"], str) or retries["backoff"] not in _BACKOFF:
+            raise _bad_key(what, "backoff", retries["backoff"], f"one of {', '.join(_BACKOFF)}")
+        if not 0 < self.timeout <= max_sleep:
+            raise _bad_key(what, "timeout", merged["timeout"], f"over 0 and up to {max_sleep} ms")
+        if merged.get("sensitive", "output") != "output":
+            raise _bad_key(what, "sensitive", merged["sensitive"], "'output'")
+        self.backoff = _BACKOFF[retries["backoff"]]
+        self.raw: dict[str, Any] = json.loads(_config_to_json(merged))
+        self.undo: StepConfig | None = None  # that of the rollback handler, if there is one
+
+    @functools.cached_property
+    def text(self) -> str:
+        """What is stored of it: nothing of the one that most steps have."""
+        if self.raw == DEFAULT_CONFIG and self.undo is None:
+            return ""
+        undo = {} if self.undo is None else {"rollback": self.undo.raw}
+        return _config_to_json({"config": self.raw, **undo})
+
+    @classmethod
+    def load(cls, text: str, given: Any = None, part: str = "config") -> StepConfig:
+        """The configuration that a step was started with, or its part "rollback"; a delay that is a
+        function is the one that is given now."""
+        if not text:
+            return NO_CONFIG
+        raw = json.loads(text)[part]
+        if "delay" not in raw["retries"]:
+            raw["retries"]["delay"] = _gone if given is None else cls(given).delay
+        return cls(raw)
+
+    async def delay_after(self, attempt: Attempt, error: BaseException) -> int:
+        """How long to wait after a failed attempt; a function may say that, within five seconds.
+        Its failure is that of the step."""
+        delay = self.delay
+        if callable(delay):
+            asked = Execution(attempt.run, ASKING)
+            if not is_async(delay):
+                asked.slot = await attempt.run.engine.threads.slots.acquire()
+            info = WorkflowDelayContext(attempt.context(), error)
+            try:
+                await asked.execute(functools.partial(delay, info))
+            finally:
+                asked.free_slot()
+            delay, failure = asked.outcome
+            try:
+                delay = parse_duration(delay) if failure is None else 0
+            except ValueError as wrong:
+                failure = wrong
+            if failure is not None:
+                message = f"the delay function of {attempt} failed: {show_error(failure)}"
+                raise WorkflowFatalError(message, name="NonRetryableDelayError")
+        return int(delay * self.backoff(attempt.number))
+
+
+def _bad_key(what: str, key: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{what} key {key!r}: {show(value)}: expected {expected}")
+
+
+def _gone(_: WorkflowDelayContext) -> NoReturn:
+    raise LookupError("config['retries']['delay'] is no function any more")
+
+
+NO_CONFIG = StepConfig()
+
+
+# --------------------------------------------------------------------------------------------------
+# Records: the small objects that users see.
+
+
+def camel(name: str) -> str:
     return re.sub("_([a-z])", lambda match: match[1].upper(), name)
 
 
@@ -181,7 +3139,7 @@ class _Record(Mapping[str, Any]):
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False)(cls)
-        cls._keys = {_camel(name): name for name in cls.__annotations__}
+        cls._keys = {camel(name): name for name in cls.__annotations__}
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, self._keys[key])
@@ -266,13 +3224,15 @@ class InstanceStatus(_Record):
 
 
 class Usage(_Record):
-    """Of the current calendar month (UTC): `requests` (one for each instance created and each
-    wake-up) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`, what that comes
-    to on Cloudflare's paid plan beyond what it includes, with this storage held for the month.
+    """Of the current calendar month (UTC): `requests` (instances created), `steps` (without retries
+    and rollback handlers) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`,
+    what that comes to on Cloudflare's paid plan beyond what it includes, with this storage held for
+    the month.
 
     developers.cloudflare.com/workflows/reference/pricing/"""
 
     requests: int
+    steps: int
     cpu_ms: float
     storage_bytes: int
     cost_usd: float
@@ -293,1653 +3253,25 @@ class WorkflowHistoryEvent(_Attributes):
     `timestamp`, `instance_id`, and what the type brings (`step_name`, `output`, `error`, …)."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Durations and the clock. Inside the module every time is a whole number of milliseconds, every
-# moment one since the Unix epoch, read from a `Clock`. (Elsewhere only real spans are measured: CPU
-# time, and patience with locks and threads.)
-
-_UNITS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
-_UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year", 365))}
-_DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_YEAR = _UNITS["year"]  # Cloudflare's longest sleep
+class Env(_Attributes):
+    """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
 
 
-def _show(value: Any) -> str:
-    """A value in an error message: never too long, and never another error."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 100 else text[:100] + "…"
-
-
-def parse_duration(value: float | str | timedelta) -> int:
-    """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`,
-    or `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d),
-    singular or plural. Anything else is a `ValueError`.
-
-    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
-    ms: Any = value
-    if isinstance(value, timedelta):
-        ms = value / timedelta(milliseconds=1)
-    elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-        ms = float(match[1]) * _UNITS[match[2]]
-    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
-        return round(ms)
-    text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    expected = f"milliseconds (0 or more), a timedelta, or {text}"
-    raise ValueError(f"{_show(value)} is not a duration: expected {expected}")
-
-
-def _parse_moment(value: float | datetime) -> int:
-    """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from
-    there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
-    if isinstance(value, datetime) and value.utcoffset() is not None:
-        return (value - _EPOCH) // timedelta(milliseconds=1)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return max(0, round(value * 1000 if abs(value) < 1e11 else value))
-    expected = "an aware datetime, or seconds or milliseconds since 1970"
-    raise ValueError(f"{_show(value)} is not a moment: expected {expected}")
-
-
-def _to_datetime(ms: int) -> datetime:
-    return _EPOCH + timedelta(milliseconds=ms)
-
-
-class Clock:
-    """Where all time comes from: the wall clock for moments that are stored (a machine that was
-    suspended must notice), the event loop's monotonic clock for timers."""
-
-    # Whether the loop waits for the writer after each operation: then histories are the same in
-    # every run of a test.
-    exact = False
-
-    def __init__(self) -> None:
-        self.engines: list[Engine] = []  # the open ones that go by it
-
-    def now(self) -> int:
-        """Milliseconds since the epoch."""
-        return time.time_ns() // 1_000_000
-
-    def call_later(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
-        """Calls back on the running loop after so many milliseconds, unless cancelled.
-        (More than asyncio can take is cut to 100 years.)"""
-        return asyncio.get_running_loop().call_later(min(ms, 100 * _YEAR) / 1000, callback)
+def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
+    """What `wait_for_event` returns, of the row that ended it."""
+    origin = json.loads(extra or "")
+    return WorkflowStepEvent(
+        freeze(decode(data or "null")), to_datetime(origin["at"]), origin["type"]
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes,
-# as Cloudflare's structured clone has them, and never pickle: opening a database must not run
-# code.
+# Executions: how a function of the user is called, with a timeout, in a task of its own or in a
+# thread.
 #
-# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
-# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64, for text
-# with surrogates, which UTF-8 doesn't have) or "$dict" (a list of pairs, for a dict that has one of
-# these keys, or such text as a key).
-
-DEEPEST = 300  # levels of nesting
-_TAGS: dict[str, Callable[[Any], Any]] = {
-    "$datetime": datetime.fromisoformat,
-    "$bytes": base64.b64decode,
-    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
-    "$dict": dict,
-}
-_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
-# (`_parse` is json.loads without its search for blanks, which we don't write.)
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class _Unserializable(ValueError):
-    """A value that can't be stored; the message is its path and type."""
-
-
-def encode(value: Any) -> tuple[str, Any]:
-    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
-    value."""
-    try:
-        text = _to_json(value)
-        deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
-        if '"$' not in text and not deep and size_of(text):  # which fails for surrogates
-            decoded = _parse(text, 0)[0]
-            if decoded == value:
-                return text, decoded
-    except Exception:
-        pass  # the slow way finds out what, and where
-    try:
-        text = _to_json(_tagged(value, "$", frozenset()))
-        return text, decode(text)
-    except _Unserializable:
-        raise
-    except Exception as error:  # the value's own methods may raise anything
-        raise _Unserializable(f"$: {type(error).__name__}: {_message(error)}") from None
-
-
-def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
-    """Whether it is nested deeper than `DEEPEST`, where code with less of the stack left might not
-    be able to read it back."""
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, (dict, list, tuple)) and (levels == 1 or _is_deep(item, levels - 1)):
-            return True
-    return False
-
-
-def decode(text: str) -> Any:
-    """The value of a text made by `encode`."""
-    return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
-
-
-def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
-    """The same value as JSON with tags, or `_Unserializable` with the path of what can't be.
-    `above` is what it lies in: the ids of dicts and lists."""
-    if isinstance(value, str) and _SURROGATE.search(value):
-        return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
-    if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
-        try:
-            _to_json(value)
-        except ValueError as error:  # not finite, or too many digits
-            raise _Unserializable(f"{path}: {_show(value)}: {error}") from None
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, datetime):
-        if value.utcoffset() is None:
-            raise _Unserializable(f"{path}: datetime without a time zone")
-        return {"$datetime": datetime.isoformat(value)}
-    if isinstance(value, (bytes, bytearray)):
-        return {"$bytes": base64.b64encode(value).decode()}
-    if not isinstance(value, (dict, list, tuple)):
-        raise _Unserializable(f"{path}: {type(value).__name__}")
-    if id(value) in above:
-        raise _Unserializable(f"{path}: a cycle")
-    if len(above) >= DEEPEST:
-        raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
-    above |= {id(value)}
-    if not isinstance(value, dict):
-        return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
-    if odd := [key for key in value if not isinstance(key, str)]:
-        raise _Unserializable(f"{path}: a key of type {type(odd[0]).__name__}")
-    pairs = [(_tagged(k, path, above), _tagged(v, f"{path}.{k}", above)) for k, v in value.items()]
-    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
-    return dict(pairs) if plain else {"$dict": pairs}
-
-
-def _untag(pairs: dict[str, Any]) -> Any:
-    tag = next(iter(pairs)) if len(pairs) == 1 else ""
-    return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
-
-
-def size_of(text: str) -> int:
-    """Bytes that a stored text takes."""
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _read_only(*_: Any, **__: Any) -> NoReturn:
-    instead = "changes would be lost at the next replay; copy it, and return state from a step"
-    raise TypeError(f"an event's payload is read-only: {instead}")
-
-
-class _FrozenDict(dict[str, Any]):
-    """Still a dict for `isinstance`, `json` and `==`; copies of it are plain dicts."""
-
-    __setitem__ = __delitem__ = __ior__ = _read_only
-    clear = pop = popitem = setdefault = update = _read_only
-
-    def __reduce__(self) -> Any:  # what `copy` and `pickle` go by
-        return dict, (dict(self),)
-
-
-class _FrozenList(list[Any]):
-    """Still a list for `isinstance`, `json` and `==`; copies of it are plain lists."""
-
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _read_only
-    append = clear = extend = insert = pop = remove = reverse = sort = _read_only
-
-    def __reduce__(self) -> Any:
-        return list, (list(self),)
-
-
-def freeze(value: Any) -> Any:
-    """The same value, deeply read-only."""
-    if isinstance(value, dict):
-        return _FrozenDict((key, freeze(item)) for key, item in value.items())
-    if isinstance(value, list):
-        return _FrozenList(freeze(item) for item in value)
-    return value
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except (Exception, SystemExit):  # a user's `__str__` may do anything; the rest is recorded
-        return ""
-
-
-def encode_error(error: BaseException, **more: Any) -> str:
-    """An error as JSON: where its class is, its name and message, and its args, attributes and
-    group members as far as these are allowed values."""
-    try:
-        return encode(_describe(error) | more)[0]
-    except Exception:  # an error whose attributes or arguments can't even be looked at
-        return encode_error(WorkflowError(_message(error), name=type(error).__name__), **more)
-
-
-def _describe(error: BaseException) -> dict[str, Any]:
-    cls = type(error)
-    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    message = error.message if isinstance(error, BaseExceptionGroup) else _message(error)
-    # `OSError.filename` and the like aren't in `__dict__`, but in slots.
-    names = [name for base in cls.__mro__ for name in vars(base) if _is_slot(base, name)]
-    slots = {name: value for name in names if (value := getattr(error, name, None)) is not None}
-    kept = {}
-    for name, value in {**slots, **vars(error), "args": list(error.args)}.items():
-        with contextlib.suppress(_Unserializable):
-            kept[name] = encode(value)[1]
-    label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
-    return {
-        "module": cls.__module__,
-        "class": cls.__qualname__,
-        "name": label if isinstance(label, str) else cls.__name__,
-        "message": message,
-        "args": kept.pop("args", [message]),
-        "attributes": kept,
-        "members": [_describe(member) for member in members],
-    }
-
-
-def _is_slot(cls: type, name: str) -> bool:
-    if name.startswith("__") or (cls, name) == (AttributeError, "obj"):  # which pickle drops, too
-        return False
-    slot = vars(cls)[name]
-    return inspect.ismemberdescriptor(slot) or inspect.isgetsetdescriptor(slot)
-
-
-def rebuild_error(record: dict[str, Any]) -> Exception:
-    """The error that `encode_error` described, with its own class if that is an `Exception` which
-    is already imported; else a `WorkflowError` with its name."""
-    found: Any = sys.modules.get(record["module"])
-    for part in record["class"].split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        return WorkflowError(record["message"], name=record["name"])
-    # The nearest built-in base keeps the args; the class's own `__init__` is not called.
-    native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
-    members = [rebuild_error(member) for member in record["members"]]
-    args = (record["message"], members) if members else tuple(record["args"])
-    try:
-        error: Exception = native.__new__(found, *args)
-        native.__init__(error, *args)
-    except Exception:  # args of another version of the class: keep what can be kept
-        error = found.__new__(found)
-        error.args = (record["message"],)
-    for name, value in record["attributes"].items():
-        try:
-            object.__setattr__(error, name, value)
-        except AttributeError:  # a property without a setter
-            error.__dict__[name] = value
-    return error
-
-
-# --------------------------------------------------------------------------------------------------
-# Limits: what Cloudflare's plans allow, each enforced where it applies, with an error that names
-# it.
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What an engine allows; None lifts a limit. The default is the paid plan without its creation
-    rate, which is an account's quota. Times are milliseconds; 1 MB is 10⁶ bytes, 1 MiB 2²⁰.
-
-    developers.cloudflare.com/workflows/reference/limits/"""
-
-    cpu_ms: int | None = 30_000
-    step_bytes: int | None = 2**20
-    payload_bytes: int | None = 2**20
-    instance_bytes: int | None = 10**9
-    max_sleep: int = _YEAR
-    steps: int = 1024
-    running: int | None = 10_000
-    creations_per_second: int | None = None
-    queued: int | None = 1_000_000
-    batch: int = 100
-    id_length: int = 100
-    success_retention: int | None = 30 * _UNITS["day"]
-    error_retention: int | None = 30 * _UNITS["day"]
-
-    _needed = {"max_sleep", "steps", "batch", "id_length"}  # can't be lifted
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            lifted = value is None and name not in self._needed
-            if not lifted and (type(value) is not int or value < 0):
-                raise ValueError(f"Limits.{name} is {_show(value)}: expected a whole number from 0")
-        if self.steps > 25_000 or self.max_sleep > _YEAR:
-            raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
-
-    FREE: ClassVar[Limits]
-    PAID: ClassVar[Limits]
-    UNLIMITED: ClassVar[Limits]
-
-
-Limits.PAID = Limits(creations_per_second=100)
-_FREE: dict[str, int] = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
-_FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day"])
-Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
-_LIFTED: dict[str, Any] = dict.fromkeys(vars(Limits()).keys() - Limits._needed)
-Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
-
-_OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_output"}
-
-
-def checked(
-    value: Any,
-    what: str,
-    code: str,
-    limits: Limits = Limits.UNLIMITED,
-    limit: str = "step_bytes",
-    refuse: Refuse = _refusal,
-) -> tuple[str, Any]:
-    """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
-    more bytes than the limit of that name."""
-    try:
-        text, fresh = encode(value)
-    except _Unserializable as bad:
-        raise refuse(code, f"{what} can't be stored: {bad}") from None
-    size, most = size_of(text), getattr(limits, limit)
-    if most is not None and size > most:
-        raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
-    return text, fresh
-
-
-# --------------------------------------------------------------------------------------------------
-# Retry: a step's configuration, and how long it waits before it tries again.
-
-_RETRIES: dict[str, Any] = {"limit": 5, "delay": 10_000, "backoff": "exponential"}
-DEFAULT_CONFIG: dict[str, Any] = {"retries": _RETRIES, "timeout": "10 minutes"}
-_config_to_json = json.JSONEncoder(default=parse_duration).encode  # with infinity
-_BACKOFF: dict[str, Callable[[int], int]] = {
-    "constant": lambda attempts: 1,
-    "linear": lambda attempts: attempts,
-    "exponential": lambda attempts: 2 ** min(attempts - 1, 64),
-}
-
-
-class StepConfig:
-    """A step's checked configuration. `raw` is what the user wrote, with the defaults merged in
-    (without a delay that is a function); `text` is what is stored: that, and the same for the
-    rollback handler, if there is one.
-
-    `limit` counts retries, as Cloudflare's engine does: `limit: 5` is at most 6 attempts.
-    developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
-
-    def __init__(
-        self, config: Any, max_sleep: int = _YEAR, undo: Any = None, what: str = "config"
-    ) -> None:
-        given = _options({} if config is None else config, [*DEFAULT_CONFIG, "sensitive"], what)
-        retries = _RETRIES | _options(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
-        merged = DEFAULT_CONFIG | given | {"retries": retries}
-        limit, delay, backoff = retries.values()
-        self.limit: float = limit
-        self.delay: Any = delay if callable(delay) else _config_ms(retries, "delay", what)
-        self.timeout = _config_ms(merged, "timeout", what)
-        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
-        whole = number and limit >= 0 and limit in (math.inf, limit // 1)
-        for legal, part, key, expected in (
-            (whole, retries, "limit", "0, 1, 2, … or inf"),
-            (backoff in list(_BACKOFF), retries, "backoff", f"one of {', '.join(_BACKOFF)}"),
-            (0 < self.timeout <= max_sleep, merged, "timeout", f"over 0 and up to {max_sleep} ms"),
-            (given.get("sensitive", "output") == "output", merged, "sensitive", "'output'"),
-        ):
-            if not legal:
-                raise ValueError(f"{what} key {key!r}: {_show(part[key])}: expected {expected}")
-        self.backoff = _BACKOFF[backoff]
-        if callable(delay):
-            del retries["delay"]
-        stored = {"config": merged}
-        if undo is not None:
-            stored["rollback"] = StepConfig(undo, max_sleep, None, "rollbackConfig").raw
-        text = _config_to_json(stored)
-        self.text = "" if stored == {"config": DEFAULT_CONFIG} else text  # which most steps have
-        self.raw: dict[str, Any] = json.loads(text)["config"]  # as it is in every life
-
-    @classmethod
-    def load(cls, text: str, given: Any = None, undo: bool = False) -> StepConfig:
-        """The configuration that a step was started with, or that of its rollback handler. A
-        function for a delay is not stored: it is that of the present call."""
-        if not text:
-            return _DEFAULT_CONFIG
-        config = json.loads(text)["rollback" if undo else "config"]
-        config["retries"].setdefault("delay", _gone if given is None else cls(given).delay)
-        return cls(config)
-
-
-def _gone(_: WorkflowDelayContext) -> NoReturn:
-    raise LookupError("config['retries']['delay'] is no function any more")
-
-
-def _config_ms(part: Mapping[str, Any], key: str, what: str) -> int:
-    try:
-        return parse_duration(part[key])
-    except ValueError as error:
-        raise ValueError(f"{what} key {key!r}: {error}") from None
-
-
-def _options(given: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
-    """A copy of an options object in which every key is known."""
-    keys = ", ".join(known)
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} is {type(given).__name__}: expected a dict with {keys}")
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{what} has the unknown key {_show(unknown[0])}: expected {keys}")
-    return dict(given)
-
-
-_DEFAULT_CONFIG = StepConfig(None)
-_ASKING = StepConfig({"timeout": 5000})  # how long a delay function may take to answer
-
-# --------------------------------------------------------------------------------------------------
-# Journal: what a recorded history means. The journal of an instance is append-only; its rows are
-# the only thing that a replay knows. These functions are pure: they read rows and touch nothing
-# else.
-#
-# An instance is in memory only from time to time; each of these stays is a life (see "Run"), and
-# what a life does is recorded as it happens:
-#
-#     type                               step    what happened
-#     queued started running waiting     –       the instance changed its status; the first row
-#       waitingForPause paused complete          of all, `queued`, holds the params, `complete`
-#       errored terminated                       the output, `errored` the error; after a rollback
-#                                                `extra` says how that went: null, or what failed
-#     start                              do      an attempt began
-#     done | failed | error              do      it ended: a result, a failure with a retry to
-#                                                follow, one for good. Without a `start` row,
-#                                                it has the time of its start. A step's first
-#                                                row has its config in `extra`
-#     sleep → slept                      sleep   sleep_until is a sleep too
-#     wait → event | timeout             wait    the event is consumed in this very row
-#     cancel                             any     `run` itself cancelled the call: never again
-#     stop                               any     interrupted by a clean stop or a restart, or
-#                                                broken off by the callback around it: as if
-#                                                not begun
-#     due                                do      its retry delay is over
-#     sent                               –       an event was put into the instance's buffer
-#     rollback                           –       `run` has failed, or is told to roll back: from
-#                                                here on only handlers run; the error that
-#                                                started it
-#
-# A step's key is its kind, name and count, behind the key of the step whose callback calls it. A
-# rollback handler is a step too: of kind "rollback", with the key of its `do` step behind that.
-
-
-class Row(NamedTuple):
-    """One journal row. `at` and `started` are moments, `data` and `extra` JSON."""
-
-    seq: int
-    at: int
-    type: str
-    step: str | None
-    attempt: int | None
-    started: int | None
-    data: str | None
-    extra: str | None
-
-
-RowTail = tuple[str, str | None, int | None, int | None, str | None, str | None]  # Row from `type`
-STEP_KINDS = ("do", "sleep", "wait_for_event")
-ROLLBACK = "rollback\n"  # what the key of a rollback handler begins with
-SEPARATOR = "\n"  # between the parts of a key: names hold no control characters
-
-
-def step_label(key: str | None) -> str:
-    """`<name>-<count>`, as Cloudflare shows a step."""
-    return "-".join((key or "").split(SEPARATOR)[-2:])
-
-
-# Slots, here and elsewhere: what there are many of costs the garbage collector time.
-@dataclasses.dataclass(slots=True, eq=False)
-class Step:
-    """What is known of one step: recorded facts, and while its run lives, who waits for it."""
-
-    key: str
-    state: str = "new"  # → pending → done | error | cancelled
-    attempts: int = 0
-    open: bool = False  # an attempt of an earlier life, or of a cancelled call, has no end
-    waiting: bool = False  # in a sleep, an event wait or a retry delay
-    config: str | None = None
-    data: str | None = None
-    extra: str | None = None
-    # In this life:
-    called: bool = False
-    queued: bool = False  # its result has not been handed to `run` yet
-    waiter: asyncio.Future[None] | None = None  # done when the call in `task` may go on
-    task: asyncio.Task[Any] | None = None
-    freed: asyncio.Future[None] | None = None  # done when that call has ended
-    alone: bool = False  # nothing else of the run was under way when its call began to wait
-    running: Attempt | None = None  # until its end is committed
-    fresh: Any = None  # its value or error itself, if made in this life
-
-    @property
-    def nested(self) -> bool:
-        """Whether a step's callback has called it, or it is a rollback handler: its result doesn't
-        go to `run`, and need not wait for a turn."""
-        return self.key.count(SEPARATOR) > 2
-
-
-_ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
-
-
-def apply(steps: dict[str, Step], row: RowTail) -> Step | None:
-    """Takes one row into account; returns the step if the row is its result, or its cancellation:
-    `run` must cancel it again before it gets what was recorded later."""
-    type, key, attempt, _, data, extra = row
-    if key is None:
-        return None
-    if (step := steps.get(key)) is None:
-        step = steps[key] = Step(key)
-    live = step.state in ("new", "pending")  # the first end counts
-    step.waiting = type in ("sleep", "wait", "failed")
-    if attempt is not None:
-        step.attempts = attempt
-        if step.config is None:
-            step.config = extra or ""  # "": the defaults
-    if type == "stop":
-        step.attempts -= step.open
-        step.open = False
-        if step.config is None:
-            del steps[key]  # a wait, or an attempt that had not even begun
-    elif type == "cancel":
-        step.state, step.open, step.queued = "cancelled", False, not step.nested
-        return step
-    elif live:
-        step.state, step.open = _ENDS.get(type, "pending"), type == "start"
-        if type in _ENDS:
-            step.data, step.extra, step.queued = data, extra, not step.nested
-            return step
-    return None
-
-
-def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], deque[Step]]:
-    """The steps of a history, and those that have a result or were cancelled, in the order in which
-    `run` gets that."""
-    steps: dict[str, Step] = {}
-    inbox: dict[str, Step] = {}
-    for row in rows:
-        if (step := apply(steps, row[2:])) and step.queued:
-            inbox.pop(step.key, None)  # one that was cancelled when it had a result
-            inbox[step.key] = step
-    return steps, deque(inbox.values())
-
-
-def cut(rows: Sequence[Row], name: str, count: int, kind: str | None) -> list[Row]:
-    """What is left of a history when it begins again from a step: what began before that. (Nothing,
-    if there is no such step.) What `run` cancelled later begins anew: the reason may be gone."""
-    began = {row.step: row.seq for row in reversed(rows)}  # the rows with which steps began
-    keys = [SEPARATOR.join((kind, name, str(count))) for kind in ([kind] if kind else STEP_KINDS)]
-    first = next((began[key] for key in keys if key in began), 0)
-    began |= {row.step: row.seq for row in rows if row.type == "cancel"}
-    return [row for row in rows if (began[row.step] if row.step else row.seq) < first]
-
-
-_STATUSES = "queued started running waiting waiting_for_pause paused errored terminated"
-# By a row's type: the events that it is shown as, beside the beginnings that it implies.
-_TOLD = {_camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
-_TOLD |= {"complete": ["workflow_completed"], "rollback": ["rollback_started"]}
-_TOLD |= {"start": ["attempt_started"], "done": ["attempt_completed", "step_completed"]}
-_TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
-_TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
-_TOLD |= {"wait": ["wait_started"], "event": ["wait_completed"], "timeout": ["wait_timed_out"]}
-EVENT_TYPES = {"step_started", "rollback_completed", "rollback_errored"}.union(*_TOLD.values())
-EVENT_TYPES |= {f"rollback_{t}" for t in EVENT_TYPES if t.startswith(("step_", "attempt_"))}
-
-
-class History:
-    """Shows journal rows as the events of `subscribe`: one or more for a row, none for the
-    engine's own affairs. Their ids grow in journal order."""
-
-    def __init__(self, instance_id: str) -> None:
-        self._instance_id = instance_id
-        self._configs: dict[str | None, str] = {}  # of the steps that have begun
-
-    def events(self, row: Row) -> list[WorkflowHistoryEvent]:
-        """What the next row is shown as: rows come in order, from the first."""
-        types = list(_TOLD.get(row.type, ()))
-        if row.started is not None:
-            types.insert(0, "attempt_started")
-        if row.step is None and row.extra is not None:  # how the rollback went
-            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        elif row.attempt is not None and row.extra is not None:
-            types.insert(0, "step_started")
-            self._configs[row.step] = row.extra
-        if row.step is not None and row.step.startswith(ROLLBACK):
-            types = [f"rollback_{type}" for type in types]
-        data = None if row.data is None else decode(row.data)
-        return [self._event(row, type, n, data) for n, type in enumerate(types)]
-
-    def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
-        began = row.started if row.started is not None and type.endswith("_started") else row.at
-        event = WorkflowHistoryEvent(type=type, event_id=row.seq * 10 + n)
-        event |= {"timestamp": _to_datetime(began), "instance_id": self._instance_id}
-        if row.step is not None:
-            event["step_name"] = step_label(row.step)
-        if "attempt_" in type:
-            event["attempt"] = row.attempt
-        if type in ("workflow_completed", "wait_completed") or type.endswith("step_completed"):
-            sensitive = '"sensitive"' in self._configs.get(row.step, "")
-            event["output"] = "[REDACTED]" if sensitive else data
-        if type.endswith(("_errored", "timed_out")) or type == "rollback_started":
-            event["error"] = _brief(decode(row.extra or "") if type == "rollback_errored" else data)
-        if type.endswith("attempt_errored"):
-            event["retry_delay_ms"] = data.get("retry_delay_ms")
-        if type == "sleep_started":
-            event["duration_ms"] = data
-        if type == "wait_started":
-            event["event_type"] = data["type"]
-        return event
-
-
-def _brief(error: dict[str, Any]) -> dict[str, str]:
-    """What users see of a recorded error."""
-    return {"name": error["name"], "message": error["message"]}
-
-
-class Wait(NamedTuple):
-    """Something an instance waits for: the end of a sleep or of a retry delay (`event` is None), or
-    an event of that type until `due`. `kind` is "sleep", "retry" or "wait"."""
-
-    seq: int
-    at: int
-    kind: str
-    step: str
-    event: str | None
-    due: int
-
-
-def end_waits(
-    waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
-) -> list[tuple[int, Wait, tuple[int, int] | None]]:
-    """Which waits have ended by now, in the order in which they did, however late we look, as
-    (moment, wait, (seq, at) of the buffered event that ends it): the oldest event that came at or
-    before the deadline of the first waiter of its type is that waiter's."""
-    buffered = {type: deque(queue) for type, queue in events.items()}
-    ended: list[tuple[int, Wait, tuple[int, int] | None]] = []
-    for wait in waits:
-        mine = buffered.get(wait.event)
-        if mine and mine[0][1] <= wait.due:
-            event = mine.popleft()
-            ended.append((max(event[1], wait.at), wait, event))
-        elif wait.due <= now:
-            ended.append((wait.due, wait, None))
-    return sorted(ended, key=lambda end: (end[0], end[1].seq))
-
-
-# --------------------------------------------------------------------------------------------------
-# Store: all SQL, and the one thread that speaks it.
-#
-# Callers hand operations to the writer thread. It takes everything that is queued, runs it in one
-# transaction, commits once, and only then resolves the callers (group commit): what a caller has
-# seen is on disk. An operation checks first and writes last, so that one that refuses leaves no
-# trace; any error of SQLite itself undoes the whole batch and stops the engine.
-#
-# One process, the owner, runs the instances; all others are clients (`_contend` decides).
-#
-# The rows are the truth; nobody's memory is. `status` and `generation` guard every write of a run,
-# and `wake` says when the owner must look at an instance: something falls due, a caller changed it,
-# or it has expired. So waiting, recovery, retention and news from other processes are one index
-# scan, made in the same transaction as the batch that caused it, and its cost depends on what is
-# due, not on what is there. Only `queued` instances are found otherwise: by their place in the
-# queue.
-#
-# Operations change instances in memory (`_change`), and what they have changed is written before
-# the commit, many rows in one statement. Steps only append to the journal, whose newest row says
-# how large the instance's state is by now. So a step costs one row.
-
-APPLICATION_ID = 0x57664C77  # "WfLw"
-_SCHEMA = (  # by version: what leads to it from the one before
-    """
-CREATE TABLE workflows (           -- the bound names, for clients without the classes
-    key INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, binding TEXT NOT NULL, class TEXT NOT NULL,
-    script TEXT, steps INTEGER, created INTEGER NOT NULL, modified INTEGER NOT NULL);
-CREATE TABLE instances (           -- its columns are those of `Instance`
-    key INTEGER PRIMARY KEY AUTOINCREMENT, workflow INTEGER NOT NULL,
-    id TEXT,                       -- NULL once deleted, until the owner has cleared it away
-    trigger TEXT NOT NULL, created INTEGER NOT NULL,
-    success_retention INTEGER, error_retention INTEGER,
-    status TEXT NOT NULL,
-    place INTEGER,                 -- in the queue; of a paused one, where it goes back to. A new
-                                   -- one has its key, a restarted one the next number after that
-    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate, delete
-    careful INTEGER NOT NULL,      -- its process died: commit each start before the callback
-    wake INTEGER,                  -- when the owner must look
-    started INTEGER, ended INTEGER, paused INTEGER,
-    termination TEXT,              -- who has terminated it
-    rollback TEXT,                 -- begun, complete or failed
-    UNIQUE (workflow, id));
-CREATE INDEX queue ON instances (workflow, status, place);
-CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
-CREATE TABLE journal (
-    instance INTEGER NOT NULL, seq INTEGER NOT NULL,
-    state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
-    at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, started INTEGER,
-    data TEXT, extra TEXT,
-    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
-CREATE TABLE waits (               -- with the number of their journal rows, like events
-    instance INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, kind TEXT NOT NULL,
-    step TEXT NOT NULL, event TEXT, due INTEGER NOT NULL,
-    fixed INTEGER NOT NULL,        -- a pause does not move `due` (sleep_until)
-    PRIMARY KEY (instance, seq)) WITHOUT ROWID;
-CREATE TABLE events (
-    instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
-    payload TEXT NOT NULL,
-    PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
-CREATE TABLE usage (
-    month TEXT PRIMARY KEY, requests INTEGER, cpu_ms REAL, storage_bytes INTEGER) WITHOUT ROWID;
-""",
-)
-
-SCHEMA_VERSION = len(_SCHEMA)
-TICK = 0.05  # seconds between looks at what other processes did
-BATCH = 256  # instances that one transaction wakes at most
-WOKEN = -(2**53)  # added to a place: ahead of those that never started
-
-
-class Instance(NamedTuple):
-    """A row of `instances`: what it was created with; from `status` on, what changes."""
-
-    key: int
-    workflow: int
-    id: str | None
-    trigger: str
-    created: int
-    success_retention: int | None
-    error_retention: int | None
-    status: str
-    place: int | None
-    generation: int = 1
-    careful: int = 0
-    wake: int | None = None
-    started: int | None = None
-    ended: int | None = None
-    paused: int | None = None
-    termination: str | None = None
-    rollback: str | None = None
-    # Not in the table, but of its newest journal row:
-    seq: int = 0
-    state: int = 0
-
-    def expiry(self) -> int | None:
-        """When a finished instance is deleted."""
-        kept = self.success_retention if self.status == "complete" else self.error_retention
-        return None if self.ended is None or kept is None else self.ended + kept
-
-    def is_over(self, now: int) -> bool:
-        """Whether nobody may see it any more: it is deleted, or has expired."""
-        expiry = self.expiry()
-        return self.id is None or (expiry is not None and expiry <= now)
-
-
-# Of an `Instance`: what changes, and what is read.
-_CHANGES = ", ".join(f"{name} = excluded.{name}" for name in Instance._fields[7:-2])
-_NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
-_NEWER = (f"(SELECT {name} {_NEWEST})" for name in Instance._fields[-2:])
-_READ = ", ".join((*Instance._fields[:-2], *_NEWER))
-_MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
-_AMONG = "IN (SELECT value FROM json_each(?))"
-_OF = "workflow = (SELECT key FROM workflows WHERE name = ?)"
-LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
-
-
-def _row(
-    type: str, step: str | None = None, data: str | None = None, extra: str | None = None
-) -> RowTail:
-    return type, step, None, None, data, extra
-
-
-class News(NamedTuple):
-    """What the writer tells the engine about one instance; `rows` is what a live run hasn't seen,
-    `admitted` that a life must be loaded: it has got a slot, or its rollback begins."""
-
-    instance: Instance
-    rows: list[Row]
-    admitted: bool = False
-
-
-Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
-Then = Callable[[Any, BaseException | None], None]  # gets an operation's result or refusal
-Op = tuple[Callable[..., Any], tuple[Any, ...], Then]
-Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
-
-
-class Store:
-    """The database, as seen from its own thread. After each commit `deliver(results, news,
-    touched)` is called on the loop, with None for `touched` when another process wrote: then there
-    may be news on anything. When storage fails, it is `broke(error, callbacks)`."""
-
-    def __init__(
-        self, path: str, clock: Clock, limits: Limits, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.path, self.clock, self.limits, self.loop = path, clock, limits, loop
-        self.deliver: Callable[[list[Any], list[News], set[Topic] | None], None]
-        self.broke: Callable[[BaseException, list[Any]], None]
-        self.ops: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
-        self.pending = 0  # operations whose results have not been delivered; the loop's count
-        self.failure: BaseException | None = None
-        self.closing = False  # nothing new begins
-        self.owner = False
-        self.bound: dict[int, str] = {}  # workflow key → name
-        self.introspections: list[WorkflowInstanceModifier] = []  # open blocks: see "Test tools"
-        self.next_wake: float = math.inf  # nothing is due before
-        self._inherited: set[int] = set()  # workflows whose last owner may have left something
-        self._look_again = False  # something may be due, or a slot free
-        self._woken: list[int] = []  # by this transaction; they may have found no free slot
-        self._others_wrote = False  # another process wrote
-        self._rows: list[tuple[Any, ...]] = []  # journal rows of this transaction, not yet written
-        # Instances, until the next tick or until another process has written; and which of them
-        # must be written before the commit.
-        self._present: dict[int, Instance] = {}
-        self._changed: set[int] = set()
-        self._touched: set[Topic] = set()
-        self._news: list[News] = []
-        self.cpu_ns = 0  # of all callbacks so far; the loop's count
-        self._requests = self._storage = self._cpu_counted = 0  # what usage must still be told
-        self._room = 0  # so many may be created before the queue must be counted again
-        self._answered = threading.Semaphore(0)  # counts operations, for an exact clock
-        self._warned: set[str] = set()
-        self._version = 0  # of the data, as of our last look
-        self._looked = self._checked = time.monotonic()
-
-    # -- the thread
-
-    def start(self) -> asyncio.Future[None]:
-        """Opens the database in a new thread; the future fails if that is refused."""
-        opened: asyncio.Future[None] = self.loop.create_future()
-        self.closed: asyncio.Future[None] = self.loop.create_future()
-        self.thread = threading.Thread(target=self._main, args=(opened,), daemon=True)
-        self.thread.start()
-        return opened
-
-    def post(self, op: Callable[..., Any], *args: Any, then: Then) -> None:
-        """Queues an operation; `then(result, error)` runs on the loop once it is committed."""
-        self.pending += 1
-        self.ops.put((op, args, then))
-        if self.clock.exact:
-            self._answered.acquire(timeout=10)
-
-    def nothing(self) -> None:
-        """An operation that is done when all before it are."""
-
-    def _main(self, opened: asyncio.Future[None]) -> None:
-        try:
-            self._open()
-            self._tell(_resolve, opened)
-            self._work()
-        except Exception as error:
-            self._tell(_resolve, opened, None, _storage_error(self.path, error))
-        finally:
-            self._close()
-            self._tell(_resolve, self.closed)
-
-    def _tell(self, callback: Callable[..., object], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and the engine forgotten
-            self.loop.call_soon_threadsafe(callback, *args)
-
-    def _work(self) -> None:
-        stop = False
-        while not (stop or self.loop.is_closed()):
-            batch, stop = self._gather()
-            asked = len(batch)
-            try:
-                if self.failure is None:
-                    self._turn(batch)
-                elif batch:
-                    self._tell(self.broke, self.failure, [then for _, _, then in batch])
-            except Exception as error:
-                self._fail(error, [then for _, _, then in batch])
-            if asked and self.clock.exact:
-                self._answered.release(asked)
-
-    def _gather(self) -> tuple[list[Op], bool]:
-        """Everything that is queued; waits for it until the next tick or the next wake."""
-        patience = TICK
-        if self.owner:
-            patience = max(0.0, min(TICK, (self.next_wake - self.clock.now()) / 1000))
-        batch: list[Op] = []
-        with contextlib.suppress(queue.Empty):
-            while op := self.ops.get(timeout=0 if batch else patience):
-                batch.append(op)
-                if self.clock.exact:
-                    return batch, False
-            return batch, True
-        return batch, False
-
-    def _turn(self, batch: list[Op]) -> None:
-        """One round of the thread: a transaction if there is reason for one, and the regular
-        looks."""
-        moment = time.monotonic()
-        tick = not batch or moment > self._looked + TICK
-        if tick:
-            self._looked = moment
-            self._present.clear()
-            self._see_others()
-        outside = tick and self._others_wrote  # not more often: those who hear it look, too
-        if batch or outside or (self._is_due() and not self.clock.exact):
-            self._transact(batch)
-        if outside:
-            self._others_wrote = False
-            self._tell(self.deliver, [], [], None)
-        if self.bound and not self.owner:
-            self._contend()
-        if moment > self._checked + 1:
-            self._checked = moment
-            self._look_around()
-
-    def _is_due(self) -> bool:
-        soon = self._look_again or self.next_wake <= self.clock.now()
-        return self.owner and soon and not self.closing
-
-    def _see_others(self) -> None:
-        """If another process wrote, what is in memory is worth nothing."""
-        version, ((self._version,),) = self._version, self._insist("PRAGMA data_version")
-        if version != self._version:
-            self._others_wrote = self._look_again = True
-            self._present.clear()
-
-    def _transact(self, batch: list[Op]) -> None:
-        results: list[Any] = []
-        self._insist("BEGIN IMMEDIATE")
-        self._see_others()
-        # All that the operations of runs need (they begin with a key), in one query.
-        self._read([args[0] for _, args, _ in batch if args and isinstance(args[0], int)])
-        for op, args, then in batch:
-            try:
-                results.append((then, op(*args), None))
-            except WorkflowError as refused:
-                results.append((then, None, refused))
-        if self._is_due():
-            self._schedule()
-        for inst in self._read([*dict.fromkeys(self._woken)]):
-            if inst.status == "queued":  # it has to wait for a slot
-                self._change(inst.key, [_row("queued")])
-        self._woken.clear()
-        self._write()
-        self._count_usage()
-        self._db.execute("COMMIT")
-        batch.clear()  # committed: an error from here on must not reject them
-        news, self._news = self._news, []
-        touched, self._touched = self._touched, set()
-        if results or news or touched:
-            self._tell(self.deliver, results, news, touched)
-
-    def _count_usage(self) -> None:
-        cpu = self.cpu_ns
-        if self._requests or self._storage or cpu != self._cpu_counted:
-            sql = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
-                      requests = requests + excluded.requests, cpu_ms = cpu_ms + excluded.cpu_ms,
-                      storage_bytes = storage_bytes + excluded.storage_bytes"""
-            cpu_ms = (cpu - self._cpu_counted) / 1e6
-            self._db.execute(sql, (self.clock.now(), self._requests, cpu_ms, self._storage))
-            self._requests, self._storage, self._cpu_counted = 0, 0, cpu
-
-    def usage(self) -> Any:
-        """Requests and CPU time of this month, and the bytes that are stored now."""
-        self._count_usage()
-        sql = f"""SELECT sum(requests * (month = now)), sum(cpu_ms * (month = now)),
-                  sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
-        return [total or 0 for total in self._one(sql, self.clock.now())]
-
-    def _insist(self, sql: str, *args: Any) -> list[Any]:
-        """Waits for a lock that another process holds, but not for long without notice; SQLite's
-        own way to wait sleeps too long to be fair, and gives up."""
-        began = time.monotonic()
-        while True:
-            try:
-                return self._db.execute(sql, args).fetchall()
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
-            if time.monotonic() > began + 5:
-                began = math.inf
-                log.warning("%s: another process has held a lock for 5 s; waiting", self.path)
-            time.sleep(0.001)
-
-    def _fail(self, error: BaseException, callbacks: list[Then]) -> None:
-        """Storage failed: nothing of the batch is stored, and nothing more will be."""
-        self.failure = _storage_error(self.path, error)
-        log.critical("%s; the engine stops here", self.failure, exc_info=error)
-        self._close()
-        self._tell(self.broke, self.failure, callbacks)
-
-    # -- the file
-
-    def _open(self) -> None:
-        if sqlite3.sqlite_version_info < (3, 35):  # UPDATE … RETURNING
-            raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
-        memory = self.path == ":memory:"
-        paths = [self.path, ":memory:" if memory else self.path + "-owner"]
-        if not memory and os.path.exists(self.path) and os.path.getsize(self.path) > 0:
-            # Refuses a file that isn't ours, without locks or side files. Through SQLite: closing a
-            # plain file of our own would drop the locks that another engine of this process holds.
-            uri = f"file:{urllib.parse.quote(self.path)}?mode=ro&immutable=1"
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as self._db:
-                # Tolerates a broken schema: what a process that died inside a checkpoint left makes
-                # sense only with its WAL, which is not read here.
-                self._db.execute("PRAGMA writable_schema = ON")
-                if self._one("PRAGMA application_id") != (APPLICATION_ID,):
-                    raise WorkflowInternalError("not a database of this module")
-                self._schema_version()
-        self._db, self._lock = (sqlite3.connect(p, timeout=0, isolation_level=None) for p in paths)
-        self._insist("PRAGMA synchronous = FULL")
-        self._insist("PRAGMA fullfsync = 1")
-        self._insist("BEGIN IMMEDIATE")
-        version = self._schema_version()
-        # In one transaction, and before WAL mode: so the main file always says whose it is.
-        for script in _SCHEMA[version:]:
-            for statement in script.split(";\n"):
-                self._db.execute(statement)
-        if version < SCHEMA_VERSION:
-            self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._insist("COMMIT")
-        if not memory and self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
-            raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-        self._files = {} if memory else {path: os.stat(path) for path in paths}
-
-    def _schema_version(self) -> int:
-        version: int = self._one("PRAGMA user_version")[0]
-        if version > SCHEMA_VERSION:
-            raise WorkflowInternalError(f"written by a newer version (schema {version})")
-        return version
-
-    def _close(self) -> None:
-        self.owner = False
-        with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it failed
-            self._lock.close()
-            self._db.close()
-
-    def _look_around(self) -> None:
-        """The look once a second. SQLite goes on writing into a file that was removed or replaced,
-        where nobody would read it; and the owner may be asked for what it can't do."""
-        for path, was in self._files.items():
-            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
-                raise WorkflowInternalError(f"{path} was removed or replaced")
-        if not self.owner:
-            return
-        sql = """SELECT key, name FROM workflows AS w WHERE
-                 EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
-                 OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
-        for key, name in self._insist(sql, self.clock.now()):
-            if key not in self.bound and name not in self._warned:
-                self._warned.add(name)
-                log.warning("%s: there is work for %r, which is not bound here", self.path, name)
-
-    # -- the owner
-
-    def _contend(self) -> None:
-        """Tries to become the one that runs instances: the holder of an exclusive transaction on a
-        second, empty database. A process that dies lets go of it on every platform."""
-        try:
-            self._lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if not _is_busy(error):
-                raise
-        else:
-            self.owner = True
-            self._transact([])
-
-    # -- scheduling: what is due, and who may run
-
-    def _schedule(self) -> None:
-        """The owner's look at the database: everything whose `wake` has come, then the queue."""
-        now = self.clock.now()
-        self.requeue_all(self._inherited, careful=1)  # of an owner that died
-        self._inherited.clear()
-        due = self._of_bound("wake <= ? ORDER BY wake LIMIT ?", now, BATCH)
-        if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
-            due += self._of_bound("wake <= ? ORDER BY wake DESC LIMIT ?", now, BATCH)
-        for inst in dict.fromkeys(due):
-            self._look_at(inst, now)
-        self._admit()
-        self.next_wake = min(self._each("min(wake)", "wake IS NOT NULL"), default=math.inf)
-
-    def requeue_all(self, workflows: Iterable[int], **columns: Any) -> None:
-        """For the next owner: what was running in a process that has ended, or is about to."""
-        for workflow in workflows if self.owner else ():
-            where = "workflow = ? AND status IN ('running', 'waitingForPause')"
-            for inst in self._instances(where, workflow):
-                self._requeue(self._change(inst.key, **columns))
-
-    def _look_at(self, inst: Instance, now: int) -> None:
-        rows: list[Row] = []
-        due = inst.expiry()
-        if inst.status in LIVE:
-            # While a rollback runs, all other waits stand still: `restart` may need them.
-            sql = f"""SELECT {", ".join(Wait._fields)} FROM waits
-                      WHERE instance = ? AND (step LIKE '{ROLLBACK}%') = ? ORDER BY seq"""
-            found = self._db.execute(sql, (inst.key, inst.rollback is not None))
-            waits = [Wait._make(row) for row in found]
-            rows = self._end_waits(inst, waits, now)
-            ended = {row.step for row in rows}
-            due = min((wait.due for wait in waits if wait.step not in ended), default=None)
-            if rows and inst.status == "waiting":
-                self._requests += 1
-                self._requeue(inst)
-        if inst.is_over(now):
-            self._purge(inst)
-        else:
-            inst = self._change(inst.key, wake=due)
-        # A rollback is another life: of a running instance, whose slot it keeps.
-        begun = inst.status == "running" and inst.rollback == "begun"
-        self._news.append(News(inst, rows, admitted=begun))
-
-    def _end_waits(self, inst: Instance, waits: list[Wait], now: int) -> list[Row]:
-        """Records the end of each wait that has ended; an event is consumed in the same
-        transaction."""
-        events = {}
-        for type in {wait.event for wait in waits} - {None}:
-            sql = "SELECT seq, at FROM events WHERE instance = ? AND type = ? ORDER BY seq LIMIT ?"
-            events[type] = self._db.execute(sql, (inst.key, type, len(waits))).fetchall()
-        rows = []
-        for _, wait, event in end_waits(waits, events, now):
-            where = (inst.key, wait.seq)
-            self._db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", where)
-            row = _row("due" if wait.kind == "retry" else "slept", wait.step)
-            if event is not None:
-                sql = "DELETE FROM events WHERE instance = ? AND seq = ? AND type = ? RETURNING *"
-                *_, data = self._one(sql, inst.key, event[0], wait.event)
-                extra = _to_json({"type": wait.event, "at": event[1], "seq": event[0]})
-                row = _row("event", wait.step, data, extra)
-            elif wait.event is not None:
-                (began,) = self._journal(inst.key, "seq = ?", wait.seq)
-                ms = json.loads(began.data or "")["timeout"]
-                error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
-                row = _row("timeout", wait.step, encode_error(error))
-            seq = self._change(inst.key, [row]).seq
-            rows.append(Row(seq, now, *row))
-        return rows
-
-    def _admit(self) -> None:
-        """Gives free slots to the queue: woken instances first, then first come first served."""
-        now = self.clock.now()
-        queued = self._of_bound("status = 'queued' ORDER BY place, key LIMIT ?", BATCH)
-        free = int(min(BATCH, self._free_slots())) if queued else 0
-        queued.sort(key=lambda inst: (inst.place, inst.key))
-        for inst in queued[:free]:
-            first = inst.started is None
-            row = _row("started" if first else "running")
-            started = now if first else inst.started
-            inst = self._change(inst.key, [row], status="running", place=None, started=started)
-            for block in self.introspections if first else ():
-                for event in block.events if block.covers(self.bound[inst.workflow], inst) else ():
-                    inst = self._buffer(inst, *event)
-            self._news.append(News(inst, [], True))
-        self._look_again = free == BATCH <= len(queued)  # in the next transaction
-
-    def _free_slots(self) -> float:
-        taken = sum(self._each("count(*)", "status IN ('running', 'waitingForPause')"))
-        return math.inf if self.limits.running is None else max(0, self.limits.running - taken)
-
-    def _check_queue(self, new: int) -> None:
-        """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
-        that it is done again only when a tenth of the room is used up."""
-        limit = self.limits.queued
-        if limit is not None and new > self._room:
-            room = limit + self._free_slots() - sum(self._each("count(*)", "status = 'queued'"))
-            if new > room:
-                what = f"more than {limit} instances would be queued (limit queued)"
-                raise _refusal("limit.queued_instances", what)
-            self._room = int(min(room, 10**9) - new) // 10 + new
-        self._room -= new
-
-    def _requeue(self, inst: Instance) -> None:
-        """Puts an instance that has already run at its place in the queue, ahead of all new ones;
-        one that was pausing goes there on `resume`."""
-        now = self.clock.now()
-        # Among those, first woken first: by when it fell due, not by when that was noticed.
-        place = WOKEN + min(inst.wake or now, now) if inst.place is None else inst.place
-        if inst.status == "waitingForPause":
-            inst = self._move(inst.key, _row("paused"), paused=now, place=place, wake=None)
-            self._news.append(News(inst, []))
-        else:
-            self._change(inst.key, status="queued", place=place)
-            self._woken.append(inst.key)
-
-    # -- building blocks
-
-    def _one(self, sql: str, *args: Any) -> Any:
-        (row,) = self._db.execute(sql, args).fetchall()
-        return row
-
-    def _instances(self, where: str, *args: Any) -> list[Instance]:
-        """Brings instances into memory, in one row (see `_insert`)."""
-        self._write()
-        of = f"(SELECT * FROM instances WHERE {where})"
-        sql = f"SELECT json_group_array(json_array({_READ})) FROM {of}"
-        found = [Instance(*row) for row in json.loads(self._one(sql, *args)[0])]
-        self._present.update((inst.key, inst) for inst in found)
-        return found
-
-    def _read(self, keys: Sequence[int]) -> list[Instance]:
-        """These instances, as far as they exist."""
-        if missing := [key for key in keys if key not in self._present]:
-            self._instances(f"key {_AMONG}", str(missing))
-        return [self._present[key] for key in keys if key in self._present]
-
-    def _of_bound(self, where: str, *args: Any) -> list[Instance]:
-        where = f"workflow = ? AND {where}"
-        return [inst for workflow in self.bound for inst in self._instances(where, workflow, *args)]
-
-    def _each(self, aggregate: str, where: str) -> list[int]:
-        """An aggregate of instances for each bound workflow, if it isn't NULL."""
-        self._write()
-        sql = f"SELECT {aggregate} FROM instances WHERE workflow = ? AND {where}"
-        values = [self._one(sql, workflow)[0] for workflow in self.bound]
-        return [value for value in values if value is not None]
-
-    def _find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
-        """The instances with these ids, except those that have expired: they are cleared away (and
-        so never seen, however late the owner is)."""
-        found = {}
-        for inst in self._instances(f"{_OF} AND id {_AMONG}", workflow, _to_json(ids)):
-            if inst.is_over(self.clock.now()):
-                self._purge(inst)
-            else:
-                found[inst.id or ""] = inst
-        return found
-
-    def _mine(self, key: int, generation: int, *statuses: str) -> Instance | None:
-        """The instance of a run (in memory by now), if that still is its, with such a status."""
-        inst = self._present.get(key)
-        if inst is None or inst.generation != generation:
-            return None
-        return inst if inst.status in (statuses or LIVE) else None
-
-    def _journal(self, key: int, where: str = "true ORDER BY seq", *args: Any) -> list[Row]:
-        self._write()
-        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
-        return [Row._make(row) for row in self._db.execute(sql, (key, *args))]
-
-    def _change(
-        self, key: int, rows: Sequence[RowTail] = (), size: int = 0, **columns: Any
-    ) -> Instance:
-        """Appends journal rows, and changes columns of the instance with them; in memory."""
-        was, now = self._present[key], self.clock.now()
-        state = was.state + size
-        self._storage += size
-        inst = Instance._make((*was[:-2], was.seq + len(rows), state))  # faster than `_replace`
-        if columns:
-            inst = inst._replace(**columns)
-            self._changed.add(key)
-            self.next_wake = min(self.next_wake, math.inf if inst.wake is None else inst.wake)
-            self._look_again = self._look_again or "status" in columns
-        self._present[key] = inst
-        for n, row in enumerate(rows, was.seq + 1):
-            self._rows.append((key, n, state, now, *row))
-        if rows:
-            self._touched.add(was.id or "")
-            if rows[-1][0] in FINISHED:
-                self._touched.add(key)
-        return inst
-
-    def _move(self, key: int, row: RowTail, size: int = 0, **columns: Any) -> Instance:
-        """Changes the status to what the row says."""
-        if row[0] in FINISHED:
-            ended = self._present[key]._replace(status=row[0], ended=self.clock.now())
-            columns = {"ended": ended.ended, "wake": ended.expiry(), "place": None} | columns
-        return self._change(key, [row], size, status=row[0], **columns)
-
-    def _write(self) -> None:
-        """Writes what has changed: before a query, and before the commit."""
-        rows, self._rows = self._rows, []
-        self._insert("journal", rows)
-        changed = [self._present[key][:-2] for key in self._changed]
-        self._changed.clear()
-        self._insert("instances", changed, f" ON CONFLICT (key) DO UPDATE SET {_CHANGES}")
-
-    def _insert(self, table: str, rows: Sequence[tuple[Any, ...]], after: str = "") -> None:
-        """Few statements for many rows: at each, this thread lets the loop's thread run, and must
-        then wait for its turn."""
-        for n in range(0, len(rows), 32):
-            part = rows[n : n + 32]
-            values = ", ".join([f"(?{', ?' * (len(rows[0]) - 1)})"] * len(part))
-            args = [value for row in part for value in row]
-            self._db.execute(f"INSERT INTO {table} VALUES {values}{after}", args)
-
-    def _purge(self, inst: Instance) -> None:
-        """Clears away an instance and all its rows."""
-        self._write()
-        self._storage -= self._present.pop(inst.key).state
-        for table in ("journal", "waits", "events"):
-            self._db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
-        self._db.execute("DELETE FROM instances WHERE key = ?", (inst.key,))
-
-    def _buffer(self, inst: Instance, type: str, payload: str) -> Instance:
-        """Adds an event to those that the instance has not consumed."""
-        now = self.clock.now()
-        inst = self._change(inst.key, [_row("sent")], size_of(payload), wake=now)
-        self._insert("events", [(inst.key, type, inst.seq, now, payload)])
-        return inst
-
-    def _check_state(self, present: int, size: int, refuse: Refuse) -> None:
-        limit = self.limits.instance_bytes
-        if size and limit is not None and present + size > limit:
-            what = f"the instance's state would exceed {limit} bytes (limit instance_bytes)"
-            raise refuse("limit.instance_state", what)
-
-    # -- operations of callers, in any process
-
-    def define(self, name: str, binding: str, class_name: str, steps: int) -> None:
-        """Records a bound name; from here on this process wants to own the database."""
-        now = self.clock.now()
-        sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
-                 VALUES (?, ?, ?, ?, ?, ?)
-                 ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
-                 class = excluded.class, steps = excluded.steps, modified = excluded.modified
-                 RETURNING key"""
-        (key,) = self._one(sql, name, binding, class_name, steps, now, now)
-        self.bound[key] = name
-        self._inherited.add(key)
-        self._look_again = True
-
-    def create(self, workflow: str, entries: Sequence[Entry], trigger: str) -> list[str]:
-        """Stores instances, in order; returns the ids of those that are new."""
-        now = self.clock.now()
-        (of,) = self._one("SELECT key FROM workflows WHERE name = ?", workflow)
-        for _, params, *_ in entries:
-            self._check_state(0, size_of(params), _refusal)
-        taken = self._find(workflow, [entry[0] for entry in entries])
-        self._check_queue(len({entry[0] for entry in entries} - taken.keys()))
-        (key,) = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
-        made = []
-        for id, params, success, error in entries:
-            if id not in taken:
-                key += 1
-                inst = Instance(key, of, id, trigger, now, success, error, "new", place=key)
-                self._present[key] = taken[id] = inst
-                made.append(id)
-                self._move(key, _row("queued", None, params), size_of(params))
-        self._requests += len(made)
-        return made
-
-    def which_changed(self, topics: list[Topic]) -> list[Topic]:
-        """On which of these there may be news, when another process wrote."""
-        self._write()
-        sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
-                 ON i.key = asked.value AND asked.type = 'integer'
-                 WHERE i.id IS NULL OR i.ended IS NOT NULL"""
-        return [topic for (topic,) in self._db.execute(sql, (_to_json(topics),))]
-
-    def look(
-        self, workflow: str, id: str, key: int, seen: int
-    ) -> tuple[Instance | None, list[Row]]:
-        """The instance with that id, if there is one, and its rows: only those after `seen`, if
-        it still is the one with that key."""
-        inst = self._find(workflow, [id]).get(id)
-        if inst is None:
-            return None, []
-        seen = seen if inst.key == key else 0
-        return inst, self._journal(inst.key, "seq > ? ORDER BY seq", seen)
-
-    def created(self, workflow: str, after: int = 0) -> list[Instance]:
-        """A workflow's instances with a key above `after`, oldest first."""
-        return self._instances(f"{_OF} AND key > ? ORDER BY key", workflow, after)
-
-    def mock_event(self, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
-        """Buffers an event for each instance of a block: now if it has started, else when it
-        does."""
-        block.events.append((type, payload))
-        for inst in self._of_bound("started IS NOT NULL AND ended IS NULL AND id IS NOT NULL"):
-            if block.covers(self.bound[inst.workflow], inst):
-                self._buffer(inst, type, payload)
-
-    def on(self, workflow: str, id: str, op: str, *args: Any) -> Any:
-        """Carries out one of the next operations, on the instance with that id."""
-        inst = self._find(workflow, [id]).get(id)
-        if inst is None:
-            raise _not_found(workflow, id)
-        return getattr(self, op)(inst, *args)
-
-    def status(self, inst: Instance) -> tuple[int, str, str | None]:
-        """(key, status, data of the row that ended it)."""
-        rows = self._journal(inst.key, "seq = ?", inst.seq) if inst.status in FINISHED else []
-        return inst.key, inst.status, rows[0].data if rows else None
-
-    def pause(self, inst: Instance) -> None:
-        """At once, or when its run has nothing in flight any more; not during a rollback."""
-        now = self.clock.now()
-        if inst.rollback == "begun":
-            return
-        if inst.status == "running":
-            self._move(inst.key, _row("waitingForPause"), wake=now)
-        elif inst.status in ("waiting", "queued"):
-            self._move(inst.key, _row("paused"), paused=now, wake=now)
-
-    def resume(self, inst: Instance) -> None:
-        """A paused one goes back to where it was: to its place in the queue, if it had one."""
-        now = self.clock.now()
-        if inst.status == "waitingForPause":
-            self._move(inst.key, _row("running"), wake=now)
-        elif inst.status == "paused":
-            self._unpause(inst)
-            row = _row("waiting" if inst.place is None else "queued")
-            self._move(inst.key, row, paused=None, wake=now)
-
-    def _unpause(self, inst: Instance) -> None:
-        """What fell due before the pause, and wasn't noticed, stays due: only the rest stood
-        still."""
-        if inst.paused is not None:
-            sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
-            self._db.execute(sql, (self.clock.now() - inst.paused, inst.key, inst.paused))
-
-    def terminate(self, inst: Instance, source: str, rollback: bool = False) -> None:
-        """At once; or, with a rollback that has anything to undo, at the end of that."""
-        if inst.status in FINISHED:
-            what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
-            raise _refusal("instance.cannot_terminate", what)
-        if rollback and inst.rollback == "begun" and inst.termination is None:
-            self._change(inst.key, termination=source)  # by the one that is under way
-            return
-        ended: dict[str, Any] = {"termination": source, "generation": inst.generation + 1}
-        ended["wake"] = self.clock.now()
-        if inst.rollback == "begun":
-            ended["rollback"] = "failed"
-        if rollback:
-            message = f"instance {inst.id!r} was terminated"
-            error = WorkflowError(message, code="instance.terminated", name="Terminated")
-            if self._roll_back(inst, encode_error(error), **ended):
-                return
-        self._move(inst.key, _row("terminated"), **ended)
-
-    def _roll_back(self, inst: Instance, error: str, **columns: Any) -> bool:
-        """Begins a rollback, if it hasn't begun, and a step that has started has a handler."""
-        where = """attempt IS NOT NULL AND instr(extra, '"rollback":') LIMIT 1"""
-        if inst.rollback is not None or not self._journal(inst.key, where):
-            return False
-        self._unpause(inst)
-        columns |= {"rollback": "begun", "paused": None, "wake": self.clock.now()}
-        row = _row("rollback", None, error)
-        if inst.status in ("running", "waitingForPause"):
-            self._change(inst.key, [row], status="running", **columns)
-        else:
-            self._requeue(self._change(inst.key, [row], **columns))
-        return True
-
-    def restart(self, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
-        """From the top, or from a step: then what started before that step is kept."""
-        rows, kept = self._journal(inst.key), []
-        fresh: dict[str, Any] = dict.fromkeys(("ended", "paused", "termination", "rollback"))
-        if start is None:
-            fresh["started"] = None
-            self._db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
-        elif not (kept := cut(rows, *start)):
-            name, count, kind = start
-            what = f"{kind or 'step'} {name!r} with count {count}"
-            raise _refusal("instance.cannot_restart", f"instance {inst.id!r} has no {what}")
-        for table in ("journal", "waits"):
-            sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
-            self._db.execute(sql, (inst.key, str([row.seq for row in kept])))
-        self._unpause(inst)
-        # What it had in flight is as after a clean stop.
-        steps = fold(kept)[0].values()
-        stopped = [_row("stop", step.key) for step in steps if step.open]
-        sql = "SELECT payload FROM events WHERE instance = ?"
-        left = [rows[0].data, *(payload for (payload,) in self._db.execute(sql, (inst.key,)))]
-        left += [step.data for step in steps if step.state == "done"]
-        state = sum(size_of(text or "") for text in left)
-        self._change(inst.key, stopped, state - inst.state)
-        fresh |= {"generation": inst.generation + 1, "careful": 0, "wake": self.clock.now()}
-        (fresh["place"],) = self._one("UPDATE sqlite_sequence SET seq = seq + 1 RETURNING seq")
-        self._move(inst.key, _row("queued", None, None if kept else rows[0].data), **fresh)
-
-    def delete(self, inst: Instance) -> None:
-        """Frees the id; the owner clears the rest away when it has stopped the run."""
-        gone: dict[str, Any] = {"id": None, "status": "terminated", "wake": self.clock.now()}
-        self._change(inst.key, generation=inst.generation + 1, **gone)
-        # (`_write` leaves ids alone: to write one costs an index, too.)
-        self._db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
-        self._touched |= {inst.key, inst.id or ""}
-
-    def delete_batch(self, workflow: str, ids: list[str]) -> dict[str, list[dict[str, Any]]]:
-        """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
-        known = self._find(workflow, ids)
-        for inst in known.values():
-            self.delete(inst)
-        error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
-        return {
-            "deleted": [{"id": id} for id in ids if id in known],
-            "errors": [{"id": id, **error} for id in ids if id not in known],
-        }
-
-    def send_event(self, inst: Instance, type: str, payload: str) -> None:
-        """Buffers an event; the owner's next look, usually in this very transaction, delivers
-        it."""
-        if inst.status in FINISHED:
-            what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
-            raise _refusal("instance.not_running", what)
-        self._check_state(inst.state, size_of(payload), _refusal)
-        self._buffer(inst, type, payload)
-
-    # -- operations of a run: each is guarded, and does nothing for an outdated run. The answer None
-    #    ends a life. A run whose instance was running when its process died is `careful`: it
-    #    commits each start before the callback, until one more step has finished, so that a step
-    #    which kills its process is noticed.
-
-    def load(self, lives: list[Instance]) -> list[tuple[Instance, list[Row], str]]:
-        """What lives begin with: the instance, its whole journal (in one query), and the workflow's
-        name. Those that are outdated are left out."""
-        loaded = []
-        self._read([life.key for life in lives])
-        for life in lives:
-            if inst := self._mine(life.key, life.generation, "running", "waitingForPause"):
-                loaded.append((inst, self._journal(inst.key), self.bound[inst.workflow]))
-        return loaded
-
-    def record(
-        self, key: int, generation: int, rows: list[RowTail], size: int = 0, wait: Any = None
-    ) -> int | None:
-        """Appends what a run did, and what it waits for from then on: the end of a sleep or of a
-        retry delay, or an event. This is the hot path."""
-        inst = self._mine(key, generation)
-        if inst is None:
-            return None
-        self._check_state(inst.state, size, _fatal)
-        columns: dict[str, Any] = {}
-        if inst.careful and any(type in ("done", "error") for type, *_ in rows):
-            columns["careful"] = 0
-        if wait is not None:
-            _, _, event, due, _ = wait
-            now = self.clock.now()
-            look = due if event is None else now  # its event may be here already
-            columns["wake"] = look if inst.wake is None else min(look, inst.wake)
-        seq = self._change(key, rows, size, **columns).seq
-        if wait is not None:
-            self._insert("waits", [(key, seq, now, *wait)])
-        return seq
-
-    def give_up(self, key: int, generation: int, kind: str, steps: Sequence[str]) -> int | None:
-        """Records that calls were cancelled or interrupted. An event that one of them had been
-        given but `run` never saw goes back to its place in the buffer."""
-        if self._mine(key, generation) is None:
-            return None
-        for step in steps:
-            self._db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (key, step))
-            for row in self._journal(key, "step = ? ORDER BY seq DESC LIMIT 1", step):
-                if row.type == "event":
-                    was = json.loads(row.extra or "")
-                    self._insert("events", [(key, was["type"], was["seq"], was["at"], row.data)])
-                    self._change(key, wake=self.clock.now())
-        return self.record(key, generation, [_row(kind, step) for step in steps])
-
-    def go_idle(self, key: int, generation: int, seq: int) -> bool:
-        """running → waiting, unless something happened that the run hasn't seen yet."""
-        inst = self._mine(key, generation, "running")
-        idle = inst is not None and inst.seq == seq
-        if idle:
-            self._move(key, _row("waiting"))
-        return idle
-
-    def requeue(self, key: int, generation: int, *statuses: str) -> bool:
-        """A pausing run has nothing in flight any more, or a waiting one wants to go on by itself
-        (if it still is that)."""
-        if inst := self._mine(key, generation, *statuses):
-            self._requeue(inst)
-        return True
-
-    def finish(
-        self, key: int, generation: int, status: str, data: str | None, size: int = 0
-    ) -> Instance | None:
-        """`run` has ended, or (then `data` is what failed, if anything) its rollback. Returns the
-        instance if it isn't finished yet, because a rollback begins."""
-        if inst := self._mine(key, generation):
-            outcome: str | None = None
-            columns = {}
-            if inst.rollback == "begun":
-                outcome, size = data, 0
-                columns["rollback"] = "complete" if outcome == "null" else "failed"
-                (begun,) = self._journal(key, "type = 'rollback'")
-                status, data = "errored", begun.data
-                if inst.termination is not None:
-                    status, data = "terminated", None
-            try:
-                self._check_state(inst.state, size, _fatal)
-            except WorkflowFatalError as too_large:
-                status, data, size = "errored", encode_error(too_large), 0
-            if status == "errored" and self._roll_back(inst, data or "", generation=generation + 1):
-                return self._mine(key, generation + 1)
-            self._move(key, _row(status, None, data, outcome), size, **columns)
-        return None
-
-    def hand_back(self, key: int, generation: int, interrupted: Sequence[str]) -> None:
-        """A clean stop: no attempt counts, and whoever owns the database next goes on."""
-        self.give_up(key, generation, "stop", interrupted)
-        self.requeue(key, generation, "running", "waitingForPause")
-
-
-def _not_found(workflow: str, id: str) -> WorkflowError:
-    return _refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
-
-
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def _storage_error(path: str, error: BaseException) -> WorkflowError:
-    if isinstance(error, WorkflowInternalError):
-        return WorkflowInternalError(f"{path}: {error}")
-    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-        return WorkflowInternalError(f"{path}: not a database")
-    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
-
-
-def _resolve(
-    future: asyncio.Future[Any], value: Any = None, error: BaseException | None = None
-) -> None:
-    if not future.done():
-        future.set_result(value) if error is None else future.set_exception(error)
-
-
-# --------------------------------------------------------------------------------------------------
-# Threads: where plain (not async) callbacks run, so that they never block the loop. A thread cannot
-# be cancelled; one whose attempt has ended is abandoned, which frees its slot but not the thread.
-# They are daemons of our own, because an executor's threads would hold up the interpreter's exit.
+# A plain function runs in a thread, so that it never blocks the loop. A thread cannot be cancelled;
+# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of our
+# own, because those of an executor would hold up the interpreter's exit.
 
 
 class Threads:
@@ -1984,7 +3316,7 @@ class Threads:
         del self._began[reply]
         if reply.done():  # abandoned
             _discard(outcome[0])
-        _resolve(reply, outcome)
+        resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
         """Whether a callback may end any moment: it has been running for less than 100 ms."""
@@ -1997,200 +3329,86 @@ class Threads:
             self._jobs.put(None)
 
 
-# --------------------------------------------------------------------------------------------------
-# Run: one life of one instance, from its loading to its unloading.
-#
-# A life begins with the folded journal and calls `run` from the top. A step call looks its identity
-# up: a recorded result is handed over, in the order in which results were recorded; anything else
-# begins, or goes on, for real. What is recorded from then on comes back the same way: through
-# `_inbox`, one result at a time, each only after the run has settled down from the one before. So
-#
-#     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
-#
-# finds the same task done in every life.
-#
-# A life ends in one way, `unload`: because `run` ended, the instance is paused, waits long enough,
-# was restarted, terminated or deleted by anybody, or the engine stops. Nothing in memory is worth
-# keeping: another life begins with the journal.
+class Execution:
+    """One call of a function of the user. It has a task of its own, so that a timeout or a
+    cancellation reaches it and nothing else."""
 
-SETTLED = 10  # turns of the loop without a step call or a result
-GRACE = 1.0  # seconds that cancelled code gets to end
+    outer: Attempt | None = None  # in whose callback it was asked for
 
-_attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("workflows", default=None)
+    def __init__(self, run: Run, timeout: int) -> None:
+        self.run, self.timeout = run, timeout
+        self.cpu = 0  # ns
+        self.slot = False  # it has one of the threads' slots
+        self.task: asyncio.Task[None] | None = None
+        self.outcome: tuple[Any, BaseException | None] = (None, None)
+        self._over: asyncio.Future[None] | None = (
+            None  # done when its task has ended or is abandoned
+        )
+        self._timer: Any = None
+        self._verdict: BaseException | None = None  # what it fails with, whatever it still does
+        self._dropped = False  # what its task still does concerns nobody
 
+    def begins(self) -> None:
+        """Called by its task, right before the function."""
 
-class StepCall(Coroutine[Any, Any, Any]):
-    """What `step.do(…)` and its siblings return: counted when made, begun when first awaited."""
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        """Called by its task, right after the function."""
+        self.outcome = value, error
 
-    step: Step  # from when it begins
-
-    def __init__(
-        self, run: Run, kind: str, name: Any, args: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        self.run, self.kind, self.name, self.args, self.options = run, kind, name, args, options
-        self.function: StepFunction | None = None  # whose call it is, in the decorator form
-        self._coroutine: Coroutine[Any, Any, Any] | None = None
-        attempt = _attempt.get()
-        # In whose callback it is made, if that belongs to this run.
-        self.attempt = attempt if attempt is not None and attempt.run is run else None
-        scope: Run | Attempt = self.attempt or run
-        counts = scope.counts = scope.counts or {}
-        self.key = f"{kind}\n{name}"
-        self.count = counts[self.key] = counts.get(self.key, 0) + 1
-        self.key += f"\n{self.count}"
-        if self.attempt is None:
-            run.unawaited.add(self)
-        else:
-            self.key = self.attempt.call.key + SEPARATOR + self.key
-
-    def _begin(self) -> Coroutine[Any, Any, Any]:
-        if self._coroutine is None:
-            self.run.unawaited.discard(self)
-            performer = self.run if self.function is None else self.function
-            self._coroutine = performer.perform(self)
-        return self._coroutine
-
-    def __await__(self) -> Any:
-        return self._begin().__await__()
-
-    def send(self, value: Any) -> Any:
-        return self._begin().send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._begin().throw(*error)
-
-    def close(self) -> None:
-        self._begin().close()
-
-
-class WorkflowStep:
-    """The `step` of `run(event, step)`. Each method returns something to await, once.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def do(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
-        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
-        returns, and returns that, now and in every replay.
-
-        The callback is async, or plain, which runs in a thread; if it has one required parameter,
-        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
-        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
-        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
-        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
-
-        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
-        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
-
-        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
-        function: see `StepFunction`.
-
-        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
-        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
-        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
-        `limit.instance_state`."""
-        if "callback" in options or any(map(callable, args)):
-            return StepCall(self._run, "do", name, args, options)
-        return StepDecorator(self._run, name, args, options)
-
-    def sleep(
-        self, name: Any = None, duration: Any = None, *surplus: Any, **unknown: Any
-    ) -> StepCall:
-        """Waits for a duration, at most 365 days, across restarts.
-
-        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
-        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
-        return StepCall(self._run, "sleep", name, (parse_duration, duration, *surplus), unknown)
-
-    def sleep_until(
-        self, name: Any = None, when: Any = None, *surplus: Any, **unknown: Any
-    ) -> StepCall:
-        """Waits for a moment: an aware datetime, or seconds (below 1e11) or milliseconds since
-        1970. One that has passed returns at once. It is a sleep: both share the counts of a name,
-        and the errors."""
-        return StepCall(self._run, "sleep", name, (_parse_moment, when, *surplus), unknown)
-
-    def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
-        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
-        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
-        days) it raises `WorkflowTimeoutError`.
-
-        developers.cloudflare.com/workflows/build/events-and-parameters/
-        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
-        return StepCall(self._run, "wait_for_event", name, args, options)
-
-
-Work = Coroutine[Any, Any, None]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Attempt:
-    """One execution of a step's callback; also the scope of the step calls that it makes."""
-
-    run: Run
-    call: StepCall
-    config: StepConfig
-    number: int
-    started: int = 0  # ms
-    cpu: int = 0  # ns
-    recorded: bool = False  # its start has been handed to the writer
-    ended: bool = False  # and its end
-    extra: str | None = None  # the config, with which a step's first row begins
-    slot: bool = False  # it has one of the threads' slots
-    task: asyncio.Task[Any] | None = None  # of the callback
-    outcome: tuple[Any, BaseException | None] | None = None  # of that
-    over: Any = None  # a future: done when it has ended, or is abandoned
-    timer: Any = None
-    verdict: BaseException | None = None  # decided before the callback ended
-    # Of nested calls:
-    counts: dict[str, int] | None = None
-    outcomes: dict[StepFunction, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
-
-    async def execute(self, callback: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """What the callback returned or raised, or what else became of it. It has a task of its
-        own, so that a timeout or a cancellation reaches it and nothing else. Most end in the task's
-        first step, which is taken at once."""
-        run, outer = self.run, self.call.attempt
-        task = _eager_task(self._perform(callback), run.loop)
-        if outer is not None and outer.task is asyncio.current_task():
-            outer.cpu -= self.cpu  # it ran inside that
+    async def execute(self, function: Callable[[], Any]) -> None:
+        """Calls the function, and `ends`."""
+        run, began = self.run, self.run.engine.clock.now()
+        self.caller: Any = asyncio.current_task(run.loop)
+        self.task = task = start_task(self._perform(function), run.loop)
+        if self.outer is not None and self.outer.task is self.caller:
+            self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
-                self.over = run.loop.create_future()
-                run.tasks[task] = None
-                task.add_done_callback(self._task_ended)
-                await self.over
+                self._over = run.loop.create_future()
+                run.callbacks.add(task)
+                task.add_done_callback(self._has_ended)
+                if self._timer is None:
+                    left = self.timeout - (run.engine.clock.now() - began)
+                    self._timer = run.engine.clock.call_later(max(0, left), self._time_out)
+                await self._over
         except asyncio.CancelledError:
+            self._dropped = True
             task.cancel()
             raise
         finally:
-            if self.timer is not None:
-                self.timer.cancel()
-            run.engine.store.cpu_ns += self.cpu
-            self.task = None  # whose context leads back to here
-        value, error = self.outcome or (None, asyncio.CancelledError())
-        return value, self.verdict or self._excess() or error
+            if self._timer is not None:
+                self._timer.cancel()
+            run.engine.cpu_ns += self.cpu
+            self.task = self._timer = None  # both lead back to here
+        if self._dropped:
+            await self.ends(None, self._verdict)
+        elif not task.cancelled():
+            task.result()  # KeyboardInterrupt, at most
 
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self.run.task_ended(task)
-        _resolve(self.over)
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self.run.callbacks.discard(task)
+        resolve(self._over)
 
-    async def _perform(self, callback: Callable[[], Any]) -> None:
-        self.task = asyncio.current_task()
-        _attempt.set(self)  # in the task's own context
+    async def _perform(self, function: Callable[[], Any]) -> None:
+        self.task = asyncio.current_task(self.run.loop)
+        _life.set(None)  # a timer that the function leaves behind is not one of `run`
+        value, error = None, None
         try:
-            coroutine = self._in_thread(callback) if self.slot else callback()
-            self.outcome = await self._drive(coroutine), None
+            self.begins()
+            value = await self._metered(self._in_thread(function) if self.slot else function())
         except KeyboardInterrupt:
             raise
-        except BaseException as error:
-            self.outcome = None, error
+        except BaseException as raised:
+            error = raised
+        error = self._verdict or self._excess() or error
+        # Whoever tears down the loop cancels the caller, too.
+        torn_down = isinstance(error, asyncio.CancelledError) and self.caller.cancelling() > 0
+        if not (self._dropped or self.run.dead or torn_down):
+            await self.ends(value, error)
 
-    async def _in_thread(self, callback: Callable[[], Any]) -> Any:
-        function = functools.partial(contextvars.copy_context().run, callback)
-        reply = self.run.engine.threads.execute(function)
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        threads = self.run.engine.threads
+        reply = threads.execute(functools.partial(contextvars.copy_context().run, function))
         try:
             value, error, cpu = await reply
         except asyncio.CancelledError:
@@ -2201,13 +3419,13 @@ class Attempt:
             self.free_slot()
         self.cpu += cpu
         if isinstance(error, StopIteration):  # which a coroutine can't raise
-            error = RuntimeError(_message(error))
+            error = RuntimeError(message_of(error))
         if error is not None:
             raise error
         return await value if inspect.isawaitable(value) else value
 
     @types.coroutine
-    def _drive(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
+    def _metered(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
         """Awaits it, and adds up its CPU time."""
         resume, given = coroutine.send, None
         while True:
@@ -2219,7 +3437,7 @@ class Attempt:
                 return stop.value
             finally:
                 self.cpu += time.thread_time_ns() - began
-            self.suspended()
+            self._decide(self._excess())
             try:
                 resume, given = coroutine.send, (yield awaited)
             except BaseException as raised:
@@ -2231,1157 +3449,117 @@ class Attempt:
             self.slot = False
             self.run.engine.threads.slots.release()
 
-    def suspended(self) -> None:
-        """The callback has not ended by itself: from now on its start is a fact of its own, and its
-        timeout runs. (A plain one is suspended while its thread runs.)"""
-        clock = self.run.engine.clock
-        if not self.recorded:
-            self.run.record_start(self)
-        if self.timer is None:
-            left = max(0, self.config.timeout - (clock.now() - self.started))
-            self.timer = clock.call_later(left, lambda: self._expire(self.timeout_error()))
-        self._expire(self._excess())
-
     def timeout_error(self) -> WorkflowTimeoutError:
         """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self.config.timeout}ms")
+        return WorkflowTimeoutError(f"Execution timed out after {self.timeout}ms")
+
+    def _time_out(self) -> None:
+        self._decide(self.timeout_error())
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
         if limit is None or self.cpu <= limit * 1_000_000:
             return None
-        return _refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
+        return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
-    def _expire(self, verdict: BaseException | None) -> None:
-        """Decides that the attempt has failed, whatever its callback does from now on."""
-        if verdict is not None and self.verdict is None and self.task is not None:
-            self.verdict = verdict
+    def _decide(self, verdict: BaseException | None) -> None:
+        """Decides that it has failed, whatever the function does from now on."""
+        if verdict is not None and self._verdict is None and self.task is not None:
+            self._verdict = verdict
             self.task.cancel()
-            self.timer.cancel()
-            self.timer = self.run.loop.call_later(GRACE, self._give_up)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.run.loop.call_later(GRACE, self._abandon)
 
-    def _give_up(self) -> None:
-        log.warning("%s: step %r ignores its cancellation; abandoned", self.run, self.call.name)
-        for step in self.run.active.values():
-            if step.task is not None and step.key.startswith(self.call.key + SEPARATOR):
-                step.task.cancel()
-        _resolve(self.over)
+    def _abandon(self) -> None:
+        log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
+        self._dropped = True
+        resolve(self._over)
 
 
-def _eager_task(coroutine: Coroutine[Any, Any, Any], loop: Any) -> asyncio.Task[Any]:
-    """A task that has taken its first step. Python 3.11 needs help for that: if the loop shows what
-    it will run next."""
+class Attempt(Execution):
+    """One attempt of a step, and the scope of the step calls that its callback makes."""
+
+    def __init__(self, run: Run, call: StepCall, config: StepConfig, number: int) -> None:
+        super().__init__(run, config.timeout)
+        self.call, self.config, self.number = call, config, number
+        self.outer = call.outer
+        self.counts: dict[str, int] = {}
+        self.again = False  # whether another attempt follows
+
+    def __str__(self) -> str:
+        return f"step {self.call.name!r}"
+
+    def begins(self) -> None:
+        _attempt.set(self)
+        self.run.post_start(self)
+
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        self.again = await self.run.end_attempt(self, value, error)
+
+    def _abandon(self) -> None:
+        super()._abandon()
+        for key, call in self.run.active.items():
+            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
+                call.task.cancel()
+
+    def context(self) -> WorkflowStepContext:
+        """What its callback gets."""
+        info = WorkflowStepInfo(self.call.name, self.call.count)
+        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
+
+
+def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
+    """A task; from Python 3.12 on it has taken its first step, with which most callbacks end."""
     if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    task = asyncio.Task(coroutine, loop=loop)
-    caller = asyncio.current_task(loop)
-    if isinstance(ready := getattr(loop, "_ready", None), deque) and caller is not None:
-        step = ready.pop()
-        if getattr(step._callback, "__self__", None) is not task:
-            ready.append(step)  # another thread was quicker
-            return task
-        asyncio.tasks._leave_task(loop, caller)
-        try:
-            step._run()
-        finally:
-            asyncio.tasks._enter_task(loop, caller)
-    return task
+    return asyncio.Task(coroutine, loop=loop)
 
 
 def _discard(value: Any) -> None:
-    """Of what nobody will await."""
+    """Closes what nobody will await."""
     if inspect.iscoroutine(value):
         value.close()
 
 
-class Run:
-    """One life of one instance."""
-
-    # What only the end changes has its beginning here: with more than 30 attributes of its own, an
-    # object is slow.
-    dead = orphan = _collected = False  # being unloaded; cancelled by others; garbage
-    successor: Instance | None = None  # what the next life begins with, if one follows
-    interrupted: Sequence[str] = ()  # steps with attempts that the end of this life cut off
-    _timer: Any = None  # to hibernate, to end a search, or to give up on tasks
-
-    def __init__(
-        self, engine: Engine, bound: Workflow, inst: Instance, rows: list[Row], previous: Run | None
-    ) -> None:
-        self.engine, self.loop, self.bound, self.instance = engine, engine.loop, bound, inst
-        self.key, self.generation, self.id = inst.key, inst.generation, inst.id or ""
-        self.seq, self.careful = inst.seq, bool(inst.careful)
-        # "idling" while it is not certain that it may wait, "ended" when `run` has.
-        self.status = inst.status
-        self.steps, self._inbox = fold(rows)
-        self.event = WorkflowEvent(
-            freeze(decode(rows[0].data or "null")), _to_datetime(inst.created), self.id, bound.name
-        )
-        self.counts: dict[str, int] = {}
-        self.unawaited: set[StepCall] = set()  # those of `run` itself
-        self.active: dict[str, Step] = {}  # the steps whose calls are under way
-        self.ended: asyncio.Future[None] = self.loop.create_future()
-        # Of callbacks; at the end, all that must end before the next life.
-        self.tasks: dict[Any, None] = {}
-        self._cancelled: list[str] = []  # steps that `run` cancelled since it last did something
-        self._steps_left = bound.step_limit
-        self._writing = 0  # operations that the store has not answered yet
-        self.last_move = 0  # the turn of the loop in which it last did something
-        self._settling = False  # the engine is going to call `settled`
-        # Of the decorator form: what is declared, and what has come of it.
-        self.functions: dict[tuple[str, str], StepFunction] = {}
-        self.outcomes: dict[StepFunction, asyncio.Future[Any]] = {}
-        # By step: its rollback handler, and the configuration of that as it was given.
-        self.handlers: dict[str, tuple[Any, Any]] = {} if previous is None else previous.handlers
-        # The error that started the rollback, if one has begun, as it is stored.
-        self._rollback_error = next((row.data for row in rows if row.type == "rollback"), None)
-        searched = previous is not None and previous.searching
-        self.searching: bool = self._rollback_error is not None and not searched
-        if self.searching:  # for rollback handlers: results don't wait behind cancelled calls
-            self._inbox = deque(step for step in self._inbox if step.state != "cancelled")
-
-    def begin(self) -> None:
-        """Calls `run`, or the handlers of its rollback."""
-        # Not by `loop.create_task`, whose factory may begin it before we know it.
-        name = f"workflows:{self.bound.name}:{self.id}"
-        self.task = asyncio.Task(self._main(), loop=self.loop, name=name)
-        self.task.add_done_callback(self._main_ended)
-        self._check_pause()
-        if self.searching:
-            self._search()
-
-    async def _main(self) -> tuple[str, BaseException | None]:
-        """The output of `run` (or what its rollback has to say), as it is stored, or the error that
-        has left it."""
-        try:
-            if self._rollback_error is not None and not self.searching:
-                output = await self._roll_back(self._rollback_error)
-            else:
-                info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.bound.name)
-                output = self.bound.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
-                if inspect.isawaitable(output):
-                    output = await output
-            what, code = "the output of run", "output.not_serializable"
-            return checked(output, what, code, refuse=_fatal)[0], None
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            by_others = self.dead or self.task.cancelling()
-            if isinstance(error, asyncio.CancelledError) and by_others:
-                raise
-            return "", error
-
-    # -- step calls
-
-    async def perform(self, call: StepCall) -> Any:
-        """The way of every step call: look it up, carry it out if need be, wait for its turn."""
-        if self.dead:
-            await self._leave()
-        self.last_move = self.engine.turn
-        _check_name(call.name)
-        step = self.steps.get(call.key)
-        if step is None:
-            step = self.steps[call.key] = Step(call.key)
-        while step.task is not None:  # a nested one, called by the attempt before, which failed
-            step.freed = step.freed or self.loop.create_future()
-            await asyncio.shield(step.freed)
-        call.step, step.task = step, asyncio.current_task(self.loop)
-        self.active[step.key] = step
-        try:
-            if call.kind == "do":
-                self._note(call)
-            step.called = True
-            if self.searching:
-                self._search()
-            if step.state in ("new", "pending") and not self.searching:
-                _note_attempt()
-                if call.attempt is None and self._cancelled:
-                    self._record_cancelled()
-                if (attempts := self._plan(call)) is not None:
-                    await attempts
-            elif self._is_next(step) and self._is_alone(step):
-                self._inbox.popleft().queued = False
-            if step.state == "cancelled" and not self.searching:
-                log.info("%s: step %r waits until run cancels it again", self, call.name)
-            while step.queued or step.state not in ("done", "error"):
-                await self._wait(step)
-            return self._value(call)
-        except asyncio.CancelledError:
-            if not (self.dead or self.searching):
-                self._abandon_call(step)
-            raise
-        finally:
-            del self.active[step.key]
-            step.task = None
-            if step.freed is not None:
-                _resolve(step.freed)
-                step.freed = None
-            if self.active and not self.loop.is_closed():
-                self._arm()
-
-    def _note(self, call: StepCall) -> None:
-        """Counts a `do`, and notes its rollback handler, if it has one."""
-        if not call.step.called:
-            self._steps_left -= 1
-            if self._steps_left < 0:
-                limit = self.bound.step_limit
-                raise _fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
-        if call.options or len(call.args) > 1:
-            with contextlib.suppress(TypeError, ValueError):  # which `_plan` refuses, if need be
-                *_, handler, config = _do_arguments(*call.args, **call.options)
-                if handler is not None:
-                    self.handlers[call.key] = handler, config
-
-    def _is_next(self, step: Step) -> bool:
-        return bool(self._inbox) and self._inbox[0] is step and step.state != "cancelled"
-
-    def _is_alone(self, step: Step) -> bool:
-        """Whether nothing of the run can happen before the task that calls a step goes on: it is
-        that of `run` itself, there is no other call, and no task is ready to make one. Then a
-        result that comes without a pause changes nothing."""
-        return (
-            len(self.active) == 1
-            and len(self.engine.ready) <= self.engine.ticking  # our own tick doesn't count
-            and step.task is self.task
-        )
-
-    async def _wait(self, step: Step) -> None:
-        """Suspends a call until something has happened to its step."""
-        step.waiter = self.loop.create_future()
-        step.alone = self._is_alone(step)
-        self._arm()
-        try:
-            await step.waiter
-        finally:
-            step.waiter = None
-
-    async def _leave(self) -> None:
-        """Ends the task that called a step of a dead run. If it comes back after that, it ignores
-        everything: it is left suspended, and nobody will look for it."""
-        attempt = _attempt.get()
-        if attempt is not None and attempt.run is not self:
-            raise _fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
-        task = None if self._collected else asyncio.current_task(self.loop)
-        if task is not None and task not in self.engine.told:
-            self.engine.told.add(task)
-            raise _Unload
-        if task is not None:
-            asyncio.tasks._unregister_task(task)
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            self.task_ended(task)
-        try:
-            await self.loop.create_future()
-        finally:
-            self._collected = True  # by the garbage collector, in whatever task
-
-    def _value(self, call: StepCall) -> Any:
-        """What the caller gets: always from what was stored, also the first time."""
-        step = call.step
-        fresh, step.fresh, data = step.fresh, None, step.data
-        if not step.nested:
-            step.data = None  # nobody asks again; the next attempt of an outer step does
-        if step.state == "error":
-            error = rebuild_error(decode(data or "null"))
-            raise error.with_traceback(None if fresh is None else fresh.__traceback__)
-        if fresh is not None or data is None:
-            return fresh
-        return _step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
-
-    # -- what a call asks for
-
-    def _plan(self, call: StepCall) -> Work | None:
-        """Checks a call that has no result yet, and begins its wait, or returns its attempts.
-        Nothing is stored for one that is refused: wrong arguments are wrong as for any Python
-        function."""
-        plan: Callable[..., Work | None] = getattr(self, f"_plan_{call.kind}")
-        try:
-            return plan(call, *call.args, **call.options)
-        except (TypeError, ValueError, OverflowError) as error:
-            code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-            # Not our function's name and numbers.
-            what = re.sub(r"^[\w.]+\(\)", f"{call.kind}()", str(error))
-            what = re.sub(r"takes .* positional .* given", "takes fewer arguments", what)
-            raise _fatal(code, f"{call.kind} {call.name!r}: {what}") from None
-
-    def _plan_do(self, call: StepCall, *args: Any, **options: Any) -> Work:
-        given, callback, handler, given_rollback = _do_arguments(*args, **options)
-        if not callable(callback):
-            what = f"{_show(callback)} is no callback" if callback else "the callback is missing"
-            message = f"step {call.name!r}: {what}: expected an async or plain function"
-            raise _fatal("step.invalid_callback", message)
-        if call.step.config is not None:
-            config = StepConfig.load(call.step.config, given)
-        elif given is None and handler is None:
-            config = _DEFAULT_CONFIG
-        else:
-            longest = self.engine.limits.max_sleep
-            undo = {} if handler is not None and given_rollback is None else given_rollback
-            config = StepConfig(given, longest, undo)
-        return self._try(call, config, callback)
-
-    def _plan_rollback(self, call: StepCall, undone: Step, _: object) -> Work:
-        handler, given = self.handlers.get(undone.key, (None, None))
-        if handler is None:
-            message = f"the rollback handler of step {call.name!r} was not found by replay"
-            raise _fatal("workflow.fatal", message)
-        config = StepConfig.load(undone.config or "", given, undo=True)
-        return self._try(call, config, handler)
-
-    def _plan_sleep(self, call: StepCall, parse: Any, given: Any) -> None:
-        moment = parse(given)
-        if parse is parse_duration:
-            self._begin_wait(call, None, moment)
-        else:
-            left = max(0, moment - self.engine.clock.now())
-            self._begin_wait(call, None, left, until=moment)
-
-    def _plan_wait_for_event(  # `event_type` is the Python SDK's name
-        self, call: StepCall, type: Any = None, timeout: Any = "24 hours", *, event_type: Any = None
-    ) -> None:
-        if isinstance(type, Mapping):
-            given = _options(type, ("type", "timeout"), "options")
-            type, timeout = given.get("type"), given.get("timeout", timeout)
-        type = _check_event_type(type if event_type is None else event_type, _fatal)
-        self._begin_wait(call, type, parse_duration(timeout))
-
-    def _begin_wait(
-        self, call: StepCall, event: str | None, ms: int, until: int | None = None
-    ) -> None:
-        longest, kind = self.engine.limits.max_sleep, "sleep" if event is None else "wait"
-        if ms > longest:
-            message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
-            raise _fatal("limit.sleep", message)
-        if call.attempt is not None:
-            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-        if call.step.state == "new":
-            due = self.engine.clock.now() + ms if until is None else until
-            if self._is_skipped(kind, call):
-                due = 0  # 1970: long ago, and before any event
-            data = ms if event is None else {"type": event, "timeout": ms}
-            row = _row(kind, call.key, _to_json(data))
-            apply(self.steps, row)
-            wait = (kind, call.key, event, due, int(until is not None))
-            self._post(self.engine.store.record, [row], 0, wait)
-
-    def _is_skipped(self, kind: str, call: StepCall) -> bool:
-        """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-        return any(block.skips(kind, self, call) for block in self.engine.store.introspections)
-
-    # -- attempts
-
-    async def _try(self, call: StepCall, config: StepConfig, callback: Any) -> None:
-        """A step's attempts, up to the last one, whose end is on its way to the store then."""
-        wants, step = _wants_context(call.name, callback), call.step
-        step.state = "pending"
-        delay: int | None = 0
-        while delay is not None:
-            attempt = Attempt(self, call, config, step.attempts, recorded=step.open)
-            result, error = await self._execute(attempt, callback, wants)
-            delay = None
-            if error is not None:
-                what = (attempt.number, call.name)
-                log.info("%s: attempt %d of step %r failed", self, *what, exc_info=error)
-                delay, error = await self._delay(attempt, error)
-            self._record_end(attempt, result, error, delay)
-
-    async def _execute(
-        self, attempt: Attempt, callback: Any, wants: Any
-    ) -> tuple[Any, BaseException | None]:
-        """One attempt, when it may begin. The result is the one to store."""
-        step = attempt.call.step
-        if attempt.recorded:  # but no end is: the engine died
-            step.running = attempt
-            return None, WorkflowInternalError("attempt failed: the engine stopped")
-        try:
-            plain = not _is_async(callback)
-            while step.waiting:  # for the end of its retry delay
-                await self._wait(step)
-            # Then until the instance doesn't pause; and if the callback is plain, for a thread.
-            while not (may_start := self._may_start(step)) or attempt.slot is not plain:
-                if may_start:
-                    attempt.slot = await self.engine.threads.slots.acquire()
-                    continue
-                attempt.free_slot()
-                if self.status in ("idling", "waiting"):
-                    self._post(self.engine.store.requeue, "waiting")
-                await self._wait(step)
-            step.running = attempt
-            attempt.number = step.attempts = step.attempts + 1
-            attempt.started = self.engine.clock.now()
-            if step.config is None:
-                step.config = attempt.extra = attempt.config.text
-            if self.careful:
-                self.record_start(attempt, lambda *_: self._poke(step))
-                await self._wait(step)
-            value, error = await attempt.execute(self._bind(attempt, callback, wants))
-            if error is None and attempt.call.kind == "rollback":
-                value = (None, None)  # it is ignored
-            elif error is None:
-                what, code = f"the result of step {attempt.call.name!r}", "step.not_serializable"
-                value = checked(value, what, code, self.engine.limits, "step_bytes", _fatal)
-            return value, error
-        except WorkflowFatalError as refused:
-            return None, refused
-        finally:
-            attempt.free_slot()
-
-    def _may_start(self, step: Step) -> bool:
-        # A nested one also while it's pausing, or the outer callback could not finish.
-        return self.status == "running" or (step.nested and self.status == "waitingForPause")
-
-    def _bind(self, attempt: Attempt, callback: Any, wants: Any) -> Any:
-        """The callback with the argument that it wants, or what a test has put in its place."""
-        for block in reversed(self.engine.store.introspections):
-            if (mock := block.substitute(attempt)) is not None:
-                return mock
-        if isinstance(callback, functools.partial) and attempt.call.function is not None:
-            # Each attempt has its own arguments.
-            args, named = copy.deepcopy((callback.args, callback.keywords))
-            callback = functools.partial(callback.func, *args, **named)
-        if not wants:
-            return callback
-        argument = _context(attempt) if attempt.call.kind == "do" else attempt.call.args[1]
-        if wants == "ctx":
-            return functools.partial(callback, ctx=argument)
-        return functools.partial(callback, argument)
-
-    async def _delay(
-        self, attempt: Attempt, error: BaseException
-    ) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if this was the last. A function may
-        say that; its failure is that of the step."""
-        call, config = attempt.call, attempt.config
-        fatal = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if fatal or attempt.number > config.limit:
-            return None, error
-        delay = config.delay
-        if callable(delay):
-            ask = functools.partial(delay, WorkflowDelayContext(_context(attempt), error))
-            asked = Attempt(self, call, _ASKING, attempt.number, recorded=True)
-            if not _is_async(delay):
-                asked.slot = await self.engine.threads.slots.acquire()
-            asked.started = self.engine.clock.now()
-            try:
-                answer, failure = await asked.execute(ask)
-                delay = parse_duration(answer) if failure is None else 0
-            except ValueError as wrong:
-                failure = wrong
-            finally:
-                asked.free_slot()
-            if failure is not None:
-                what = f"{type(failure).__name__}: {_message(failure)}"
-                message = f"the delay function of step {call.name!r} failed: {what}"
-                return None, WorkflowFatalError(message, name="NonRetryableDelayError")
-        longest = 0 if self._is_skipped("retry", call) else self.engine.limits.max_sleep
-        return min(delay * config.backoff(attempt.number), longest), error
-
-    def record_start(self, attempt: Attempt, then: Then | None = None) -> None:
-        """Hands an attempt's start to the store, as a row of its own."""
-        attempt.recorded = True
-        row = ("start", attempt.call.key, attempt.number, None, None, attempt.extra)
-        self._post(self.engine.store.record, [row], then=then)
-
-    def _record_end(
-        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None = None
-    ) -> None:
-        """Hands the end of an attempt to the store, with the wait before the next one: a result, or
-        the error that it failed with."""
-        step, size, fresh, wait = attempt.call.step, 0, error, None
-        if error is None:
-            type, (text, fresh) = "done", result
-            size = size_of(text or "")
-        elif delay is None:
-            type, text = "error", encode_error(error)
-        else:
-            type, text = "failed", encode_error(error, retry_delay_ms=delay)
-            wait = ("retry", step.key, None, self.engine.clock.now() + delay, 0)
-            step.waiting = True
-        # A row stands for the attempt's start, too, if that has none.
-        started, extra = (None, None) if attempt.recorded else (attempt.started, attempt.extra)
-        row = (type, step.key, attempt.number, started, text, extra)
-        attempt.ended, step.open = True, False
-        then = functools.partial(self._stored, attempt, row, fresh)
-        self._post(self.engine.store.record, [row], size, wait, then=then)
-
-    def _stored(
-        self, attempt: Attempt, row: RowTail, fresh: Any, _: Any, refused: BaseException | None
-    ) -> None:
-        """The store's answer to the end of an attempt; it may refuse one that is over a limit."""
-        if refused is not None:
-            self._record_end(attempt, None, refused)
-            return
-        if attempt.call.step.running is attempt:
-            attempt.call.step.running = None
-        self.careful = self.careful and row[0] == "failed"
-        if step := apply(self.steps, row):
-            step.fresh = fresh
-            self._finished(step)
-        self._check_pause()
-
-    # -- results, one at a time
-
-    def _finished(self, step: Step) -> None:
-        if step.queued:
-            self._inbox.append(step)
-        else:
-            self._poke(step)
-
-    def _poke(self, step: Step) -> None:
-        if step.waiter is not None:
-            _resolve(step.waiter)
-
-    def _arm(self) -> None:
-        """Delivers the next result if that can disturb nobody; otherwise, or if the run may be
-        idle, looks again when it has settled."""
-        if self._settling or self.dead or self.status not in ("running", "waitingForPause"):
-            return
-        if self._inbox:
-            step = self._inbox[0]
-            if step.waiter and step.alone and len(self.active) == 1 and self._is_next(step):
-                self._deliver()
-                return
-        elif not (self._cancelled or (self.status == "running" and self._is_idle())):
-            return
-        self._settling = True
-        self.last_move = self.engine.turn
-        self.engine.when_settled(self)
-
-    def settled(self) -> None:
-        """Ten turns of the loop went by without a step call or a result."""
-        self._settling = False
-        if self.dead or self.status not in ("running", "waitingForPause"):
-            return
-        if self._cancelled and self.active:
-            self._record_cancelled()  # it goes on with another call
-        if (step := next((step for step in self._inbox if step.waiter), None)) is not None:
-            while self._inbox[0] is not step:
-                self._inbox.popleft().queued = False  # its call never came
-            if self._is_next(step):
-                self._deliver()
-        elif self.status == "running" and self._is_idle():
-            self.status = "idling"  # until we know better: no callback may start now
-            self._post(self.engine.store.go_idle, self.seq, then=self._idled)
-
-    def _deliver(self) -> None:
-        step = self._inbox.popleft()
-        step.queued = False
-        self.last_move = self.engine.turn
-        self._poke(step)
-
-    def _is_idle(self) -> bool:
-        """Whether all that is under way are sleeps, event waits and retry delays."""
-        if self._writing or not self.active or self._rollback_error is not None:
-            return False
-        return all(step.waiting for step in self.active.values())
-
-    def _idled(self, idle: bool, _: BaseException | None) -> None:
-        if idle:
-            self.status = "waiting"
-            self._timer = self.engine.clock.call_later(self.engine.hibernate_after, self._hibernate)
-        elif self.status == "idling":
-            self._become("running")
-
-    def _hibernate(self) -> None:
-        if self.status == "waiting" and self._is_idle():
-            self.unload()
-
-    # -- news from the store
-
-    def on_news(self, inst: Instance, rows: list[Row], admitted: bool) -> None:
-        """What the writer has recorded by itself, or somebody else has done to the instance."""
-        outdated = inst.generation != self.generation or inst.status in (*FINISHED, "paused")
-        if self.dead or outdated:
-            self.unload()
-            self.successor = inst if admitted else self.successor
-            return
-        self.seq = max(self.seq, inst.seq)
-        for row in rows:
-            if row.step not in self.steps:  # `_abandon_call` has stopped it meanwhile
-                continue
-            if step := apply(self.steps, row[2:]):
-                self._finished(step)
-            elif row.type == "due":
-                self._poke(self.steps[row.step])
-        # What was written before it went idle is old; the answer to that will say.
-        if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
-            self._become(inst.status)
-
-    def _become(self, status: str) -> None:
-        self.status = status
-        if status != "waiting" and self._timer is not None:
-            self._timer.cancel()
-        for step in self.active.values():
-            if not (step.waiting or step.running):  # its next attempt may begin now
-                self._poke(step)
-        self._check_pause()
-        self._arm()
-
-    def _check_pause(self) -> None:
-        pausing = self.status == "waitingForPause"
-        if pausing and not any(step.running for step in self.active.values()):
-            if self._cancelled:
-                self._record_cancelled()
-            self._post(self.engine.store.requeue, "waitingForPause")
-
-    def _post(self, op: Callable[..., Any], *args: Any, then: Then | None = None) -> None:
-        self._writing += 1
-        written = functools.partial(self._written, then)
-        self.engine.store.post(op, self.key, self.generation, *args, then=written)
-
-    def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
-        self._writing -= 1
-        if result is None and error is None:
-            self.unload()  # it has finished, or somebody else has changed it: there will be news
-        elif type(result) is int:
-            self.seq = max(self.seq, result)
-        if not self.dead:
-            if then is not None:
-                then(result, error)
-            self._arm()
-
-    # -- cancelled calls
-
-    def _abandon_call(self, step: Step) -> None:
-        """`run` (or the callback around the call) has cancelled it."""
-        self.last_move = self.engine.turn
-        attempt, step.running = step.running, None
-        step.open = attempt is not None and attempt.recorded and not attempt.ended
-        step.waiting = False
-        if step.queued:
-            step.queued = False
-            self._inbox.remove(step)
-        if not step.nested and step.state != "cancelled":
-            step.state = "cancelled"
-            self._cancelled.append(step.key)
-        elif step.state == "pending":
-            # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            apply(self.steps, _row("stop", step.key))
-            self._post(self.engine.store.give_up, "stop", [step.key])
-        self._check_pause()
-
-    def _record_cancelled(self) -> None:
-        cancelled, self._cancelled = self._cancelled, []
-        self._post(self.engine.store.give_up, "cancel", cancelled)
-
-    # -- the end of a life
-
-    def _main_ended(self, task: asyncio.Task[Any]) -> None:
-        if self.dead:
-            return
-        if self.searching:
-            self._end_search()
-            return
-        if task.cancelled() or task.exception() is not None:
-            self.orphan = True  # cancelled from outside: usually the loop is being torn down
-            self.unload()
-            self.loop.call_later(1, self.engine.adopt, self)
-            return
-        text, error = task.result()
-        if self._rollback_error is None:
-            self._warn_about_calls()
-        if self._cancelled:
-            self._record_cancelled()
-        end = ("complete", text, size_of(text))
-        if error is not None:
-            log.warning("%s: an error has left run", self, exc_info=error)
-            end = ("errored", encode_error(error), 0)
-        self.status = "ended"  # nothing else begins
-        self._post(self.engine.store.finish, *end, then=self._end_rolled_back)
-
-    def _end_rolled_back(self, successor: Instance | None, _: BaseException | None) -> None:
-        """`run` has ended, but not the instance: a rollback has begun, or storage has failed."""
-        self.successor = self.successor or successor
-        self.unload()
-
-    # -- rollback: another life, which begins when `run` has failed, or is told to. Before it comes
-    #    a life that only searches for the handlers, by replay; it ends at once if the one before
-    #    it, in this process, has met them all.
-
-    def _undoable(self) -> list[Step]:
-        """The steps that have started, in that order, and have a rollback handler."""
-        return [step for step in self.steps.values() if '"rollback":' in (step.config or "")]
-
-    def _search(self) -> None:
-        """Goes on until every handler has been seen, `run` has ended, or is idle for 5 s."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.engine.clock.call_later(5000, self._end_search)
-        if all(step.key in self.handlers for step in self._undoable()):
-            self._end_search()
-
-    def _end_search(self) -> None:
-        self.successor = self.instance
-        self.unload()
-
-    async def _roll_back(self, started: str) -> Any:
-        """Runs the handlers, the last step's first; returns the record of what failed, if
-        anything."""
-        error = rebuild_error(decode(started))
-        for step in reversed(self._undoable()):
-            *_, name, count = step.key.split(SEPARATOR)
-            call = StepCall(self, "rollback", name, (), {})
-            call.key, call.count = ROLLBACK + step.key, int(count)
-            config = StepConfig.load(step.config or "")
-            ctx = _context(Attempt(self, call, config, max(1, step.attempts)))
-            output = decode(step.data) if step.state == "done" and step.data else None
-            info = WorkflowRollbackContext(ctx, error, output, step_label(step.key))
-            call.args = (step, info)
-            try:
-                await call
-            except Exception as failure:
-                log.warning("%s: a rollback handler failed", self, exc_info=failure)
-                return decode(encode_error(failure))
+def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
+    """The tokens (see `Life`) of those whose own code has a timer ahead; None if the loop does not
+    show its timers. A timer runs in a copy of the context it was made in."""
+    timers = getattr(loop, "_scheduled", None)
+    if timers is None:
         return None
-
-    def _warn_about_calls(self) -> None:
-        for call in self.unawaited:
-            log.warning("%s: step %r was called but never awaited", self, call.name)
-        steps = [step for step in self.steps.values() if step.state != "new"]
-        if not any(step.state == "cancelled" for step in steps):
-            what = "%s: replay never reached the recorded step %r; is its name deterministic?"
-            for step in (step for step in steps if not (step.called or step.nested)):
-                log.warning(what, self, step_label(step.key))
-
-    def unload(self) -> None:
-        """Ends this life: cancels the run, then the tasks of its calls. Whatever they do is
-        ignored; `ended` is done when they are, or after a second."""
-        if self.dead:
-            return
-        self.dead = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(GRACE, self._give_up_on_tasks)
-        cut_off = (step.running for step in self.active.values() if step.running is not None)
-        attempts = [a.call.key for a in cut_off if a.recorded and not a.ended]
-        self.interrupted = attempts + [key for key in self._cancelled if self.steps[key].open]
-        calling = (step.task for step in self.active.values() if step.task is not None)
-        tasks = dict.fromkeys((self.task, *calling, *self.tasks))
-        self.tasks = {task: None for task in tasks if not task.done()}
-        for task in self.tasks:
-            task.add_done_callback(self.task_ended)
-            task.cancel()
-        self.task_ended()
-
-    def task_ended(self, task: asyncio.Task[Any] | None = None) -> None:
-        """One less to wait for; with the last one of a dead run, its life is over."""
-        self.tasks.pop(task, None)
-        if self.dead and not (self.tasks or self.ended.done()):
-            self._timer.cancel()
-            self.ended.set_result(None)
-            self.engine.unloaded(self)
-
-    def _give_up_on_tasks(self) -> None:
-        if self.tasks:
-            log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self.tasks))
-        self.tasks.clear()
-        self.task_ended()
-
-    def busy(self) -> bool:
-        """Whether it will go on by itself, as far as we can see."""
-        return self._settling or self.dead
-
-    def __str__(self) -> str:
-        return f"{self.bound.name} {self.id}"
+    return {timer._context.get(_life) for timer in timers if not timer.cancelled()}
 
 
-def _step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
-    origin = json.loads(extra or "")
-    payload = freeze(decode(data or "null"))
-    return WorkflowStepEvent(payload, _to_datetime(origin["at"]), origin["type"])
-
-
-def _ignore(*_: Any) -> None:
-    pass
-
-
-def _note_attempt() -> None:
-    """Before what a callback does to the history: that it has begun comes first."""
-    attempt = _attempt.get()
-    if attempt is not None and not attempt.recorded:
-        attempt.run.record_start(attempt)
-
-
-def _context(attempt: Attempt) -> WorkflowStepContext:
-    info = WorkflowStepInfo(attempt.call.name, attempt.call.count)
-    return WorkflowStepContext(info, attempt.number, copy.deepcopy(attempt.config.raw))
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise _fatal("step.invalid_name", f"a step's name is {_show(name)}: expected a str")
-    if len(name) > 256:
-        raise _fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
-    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        what = "holds a control character or a lone surrogate"
-        raise _fatal("step.invalid_name", f"the step name {_show(name)} {what}")
-
-
-_NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
-_NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
-
-
-def _check_event_type(type: Any, refuse: Refuse) -> str:
-    if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
-        return type
-    what = f"{_show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
-    raise refuse("event.invalid_type", what)
-
-
-def _do_arguments(*args: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
-    """Config, callback, rollback handler and its config, of any form of `step.do`."""
-    one = len(args) == 1
-    if (args and callable(args[0])) or (one and not isinstance(args[0], (Mapping, type(None)))):
-        args = (options.pop("config", None), *args)
-    return _in_order(*args, **options)
-
-
-def _in_order(  # Python itself refuses what doesn't fit
-    config: Any = None,
-    callback: Any = None,
-    options: Any = None,
-    *,
-    rollback: Any = None,
-    rollback_config: Any = None,
-) -> tuple[Any, Any, Any, Any]:
-    if options is not None:
-        options = _options(options, ("rollback", "rollbackConfig"), "options")
-        rollback = options.get("rollback", rollback)
-        rollback_config = options.get("rollbackConfig", rollback_config)
-    if not callable(rollback) and (options, rollback, rollback_config) != (None, None, None):
-        raise ValueError(f"rollback is {_show(rollback)}: expected a function")
-    if rollback_config is not None:
-        _options(rollback_config, ("retries", "timeout"), "rollbackConfig")
-    return config, callback, rollback, rollback_config
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    if type(function) is types.FunctionType:  # the most common, and the fastest to see
-        return bool(function.__code__.co_flags & inspect.CO_COROUTINE)
-    called = getattr(function, "__call__", None)  # noqa: B004
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
-
-
-def _wants_context(name: str, function: Callable[..., Any]) -> Any:
-    """How a callback takes the step context: "ctx" by that name, True by position, False not at
-    all."""
-    if type(function) is types.FunctionType and function.__code__.co_varnames == ():
-        return False  # most common, again
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return False  # a built-in that doesn't say
-    ways: list[Any] = [(False, (), {}), (True, (None,), {})]
-    if "ctx" in signature.parameters:
-        ways.insert(0, ("ctx", (), {"ctx": None}))
-    for way, args, named in ways:
-        with contextlib.suppress(TypeError):
-            signature.bind(*args, **named)
-            return way
-    message = f"step {name!r}: the callback takes {signature}: it gets the step context at most"
-    raise _fatal("step.invalid_callback", message)
-
-
+# ==================================================================================================
+# Part III: the sides
+# ==================================================================================================
+#
 # --------------------------------------------------------------------------------------------------
-# Engine: which instances live now. It turns the store's news into lives, and knows what to do when
-# something fails: storage (stop in place), the loop (unload), the whole process (nothing at all,
-# the next one recovers).
-
-
-class Env(_Attributes):
-    """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
-
-
-class WorkflowEntrypoint(Generic[Params]):
-    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
-    of each instance; `self.env` has the engine's `env` and bindings.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
-
-    def __init__(self, ctx: Any, env: Any) -> None:
-        self.ctx, self.env = ctx, env
-
-    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
-        """The workflow. What it returns becomes the output, an error that leaves it the error."""
-        raise NotImplementedError
-
-
-class Engine:
-    """Runs workflows on a database file (or ":memory:").
-
-    Enter it with `async with`. Any number of processes may open one file: one of them runs the
-    instances, the others are full clients, and one of those takes over when it goes away.
-
-    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
-    `hibernate_after` how long a waiting instance stays in memory."""
-
-    def __init__(
-        self,
-        database: str | os.PathLike[str] = "workflows.db",
-        *,
-        env: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
-        clock: Clock | None = None,
-        hibernate_after: float | str | timedelta = "1 second",
-    ) -> None:
-        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {_show(database)}: expected a path")
-        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
-        for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
-        self.path = path if path == ":memory:" else os.path.realpath(path)
-        self.env = Env(env or {})
-        self.limits = limits or Limits()
-        self.clock = clock or Clock()
-        self.hibernate_after = parse_duration(hibernate_after)
-        self.turn = 0  # of the loop, counted while somebody needs to know
-        self._settling: deque[tuple[int, Run]] = deque()  # whom to ask again, and in which turn
-        self.ticking = False  # whether `_next_turn` is about to be called
-        self.activity = 0  # counts what callbacks do
-        self.runs: dict[int, Run] = {}  # by the instance's key
-        self.told: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # that their run is dead
-        self._workflows: dict[str, Workflow] = {}
-        self._state = "not open yet"  # → open → closed
-        self._created: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)  # when
-        self._watchers = weakref.WeakValueDictionary[Topic, asyncio.Future[None]]()
-
-    # -- bindings
-
-    def bind(
-        self,
-        cls: type[WorkflowEntrypoint[Any]],
-        name: str | None = None,
-        binding: str | None = None,
-        *,
-        steps: int | None = None,
-    ) -> Workflow:
-        """Makes a workflow known, before entering the engine or later. `name` defaults to the
-        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
-        the most steps that a run may call, up to 25,000."""
-        extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
-        if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-            expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
-            raise TypeError(f"{_show(cls)} can't be bound: expected {expected}")
-        name = _kebab(cls.__name__) if name is None else name
-        if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-            raise ValueError(f"{_show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
-        binding = name.upper().replace("-", "_") if binding is None else binding
-        if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
-            raise ValueError(f"{_show(binding)} is not a binding: expected one like MY_WORKFLOW")
-        if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
-            raise ValueError(f"steps is {_show(steps)}: expected a whole number from 1 to 25,000")
-        if name in self._workflows:
-            raise ValueError(f"workflow {name!r} is bound already")
-        if binding in self.env:
-            raise ValueError(f"env has {binding!r} already: give another binding")
-        workflow = Workflow(self, name, cls, steps or self.limits.steps)
-        if self._state != "not open yet":
-            self._check_open()
-            self._define(workflow, binding)
-        self._workflows[name] = workflow
-        self.env[binding] = workflow
-        return workflow
-
-    def _define(self, workflow: Workflow, binding: str) -> None:
-        args = (workflow.name, binding, workflow.cls.__name__, workflow.step_limit)
-        self.store.post(self.store.define, *args, then=_ignore)
-
-    # -- opening and closing
-
-    async def __aenter__(self) -> Engine:
-        if self._state != "not open yet":
-            raise RuntimeError("an engine can be entered once; make a new one")
-        self.loop = asyncio.get_running_loop()
-        # What the loop will run next; a loop that doesn't show it is taken to be busy always.
-        self.ready: Sequence[Any] = getattr(self.loop, "_ready", (None, None))
-        self.threads = Threads(self.loop)
-        self.store = Store(self.path, self.clock, self.limits, self.loop)
-        self.store.deliver, self.store.broke = self._deliver, self._broke
-        try:
-            await self.store.start()
-        except asyncio.CancelledError:
-            self.store.ops.put(None)
-            raise
-        self._state = "open"
-        self.clock.engines.append(self)
-        for binding, workflow in self.env.items():
-            if isinstance(workflow, Workflow) and workflow.engine is self:
-                self._define(workflow, binding)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.loop.is_closed():  # without leaving: the writer notices
-            return
-        leaving = self.loop.create_task(self._leave())
-        try:
-            await asyncio.shield(leaving)
-        finally:
-            await leaving  # also when cancelled: it takes a second at most
-
-    async def _leave(self) -> None:
-        self._state = "closed"
-        self.store.closing = True
-        self.clock.engines.remove(self)
-        runs = list(self.runs.values())
-        for run in runs:
-            run.unload()
-        await asyncio.gather(*(asyncio.shield(run.ended) for run in runs))
-        for run in runs:
-            self._hand_back(run)
-        self.store.post(self.store.requeue_all, self.store.bound, then=_ignore)
-        self.store.ops.put(None)
-        await self.store.closed
-        self.store.thread.join()
-        self.threads.close()
-        self._wake(list(self._watchers))
-
-    def _hand_back(self, run: Run) -> None:
-        life = (run.key, run.generation)
-        self.store.post(self.store.hand_back, *life, run.interrupted, then=_ignore)
-
-    def _check_open(self) -> None:
-        if self._state != "open":
-            raise RuntimeError(f"the engine is {self._state}: use it inside `async with Engine(…)`")
-        if asyncio.get_running_loop() is not self.loop:
-            raise RuntimeError("the engine was entered in another event loop")
-        if self.store.failure is not None:
-            raise WorkflowInternalError(str(self.store.failure))
-
-    async def call(self, op: str, *args: Any) -> Any:
-        """The result of one of the store's operations, once it is committed."""
-        self._check_open()
-        _note_attempt()
-        future: asyncio.Future[Any] = self.loop.create_future()
-        self.store.post(getattr(self.store, op), *args, then=functools.partial(_resolve, future))
-        return await future
-
-    async def create_instances(self, workflow: str, entries: list[Entry]) -> list[str]:
-        """Stores instances, but refuses a call too many within a second; the ids of the new."""
-        limit, now = self.limits.creations_per_second, self.clock.now()
-        if len(self._created) == limit and all(at > now - 1000 for at in self._created):
-            what = f"more than {limit} creations within a second (limit creations_per_second)"
-            raise _refusal("limit.creation_rate", what)
-        self._created.append(now)
-        return await self.call("create", workflow, entries, "binding")  # type: ignore[no-any-return]
-
-    async def usage(self) -> Usage:
-        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        requests, cpu_ms, storage_bytes = await self.call("usage")
-        cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
-        cost += max(0, storage_bytes - 10**9) * 0.20e-9
-        return Usage(requests, round(cpu_ms, 3), storage_bytes, round(cost, 6))
-
-    # -- what the store tells, on the loop
-
-    def _deliver(self, results: list[Any], news: list[News], touched: set[Topic] | None) -> None:
-        self.store.pending -= len(results)
-        for then, result, error in results:
-            try:
-                then(result, error)
-            except Exception:
-                log.exception("a bug in workflows.py: please report it")
-        admitted = []
-        for item in news:
-            if (run := self.runs.get(item.instance.key)) is not None:
-                run.on_news(*item)
-            elif item.admitted:
-                admitted.append(item.instance)
-        self._load(admitted)
-        if touched is not None:
-            self._wake(touched)
-        elif self._state == "open" and (topics := list(self._watchers)):  # another process wrote
-            self.store.post(self.store.which_changed, topics, then=self._wake)
-
-    def _load(self, lives: list[Instance], previous: Run | None = None) -> None:
-        if lives and self._state == "open":
-            self.store.post(self.store.load, lives, then=functools.partial(self._begin, previous))
-
-    def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
-        for inst, rows, workflow in loaded or ():
-            if self._state == "open" and inst.key not in self.runs:
-                bound = self._workflows[workflow]
-                self.runs[inst.key] = run = Run(self, bound, inst, rows, previous)
-                run.begin()
-
-    def unloaded(self, run: Run) -> None:
-        """A life has ended; the next one may begin."""
-        if self.runs.get(run.key) is run and self._state == "open" and not run.orphan:
-            del self.runs[run.key]
-            if run.successor is not None:
-                self._load([run.successor], run)
-
-    def adopt(self, run: Run) -> None:
-        """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
-        if self._state == "open":
-            run.orphan = False
-            self._hand_back(run)
-            self.unloaded(run)
-
-    def _broke(self, error: BaseException, callbacks: list[Then]) -> None:
-        """Storage failed: nothing goes on, and everybody who waits is told."""
-        self.store.pending -= len(callbacks)
-        for run in list(self.runs.values()):
-            run.unload()
-        for then in callbacks:
-            then(None, error)
-        self._wake(list(self._watchers))
-
-    def busy(self) -> bool:
-        """Whether anything will happen by itself, without an event, a timer or the world
-        outside."""
-        pending = self.store.pending > 0 or self.threads.may_end_soon()
-        return pending or any(run.busy() for run in self.runs.values())
-
-    def when_settled(self, run: Run) -> None:
-        """Tells a run when it has done nothing for `SETTLED` turns of the loop."""
-        self._settling.append((self.turn + SETTLED, run))
-        if not self.ticking:
-            self.ticking = True
-            self.loop.call_soon(self._next_turn)
-
-    def _next_turn(self) -> None:
-        self.turn += 1
-        self.ticking = bool(self._settling)
-        if self.ticking:
-            self.loop.call_soon(self._next_turn)
-        while self._settling and self._settling[0][0] <= self.turn:
-            _, run = self._settling.popleft()
-            if run.last_move + SETTLED > self.turn and not run.dead:
-                self._settling.append((run.last_move + SETTLED, run))
-            else:
-                run.settled()
-
-    def watch(self, topic: Topic) -> asyncio.Future[None]:
-        """A future that is done when there may be news; kept by those who wait for it."""
-        return self._watchers.setdefault(topic, self.loop.create_future())
-
-    def _wake(self, topics: Iterable[Topic] | None, _: BaseException | None = None) -> None:
-        for topic in topics or ():
-            if (watched := self._watchers.pop(topic, None)) is not None:
-                _resolve(watched)
-
-
-def _kebab(name: str) -> str:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-    return words.replace("_", "-").strip("-").lower()
-
-
-# --------------------------------------------------------------------------------------------------
-# Binding: the side that callers see, in any process.
-
+# Binding: the side that callers see, in any process. Beside each method stands what it does within
+# a transaction.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
+# `Workflow` has a method `list`, and so no other `list` of its own.
+Checked = list[Any]
+Entries = list[Entry]
+Ids = list[str]
+Instances = list["WorkflowInstance"]
+Deleted = dict[str, list[dict[str, Any]]]
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # options and defaults
 
 
 class Workflow:
-    """A bound workflow: creates instances and finds them again.
+    """A workflow as callers see it: creates instances and finds them again.
 
     developers.cloudflare.com/workflows/build/workers-api/ (Workflow)"""
 
-    def __init__(
-        self, engine: Engine, name: str, cls: type[WorkflowEntrypoint[Any]], step_limit: int
-    ) -> None:
-        self.engine, self.name, self.cls, self.step_limit = engine, name, cls, step_limit
+    cls: type[WorkflowEntrypoint[Any]]  # in a process that has bound it
+    running: int | None = None
+
+    def __init__(self, engine: Engine, name: str, binding: str, steps: int) -> None:
+        self.engine, self.name, self.binding, self.steps = engine, name, binding, steps
 
     async def create(self, options: Options = None, /, **given: Any) -> WorkflowInstance:
         """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
@@ -3392,34 +3570,57 @@ class Workflow:
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
         `limit.queued_instances`, `limit.retention`."""
-        entry = self._entry(_merge(options, given, (*_CREATE,), "create"), "create")
-        if not await self.engine.create_instances(self.name, [entry]):
+        entry = self._entry(merge(options, given, [*_CREATE], "create"), "create")
+        if not await self._create([entry]):
             what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
-            raise _refusal("instance.already_exists", what)
+            raise refusal("instance.already_exists", what)
         return WorkflowInstance(self, entry[0])
 
-    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]:
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> Instances:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
         `limit.batch_size`."""
-        entries = self._batch(batch, "batch", self._entry)
-        made = await self.engine.create_instances(self.name, entries)
+        made = await self._create(self._batch(batch, "batch", self._entry))
         return [WorkflowInstance(self, id) for id in made]
+
+    async def _create(self, entries: Entries) -> Ids:
+        self.engine.creations.count()
+        made: Ids = await self.engine.call(create_instances, self.name, entries, "binding")
+        return made
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call("on", self.name, self._check_id(id), "status")
+        await self.engine.call(on_instance, self.name, self.check_id(id), read_status)
         return WorkflowInstance(self, id)
 
-    async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    async def list(
+        self, status: str | None = None, limit: int | None = None
+    ) -> collections.abc.AsyncGenerator[WorkflowInstance, None]:
+        """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
+        first."""
+        if status is not None and status not in STATUSES:
+            expected = f"one of {', '.join(STATUSES)}"
+            raise ValueError(f"status is {show(status)}: expected {expected}")
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
+        before, left = 2**62, math.inf if limit is None else limit
+        while left > 0:
+            page = await self.engine.call(list_instances, self.name, status, before, min(left, 100))
+            for before, id in page:
+                if id is not None:
+                    yield WorkflowInstance(self, id)
+            left = left - len(page) if page else 0
+
+    async def delete_batch(self, ids: Iterable[str]) -> Deleted:
         """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
         [{"id", "code", "message"}]}`, with one entry for each id.
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        legal = self._batch(ids, "ids", self._check_id)
-        return await self.engine.call("delete_batch", self.name, legal)  # type: ignore[no-any-return]
+        legal = self._batch(ids, "ids", self.check_id)
+        answer: Deleted = await self.engine.call(delete_instances, self.name, legal)
+        return answer
 
-    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> list[Any]:
+    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> Checked:
         """What `check` makes of each entry of a caller's list, if there aren't too many."""
         if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
             raise TypeError(f"{what} is {type(given).__name__}: expected a list")
@@ -3427,32 +3628,34 @@ class Workflow:
         limit = self.engine.limits.batch
         if not 0 < len(entries) <= limit:
             what = f"{what} has {len(entries)} entries: expected 1 to {limit} (limit batch)"
-            raise _refusal("limit.batch_size", what)
+            raise refusal("limit.batch_size", what)
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _CREATE | _options(given, (*_CREATE,), where), self.engine.limits
-        id = str(uuid.uuid4()) if options["id"] is None else self._check_id(options["id"], where)
+        options, limits = _CREATE | options_of(given, [*_CREATE], where), self.engine.limits
+        id = str(uuid.uuid4()) if options["id"] is None else self.check_id(options["id"], where)
         what, code = f"{where}: params", "params.not_serializable"
         text, _ = checked(options["params"], what, code, limits, "payload_bytes")
-        names = ("successRetention", "errorRetention")
-        kept = [limits.success_retention, limits.error_retention]
+        kept = {
+            "successRetention": limits.success_retention,
+            "errorRetention": limits.error_retention,
+        }
         retention = {} if options["retention"] is None else options["retention"]
-        for name in _options(retention, names, f"{where}: retention"):
-            n, ms = names.index(name), _config_ms(retention, name, f"{where}: retention")
-            longest = kept[n]
+        for name in options_of(retention, [*kept], f"{where}: retention"):
+            ms, longest = duration_of(retention, name, f"{where}: retention"), kept[name]
             if longest is not None and ms > longest:
                 what = f"{where}: {name} is longer than {longest} ms (limit retention)"
-                raise _refusal("limit.retention", what)
-            kept[n] = ms
-        return id, text, kept[0], kept[1]
+                raise refusal("limit.retention", what)
+            kept[name] = ms
+        return id, text, kept["successRetention"], kept["errorRetention"]
 
-    def _check_id(self, id: Any, where: str = "id") -> str:
+    def check_id(self, id: Any, where: str = "id") -> str:
+        """Refuses what is no instance id."""
         limit = self.engine.limits.id_length
         if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
             return id
-        what = f"{where}: {_show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
-        raise _refusal("instance.invalid_id", what)
+        what = f"{where}: {show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
+        raise refusal("instance.invalid_id", what)
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -3463,49 +3666,103 @@ class Workflow:
     def introspect_instance(self, id: str) -> WorkflowInstanceIntrospector:
         """`async with workflow.introspect_instance(id) as one`: the same for one instance, which
         may also be created inside the block. Error: `instance.invalid_id`."""
-        return WorkflowInstanceIntrospector(self, self._check_id(id))
+        return WorkflowInstanceIntrospector(self, self.check_id(id))
 
-    def _event(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
-        event = {"payload": None} | _merge(options, given, ("type", "payload"), what)
+    def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
+        """Type and payload of an event that somebody sends."""
+        event = {"payload": None} | merge(options, given, ("type", "payload"), what)
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
-        type = _check_event_type(event["type"], _refusal)
+        type = check_event_type(event["type"], refusal)
         code, limits = "event.not_serializable", self.engine.limits
         return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
 
 
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # options and defaults
+def bindable(
+    engine: Engine, cls: Any, name: str | None, binding: str | None, steps: int | None
+) -> Workflow:
+    """What `Engine.bind` is given, checked."""
+    extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
+    if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
+        expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
+        raise TypeError(f"{show(cls)} can't be bound: expected {expected}")
+    name = _kebab(cls.__name__) if name is None else name
+    if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
+        raise ValueError(f"{show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
+    binding = name.upper().replace("-", "_") if binding is None else binding
+    if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
+        raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
+    if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
+        raise ValueError(f"steps is {show(steps)}: expected a whole number from 1 to 25,000")
+    workflow = Workflow(engine, name, binding, steps or engine.limits.steps)
+    workflow.cls = cls
+    return workflow
 
 
-def _merge(options: Any, given: dict[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
-    """An options object, or keyword arguments, or both; every key known."""
-    options = _options({} if options is None else options, known, what)
-    for key in options.keys() & given:
-        raise TypeError(f"{what}: {key!r} is given twice")
-    return _options({**options, **given}, known, what)
+def _kebab(name: str) -> str:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return words.replace("_", "-").strip("-").lower()
 
 
-_KINDS = {_camel(kind): kind for kind in STEP_KINDS}
+class Rate:
+    """How many calls may be made within a second: an account's quota, of this process."""
+
+    def __init__(self, limit: int | None, clock: Clock) -> None:
+        self._clock, self._limit = clock, limit
+        self._calls: deque[int] = deque(maxlen=limit or 0)  # when
+
+    def count(self) -> None:
+        """Counts a call, or refuses it."""
+        now = self._clock.now()
+        if len(self._calls) == self._limit and all(at > now - 1000 for at in self._calls):
+            what = f"more than {self._limit} creations within a second"
+            raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
+        self._calls.append(now)
 
 
-def _start(given: Any) -> tuple[str, int, str | None]:
-    """The step that a restart begins from: name, count, and kind if that is given."""
-    step = _options(given, ("name", "count", "type"), "from")
-    kind = step.pop("type", None)
-    if kind is not None and kind not in [*_KINDS]:
-        raise ValueError(f"from: the type is {_show(kind)}: expected one of {', '.join(_KINDS)}")
-    return *_named(step, "count"), kind and _KINDS[kind]
+def create_instances(
+    tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str
+) -> list[str]:
+    """Stores instances, in order; returns the ids of those that are new."""
+    (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
+    for _, params, *_ in entries:
+        check_state(tx, 0, size_of(params), refusal)
+    taken = {*tx.find(workflow, [entry[0] for entry in entries])}
+    tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
+    made = []
+    for id, params, success, error in entries:
+        if id not in taken:
+            number = tx.next_number()
+            inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
+            tx.move(inst, Row("queued", data=params), size_of(params))
+            taken.add(id)
+            made.append(id)
+    tx.requests += len(made)
+    return made
 
 
-def _named(step: Any, index: str = "index") -> tuple[str, int]:
-    """The name and the count of a step."""
-    given = step if isinstance(step, Mapping) else {"name": step}
-    _options(given, ("name", index), "step")
-    name, count = given.get("name"), given.get(index, 1)
-    if isinstance(name, str) and type(count) is int and count > 0:
-        return name, count
-    expected = f'its name, or {{"name": …, "{index}": …}} with a number from 1'
-    raise ValueError(f"{_show(step)} is not a step: expected {expected}")
+def list_instances(
+    tx: Transaction, workflow: str, status: str | None, before: int, most: int
+) -> list[tuple[int, str | None]]:
+    """Key and id of a workflow's instances with a key below `before`, newest first; None instead
+    of the id of one that has expired."""
+    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
+    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
+    return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
+
+
+def delete_instances(
+    tx: Transaction, workflow: str, ids: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
+    known = tx.find(workflow, ids)
+    for inst in known.values():
+        _delete(tx, inst)
+    error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
+    return {
+        "deleted": [{"id": id} for id in ids if id in known],
+        "errors": [{"id": id, **error} for id in ids if id not in known],
+    }
 
 
 class WorkflowInstance:
@@ -3520,15 +3777,97 @@ class WorkflowInstance:
     def __repr__(self) -> str:
         return f"<WorkflowInstance {self.workflow.name} {self.id}>"
 
-    async def _call(self, op: str, *args: Any) -> Any:
-        return await self.workflow.engine.call("on", self.workflow.name, self.id, op, *args)
+    async def _call(self, operation: Operation, *args: Any) -> Any:
+        engine, name = self.workflow.engine, self.workflow.name
+        return await engine.call(on_instance, name, self.id, operation, *args)
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now."""
-        _, status, data = await self._call("status")
+        _, status, data = await self._call(read_status)
         output = decode(data) if status == "complete" else None
-        error = _brief(decode(data)) if status == "errored" else None
+        error = brief(decode(data)) if status == "errored" else None
         return InstanceStatus(status, output, error)
+
+    async def history(self) -> list[WorkflowHistoryEvent]:
+        """What has happened so far: the events of `subscribe` up to now."""
+        name, told = self.workflow.name, History(self.id)
+        inst, rows = await self.workflow.engine.call(read_journal, name, self.id, 0, 0)
+        if inst is None:
+            raise _not_found(name, self.id)
+        return [event for row in rows for event in told.events(row)]
+
+    async def pause(self) -> None:
+        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
+        callbacks in flight have finished. Sleeps, retry delays and event timeouts stand still while
+        paused."""
+        await self._call(_pause)
+
+    async def resume(self) -> None:
+        """Goes on from a pause, or cancels one that hasn't taken effect."""
+        await self._call(_resume)
+
+    async def terminate(self, options: Options = None, /, **given: Any) -> None:
+        """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
+        handlers of its steps run first: it returns when their beginning is recorded, and another
+        `terminate()` ends that at once.
+
+        Error: `instance.cannot_terminate` if it has finished."""
+        rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
+        if not isinstance(rollback, bool):
+            raise TypeError(f"rollback is {show(rollback)}: expected True or False")
+        await self._call(_terminate, "binding", rollback)
+
+    async def restart(self, options: Options = None, /, **given: Any) -> None:
+        """Begins again with the same id, params and timestamp; everything else is erased. With
+        `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
+        that step: what started before it is kept (but what `run` cancelled after it begins anew),
+        and so are buffered events.
+
+        Error: `instance.cannot_restart` if its history has no such step."""
+        start = merge(options, given, ("from",), "restart").get("from")
+        await self._call(_restart, None if start is None else _start(start))
+
+    async def delete(self) -> None:
+        """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
+        await self._call(_delete)
+
+    async def send_event(self, options: Options = None, /, **given: Any) -> None:
+        """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
+        delivered to exactly one `wait_for_event` of that type, now or later.
+
+        Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
+        `limit.event_payload`, `limit.instance_state`."""
+        await self._call(_send_event, *self.workflow.event_of(options, given, "send_event"))
+
+    async def result(self, timeout: Duration | None = None) -> Any:
+        """Waits for the end. Returns the output; raises the error that left `run`, or
+        `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
+        after `timeout`."""
+        patience = None if timeout is None else parse_duration(timeout)
+        key, status, data = await self._call(read_status)
+        engine = self.workflow.engine
+        late: asyncio.Future[None] = engine.loop.create_future()
+        timer = None
+        if patience is not None:
+            timer = engine.clock.call_later(patience, functools.partial(resolve, late))
+        try:
+            while status not in FINISHED:
+                ended = engine.watchers.watch(key)
+                present, status, data = await self._call(read_status)
+                if present != key:  # deleted, and its id is used again
+                    raise _not_found(self.workflow.name, self.id)
+                if status not in FINISHED and late.done():
+                    raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
+                if status not in FINISHED:
+                    await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if status == "complete":
+            return decode(data)
+        if status == "errored":
+            raise rebuild_error(decode(data))
+        raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     async def subscribe(
         self, cursor: int | None = None, filter: Iterable[str] | None = None
@@ -3539,11 +3878,11 @@ class WorkflowInstance:
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
         if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
-            raise TypeError(f"cursor is {_show(cursor)}: expected an event_id or None")
+            raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
         shown = EVENT_TYPES if filter is None else {*filter}
         if unknown := shown - EVENT_TYPES:
             known = ", ".join(sorted(EVENT_TYPES))
-            raise ValueError(f"filter has {_show(unknown)}: expected some of {known}")
+            raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -3564,82 +3903,437 @@ class WorkflowInstance:
         whenever something has changed."""
         engine, key, seq = self.workflow.engine, 0, 0
         while True:
-            changed = engine.watch(self.id)  # before the look, so that nothing is missed
-            inst, rows = await engine.call("look", self.workflow.name, self.id, key, seq)
+            changed = engine.watchers.watch(self.id)  # before it is read, so that nothing is missed
+            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, key, seq)
             yield inst, rows
             if inst is not None:
                 key, seq = inst.key, inst.seq
             await asyncio.wait({changed})
 
-    async def pause(self) -> None:
-        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
-        callbacks in flight have finished. Sleeps, retry delays and event timeouts stand still while
-        paused."""
-        await self._call("pause")
 
-    async def resume(self) -> None:
-        """Goes on from a pause, or cancels one that hasn't taken effect."""
-        await self._call("resume")
+def _not_found(workflow: str, id: str) -> WorkflowError:
+    return refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
 
-    async def terminate(self, options: Options = None, /, **given: Any) -> None:
-        """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
-        handlers of its steps run first: it returns when their beginning is recorded, and another
-        `terminate()` ends that at once.
 
-        Error: `instance.cannot_terminate` if it has finished."""
-        rollback = _merge(options, given, ("rollback",), "terminate").get("rollback", False)
-        if not isinstance(rollback, bool):
-            raise TypeError(f"rollback is {_show(rollback)}: expected True or False")
-        await self._call("terminate", "binding", rollback)
+def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *args: Any) -> Any:
+    """Carries out one of the operations below on the instance with that id."""
+    inst = tx.find(workflow, [id]).get(id)
+    if inst is None:
+        raise _not_found(workflow, id)
+    return operation(tx, inst, *args)
 
-    async def restart(self, options: Options = None, /, **given: Any) -> None:
-        """Begins again with the same id, params and timestamp; everything else is erased. With
-        `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
-        that step: what started before it is kept (but what `run` cancelled after it begins anew),
-        and so are buffered events.
 
-        Error: `instance.cannot_restart` if its history has no such step."""
-        start = _merge(options, given, ("from",), "restart").get("from")
-        await self._call("restart", None if start is None else _start(start))
+def read_status(tx: Transaction, inst: Instance) -> tuple[int, str, str | None]:
+    """(key, status, data of the row that ended it)."""
+    rows = tx.journal(inst, "seq = ?", inst.seq) if inst.status in FINISHED else []
+    return inst.key, inst.status, rows[0].data if rows else None
 
-    async def delete(self) -> None:
-        """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
-        await self._call("delete")
 
-    async def send_event(self, options: Options = None, /, **given: Any) -> None:
-        """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
-        delivered to exactly one `wait_for_event` of that type, now or later.
+def read_journal(
+    tx: Transaction, workflow: str, id: str, key: int, seen: int
+) -> tuple[Instance | None, list[Row]]:
+    """The instance with that id, if there is one, and its rows: only those after `seen`, if it
+    still is the one with that key."""
+    inst = tx.find(workflow, [id]).get(id)
+    if inst is None:
+        return None, []
+    rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
+    return copy.copy(inst), rows  # as it is at this point of the transaction
 
-        Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
-        `limit.event_payload`, `limit.instance_state`."""
-        await self._call("send_event", *self.workflow._event(options, given, "send_event"))
 
-    async def result(self, timeout: float | str | timedelta | None = None) -> Any:
-        """Waits for the end. Returns the output; raises the error that left `run`, or
-        `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
-        after `timeout`."""
-        patience = math.inf if timeout is None else parse_duration(timeout)
-        key, status, data = await self._call("status")
-        engine = self.workflow.engine
-        late: asyncio.Future[None] = engine.loop.create_future()
-        timer = engine.clock.call_later(patience, functools.partial(_resolve, late))
-        try:
-            while status not in FINISHED:
-                ended = engine.watch(key)
-                present, status, data = await self._call("status")
-                if present != key:  # deleted, and its id is used again
-                    raise _not_found(self.workflow.name, self.id)
-                if status not in FINISHED and late.done():
-                    raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
-                if status not in FINISHED:
-                    await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            timer.cancel()
-        if status == "complete":
-            return decode(data)
-        if status == "errored":
-            raise rebuild_error(decode(data))
-        raise _refusal("instance.terminated", f"instance {self.id!r} was terminated")
+def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
+    """On which of these there may be news, when another process wrote."""
+    sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
+             ON i.key = asked.value AND asked.type = 'integer'
+             WHERE i.id IS NULL OR i.ended IS NOT NULL"""
+    return [topic for (topic,) in tx.db.rows(sql, json.dumps(topics))]
+
+
+def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
+    if inst.status in FINISHED:
+        what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
+        raise refusal("instance.not_running", what)
+    check_state(tx, inst.state, size_of(payload), refusal)
+    tx.buffer(inst, type, payload)
+
+
+def _pause(tx: Transaction, inst: Instance) -> None:
+    if inst.rollback == "begun":
+        return
+    if inst.status == "running":
+        tx.move(inst, Row("waitingForPause"), wake=tx.now)
+    elif inst.status in ("waiting", "queued"):
+        tx.move(inst, Row("paused"), paused=tx.now, wake=tx.now)
+
+
+def _resume(tx: Transaction, inst: Instance) -> None:
+    """A paused one goes back to where it was: to its place in the queue, if it had one."""
+    if inst.status == "waitingForPause":
+        tx.move(inst, Row("running"), wake=tx.now)
+    elif inst.status == "paused":
+        unpause(tx, inst)
+        status = "waiting" if inst.place is None else "queued"
+        tx.move(inst, Row(status), paused=None, wake=tx.now)
+
+
+def unpause(tx: Transaction, inst: Instance) -> None:
+    """What fell due before the pause, and wasn't noticed, stays due: only the rest stood still."""
+    if inst.paused is not None:
+        sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
+        tx.db.execute(sql, (tx.now - inst.paused, inst.key, inst.paused))
+
+
+def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> None:
+    """At once; or, with a rollback that has anything to undo, at the end of that."""
+    if inst.status in FINISHED:
+        what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
+        raise refusal("instance.cannot_terminate", what)
+    if rollback and inst.rollback == "begun" and inst.termination is None:
+        tx.change(inst, termination=source)  # the one that is under way will do
+        return
+    if rollback:
+        message = f"instance {inst.id!r} was terminated"
+        error = WorkflowError(message, code="instance.terminated", name="Terminated")
+        if begin_rollback(tx, inst, encode_error(error)):
+            tx.change(inst, termination=source)
+            return
+    if inst.rollback == "begun":
+        inst.rollback = "failed"
+    generation = inst.generation + 1
+    tx.move(inst, Row("terminated"), generation=generation, termination=source, wake=tx.now)
+
+
+def _restart(tx: Transaction, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
+    """From the top, or from a step: then what started before that step is kept."""
+    rows = tx.journal(inst)
+    kept: list[Row] = []
+    if start is None:
+        tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
+        inst.started = None
+    else:
+        name, count, kind = start
+        kinds = STEP_KINDS if kind is None else [kind]
+        kept = cut(rows, [SEPARATOR.join((kind, name, str(count))) for kind in kinds])
+        if not kept:
+            what = f"{kind or 'step'} {name!r} with count {count}"
+            raise refusal("instance.cannot_restart", f"instance {inst.id!r} has no {what}")
+    for table in ("journal", "waits"):
+        sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
+        tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
+    unpause(tx, inst)
+    steps = fold(kept)[0].values()
+    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
+    texts = [rows[0].data, *(payload for (payload,) in payloads)]
+    texts += [step.data for step in steps if step.state == "done"]
+    size = sum(size_of(text or "") for text in texts) - inst.state
+    for step in steps:
+        if step.open:  # it was in flight: that is as after a clean stop
+            tx.append(inst, Row("stop", step.key))
+    began_again = Row("queued", data=None if kept else rows[0].data)
+    cleared = dict.fromkeys(("ended", "paused", "termination", "rollback"))
+    generation, place = inst.generation + 1, tx.next_number()
+    tx.move(
+        inst,
+        began_again,
+        size,
+        **cleared,
+        generation=generation,
+        place=place,
+        careful=0,
+        wake=tx.now,
+    )
+
+
+_KINDS = {camel(kind): kind for kind in STEP_KINDS}
+
+
+def _start(given: Any) -> tuple[str, int, str | None]:
+    """The step that a restart begins from: name, count, and kind if that is given."""
+    step = options_of(given, ("name", "count", "type"), "from")
+    kind = step.pop("type", None)
+    if kind is not None and kind not in [*_KINDS]:
+        raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
+    return *step_named(step, "count"), kind and _KINDS[kind]
+
+
+def _delete(tx: Transaction, inst: Instance) -> None:
+    """Frees the id; the owner clears the rest away when it has stopped the run."""
+    tx.touched |= {inst.key, inst.id or ""}
+    tx.db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
+    inst.id = None
+    generation = inst.generation + 1
+    tx.change(inst, status="terminated", generation=generation, wake=tx.now)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rollback: what steps have done is undone, the last step first, by the handlers that they were
+# given, when an error leaves `run` or somebody terminates the instance like that.
+#
+# A row says that it has begun, and the instance's generation is raised: so the run that was there
+# writes nothing more, and what follows are lives of another kind. One that undoes needs handlers,
+# which are functions and can't be stored. The life before it, in the same process, has met them all;
+# after the death of a process, a life that only searches comes first: it replays `run`, and no call
+# begins anything new.
+#
+# developers.cloudflare.com/workflows/build/rollback/
+
+SEARCH = 5000  # ms without a step call, after which a search gives up
+
+
+def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
+    """Begins a rollback, unless there was one, or no step that has started has a handler."""
+    has_handler = "type = 'start' AND json_extract(nullif(extra, ''), '$.rollback') IS NOT NULL"
+    if inst.rollback is not None or not tx.journal(inst, has_handler):
+        return False
+    unpause(tx, inst)
+    tx.append(inst, Row("rollback", data=error))
+    ran = inst.status in ("running", "waitingForPause")
+    status, generation = "running" if ran else inst.status, inst.generation + 1
+    begun = {"rollback": "begun", "paused": None, "wake": tx.now}
+    tx.change(inst, status=status, generation=generation, **begun)
+    if not ran:
+        tx.requeue(inst)
+    return True
+
+
+def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
+    """All handlers have run (then `failure` is "null"), or one of them has failed."""
+    if inst := tx.mine(lease):
+        (begun,) = tx.journal(inst, "type = 'rollback'")
+        row = Row("errored", data=begun.data, extra=failure)
+        if inst.termination is not None:
+            row = Row("terminated", extra=failure)
+        tx.move(inst, row, rollback="complete" if failure == "null" else "failed")
+
+
+def undoable(steps: Mapping[str, Step]) -> list[Step]:
+    """The steps that have started and have a handler, in the order of their start."""
+    return [step for step in steps.values() if "rollback" in json.loads(step.config or "{}")]
+
+
+def note_handler(run: Run, call: StepCall) -> None:
+    """Keeps the rollback handler of a step call, with the configuration that it was given."""
+    if call.options or len(call.args) > 1:
+        with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
+            *_, handler, config = do_arguments(call)
+            if handler is not None:
+                run.handlers[call.key] = handler, config
+
+
+def next_life(engine: Engine, workflow: Workflow, loaded: Loaded, previous: Run | None) -> Run:
+    """The life that an instance needs now."""
+    if loaded.instance.rollback != "begun":
+        return Run(engine, workflow, loaded)
+    handlers = {} if previous is None else previous.handlers
+    wanted = [step.key for step in undoable(fold(loaded.rows)[0])]
+    searched = isinstance(previous, SearchRun) or all(key in handlers for key in wanted)
+    run = UndoRun(engine, workflow, loaded) if searched else SearchRun(engine, workflow, loaded)
+    run.handlers |= handlers
+    return run
+
+
+class SearchRun(Run):
+    """A life that only replays `run`, to find rollback handlers: until it has found them all, `run`
+    has ended, or nothing has happened for a while."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.successor = loaded.instance
+        self._wanted = {step.key for step in undoable(self.steps)}
+        self._timer_of_search: Any = None
+        for key in [key for key in self.inbox if self.steps[key].state == "cancelled"]:
+            del self.inbox[key]  # no result need wait for that here
+
+    def begin(self) -> None:
+        super().begin()
+        self._look_for_more()
+
+    def _note(self, call: StepCall) -> None:
+        super()._note(call)
+        self._look_for_more()
+
+    def _look_for_more(self) -> None:
+        if self._timer_of_search is not None:
+            self._timer_of_search.cancel()
+        self._timer_of_search = self.engine.clock.call_later(SEARCH, self.unload)
+        if self._wanted <= self.handlers.keys():
+            self.unload()
+
+    def main_ended(self, task: asyncio.Task[Any]) -> None:
+        self.unload()
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Nothing begins here: the call stays pending."""
+
+    def _on_cancellation(self, call: StepCall) -> None:
+        """Nothing is recorded here."""
+
+    def _is_idle(self) -> bool:
+        return False
+
+
+class UndoRun(Run):
+    """A life that runs the rollback handlers, each as a step."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.inbox.clear()  # `run` does not run here
+        self._cause = next(row.data for row in loaded.rows if row.type == "rollback")
+
+    async def main(self) -> str:
+        """Runs them; returns the record of what failed, or "null"."""
+        error = rebuild_error(decode(self._cause or ""))
+        for step in reversed(undoable(self.steps)):
+            try:
+                await UndoCall(self, step, error)
+            except Exception as failure:
+                log.warning("%s: a rollback handler failed", self, exc_info=failure)
+                return encode_error(failure)
+        return "null"
+
+    def conclude(self, result: Any) -> None:
+        self.post(end_rollback, result)
+
+    def _is_idle(self) -> bool:
+        return False
+
+
+class UndoCall(StepCall):
+    """A rollback handler, as a step call."""
+
+    def __init__(self, run: UndoRun, undone: Step, error: Exception) -> None:
+        *_, name, count = undone.key.split(SEPARATOR)
+        super().__init__(run, "rollback", plan_undo, name, (), {})
+        self.key, self.count = ROLLBACK + undone.key, int(count)
+        self.undone, self.error = undone, error
+
+
+def plan_undo(call: UndoCall) -> DoPlan:
+    """The handler of a step, with its argument."""
+    step, (handler, given) = call.undone, call.run.handlers.get(call.undone.key, (None, None))
+    if handler is None:
+        what = f"the rollback handler of step {call.name!r} was not found by replay"
+        raise fatal("workflow.fatal", what)
+    last = Attempt(call.run, call, StepConfig.load(step.config or ""), max(1, step.attempts))
+    output = decode(step.data) if step.state == "done" and step.data else None
+    info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
+    config = StepConfig.load(step.config or "", given, "rollback")
+    return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
+
+
+# --------------------------------------------------------------------------------------------------
+# History: journal rows as the events of `subscribe`.
+
+_STATUSES = "queued running waiting waiting_for_pause paused errored terminated"
+# By a row's type: the events that it is shown as.
+_TOLD = {camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
+_TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
+_TOLD |= {"start": ["step_started", "attempt_started"], "rollback": ["rollback_started"]}
+_TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
+_TOLD |= {"done": ["attempt_completed", "step_completed"]}
+_TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
+_TOLD |= {"wait": ["wait_started"], "event": ["wait_completed"], "timeout": ["wait_timed_out"]}
+EVENT_TYPES = {"rollback_completed", "rollback_errored"}.union(*_TOLD.values())
+EVENT_TYPES |= {f"rollback_{t}" for t in EVENT_TYPES if t.startswith(("step_", "attempt_"))}
+
+
+class History:
+    """Shows journal rows, given in order from the first one on, as events: one or more for a row,
+    none for the engine's own affairs. Their ids grow in journal order."""
+
+    def __init__(self, instance_id: str) -> None:
+        self._instance_id = instance_id
+        self._params: Any = None
+        self._configs: dict[str | None, dict[str, Any]] = {}  # of the steps that have begun
+
+    def events(self, row: Row) -> list[WorkflowHistoryEvent]:
+        """What the next row is shown as."""
+        types = list(_TOLD.get(row.type, ()))
+        data = None if row.data is None else decode(row.data)
+        if row.type == "queued" and row.data is not None:
+            self._params = data
+        if row.step is None and row.extra is not None:  # how the rollback went
+            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
+        if row.type == "start":
+            if row.extra is None:  # a later attempt
+                types.remove("step_started")
+            else:
+                config = json.loads(row.extra)["config"] if row.extra else DEFAULT_CONFIG
+                self._configs[row.step] = config
+        if row.step is not None and row.step.startswith(ROLLBACK):
+            types = [f"rollback_{type}" for type in types]
+        return [self._event(row, type, n, data) for n, type in enumerate(types)]
+
+    def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
+        event = WorkflowHistoryEvent(type=type, event_id=row.seq * 10 + n)
+        event |= {"timestamp": to_datetime(row.at), "instance_id": self._instance_id}
+        if row.step is not None:
+            event["step_name"] = step_label(row.step)
+        if "attempt_" in type:
+            event["attempt"] = row.attempt
+        if type == "workflow_started":
+            event["params"] = self._params
+        if type.endswith("step_started"):
+            event["config"] = self._configs[row.step]
+        if type in ("workflow_completed", "wait_completed") or type.endswith("step_completed"):
+            sensitive = "sensitive" in self._configs.get(row.step, {})
+            event["output"] = "[REDACTED]" if sensitive else data
+        if type.endswith(("_errored", "timed_out")) or type == "rollback_started":
+            event["error"] = brief(decode(row.extra or "") if type == "rollback_errored" else data)
+        if type.endswith("attempt_errored"):
+            event["retry_delay_ms"] = data.get("retry_delay_ms")
+        if type == "sleep_started":
+            event["duration_ms"] = data
+        if type == "wait_started":
+            event["event_type"] = data["type"]
+        return event
+
+
+def brief(error: dict[str, Any]) -> dict[str, str]:
+    """What users see of a recorded error."""
+    return {"name": error["name"], "message": error["message"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Usage: what Cloudflare's pricing is based on, counted with each commit.
+
+_MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
+
+
+def begins_step(row: Row) -> bool:
+    """Whether a row counts as a step: the first one of each, but not of rollback handlers."""
+    first_attempt = row.type == "start" and row.extra is not None
+    undoes = (row.step or "").startswith(ROLLBACK)
+    return row.type in ("sleep", "wait") or (first_attempt and not undoes)
+
+
+def count_usage(tx: Transaction) -> None:
+    """Writes what a transaction has used."""
+    used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
+    if any(used):
+        sql = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+                  requests = requests + excluded.requests, steps = steps + excluded.steps,
+                  cpu_ms = cpu_ms + excluded.cpu_ms,
+                  storage_bytes = storage_bytes + excluded.storage_bytes"""
+        tx.db.execute(sql, (tx.now, *used))
+        tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
+
+
+def read_usage(tx: Transaction) -> list[Any]:
+    """Requests, steps and CPU time of this month, and the bytes that are stored now."""
+    count_usage(tx)
+    this_month = "FILTER (WHERE month = now)"
+    sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
+              sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
+    return [total or 0 for total in tx.db.one(sql, tx.now)]
+
+
+def usage_of(totals: list[Any]) -> Usage:
+    """The totals, and what they would cost on the paid plan."""
+    requests, steps, cpu_ms, storage_bytes = totals
+    cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
+    cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
+    return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3648,11 +4342,11 @@ class WorkflowInstance:
 
 
 class StepDecorator(StepCall):
-    """`step.do(…)` without a callback: it awaits a function to decorate. If it is itself awaited,
-    the callback was forgotten, which the call says then."""
+    """`step.do(…)` without a callback: it waits for a function to decorate. Awaited itself, it says
+    that the callback was forgotten."""
 
-    def __init__(self, *declared: Any) -> None:
-        self._declared = declared
+    def __init__(self, run: Run, name: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._declared = run, name, args, options
         self._coroutine = None
 
     def __call__(self, function: Callable[..., Any]) -> StepFunction:
@@ -3661,8 +4355,27 @@ class StepDecorator(StepCall):
     def _begin(self) -> Coroutine[Any, Any, Any]:
         if self._coroutine is None:
             run, name, args, _ = self._declared
-            super().__init__(run, "do", "" if name is None else name, args[:1], {})
+            super().__init__(run, "do", plan_do, "" if name is None else name, args[:1], {})
         return super()._begin()
+
+
+class DecoratedCall(StepCall):
+    """A call of a decorated function."""
+
+    def __init__(self, function: StepFunction, run: Run, args: Any, options: Any) -> None:
+        super().__init__(run, "do", plan_do, function.__name__, args, options)
+        self.function = function
+
+    def way(self) -> Coroutine[Any, Any, Any]:
+        return self.function.perform(self)
+
+
+# By run, or by attempt whose callback calls steps: what has become of the decorated ones.
+_outcomes: weakref.WeakKeyDictionary[Any, dict[StepFunction, asyncio.Future[Any]]]
+_outcomes = weakref.WeakKeyDictionary()
+# By run: the decorated functions, by the names of their steps and by their own.
+_functions: weakref.WeakKeyDictionary[Run, dict[tuple[str, str], StepFunction]]
+_functions = weakref.WeakKeyDictionary()
 
 
 class StepFunction:
@@ -3685,7 +4398,7 @@ class StepFunction:
         with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
             self._signature = inspect.signature(function)
         self._names = [name for name in self._signature.parameters if name != "ctx"]
-        latest = run.functions  # by the name of the step, and by that of the function
+        latest = _functions.setdefault(run, {})
         known = {n: latest.get(("step", n)) or latest.get(("function", n)) for n in self._names}
         self._by_name = {name: step for name, step in known.items() if step is not None}
         latest["step", str(self.__name__)] = latest["function", own] = self
@@ -3693,15 +4406,13 @@ class StepFunction:
     def __call__(self, *args: Any, **named: Any) -> StepCall:
         if args or named:
             what = "is called without arguments: it gets its dependencies' results"
-            raise _fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
-        call = StepCall(self._run, "do", self.__name__, self._args, self._options)
-        call.function = self
-        return call
+            raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
+        return DecoratedCall(self, self._run, self._args, self._options)
 
     async def perform(self, call: StepCall) -> Any:
         """The dependencies, then the step itself. What it gives is kept for those that depend on
         it in the same scope: that of `run`, or of an attempt whose callback calls steps."""
-        outcomes = (call.attempt or self._run).outcomes
+        outcomes = _outcomes.setdefault(call.outer or self._run, {})
         before = outcomes.get(self)
         outcome = outcomes[self] = self._run.loop.create_future()
         try:
@@ -3723,7 +4434,9 @@ class StepFunction:
 
     async def _result(self, scope: Attempt | Run) -> Any:
         """For a step that depends on this one."""
-        while (outcome := scope.outcomes.get(self)) is not None and not outcome.cancelled():
+        while (
+            outcome := _outcomes.setdefault(scope, {}).get(self)
+        ) is not None and not outcome.cancelled():
             try:
                 return copy.deepcopy(await asyncio.shield(outcome))
             except asyncio.CancelledError:
@@ -3738,18 +4451,18 @@ class StepFunction:
         if depends is not None:
             legal = isinstance(depends, (list, tuple)) and len(depends) <= len(names)
             if not legal or not all(isinstance(step, StepFunction) for step in depends):
-                what = f"depends is {_show(depends)}: expected up to {len(names)} steps, decorated"
-                raise _fatal("step.invalid_config", f"step {call.name!r}: {what} with step.do")
+                what = f"depends is {show(depends)}: expected up to {len(names)} steps, decorated"
+                raise fatal("step.invalid_config", f"step {call.name!r}: {what} with step.do")
             found = dict(zip(names, depends, strict=False))
         if not isinstance(self._concurrent, bool):
-            what = f"concurrent is {_show(self._concurrent)}: expected True or False"
-            raise _fatal("step.invalid_config", f"step {call.name!r}: {what}")
+            what = f"concurrent is {show(self._concurrent)}: expected True or False"
+            raise fatal("step.invalid_config", f"step {call.name!r}: {what}")
         for name in names:
             empty = self._signature.parameters[name].default is inspect.Parameter.empty
             if empty and name not in found:
                 what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
-                raise _fatal("step.invalid_callback", f"step {call.name!r}: {what}")
-        scope = call.attempt or self._run
+                raise fatal("step.invalid_callback", f"step {call.name!r}: {what}")
+        scope = call.outer or self._run
         if self._concurrent:
             results = await asyncio.gather(*(step._result(scope) for step in found.values()))
         else:
@@ -3758,7 +4471,15 @@ class StepFunction:
             return self._function
         bound = self._signature.bind_partial()
         bound.arguments.update(zip(found, results, strict=True))
-        return functools.partial(self._function, *bound.args, **bound.kwargs)
+        return _OwnCopies(self._function, *bound.args, **bound.kwargs)
+
+
+class _OwnCopies(functools.partial[Any]):
+    """A function with arguments, of which each attempt gets its own copies."""
+
+    def __call__(self, /, *args: Any, **named: Any) -> Any:
+        own_args, own_named = copy.deepcopy((self.args, self.keywords))
+        return self.func(*own_args, *args, **own_named, **named)
 
 
 def install_workers_shim() -> None:
@@ -3840,7 +4561,7 @@ class WorkflowInstanceModifier:
         """Each attempt, or each of the first `times`, fails with this error instead of running the
         callback. Retries go on as configured."""
         if not isinstance(error, Exception):
-            raise TypeError(f"{_show(error)} is not an error: expected an Exception object")
+            raise TypeError(f"{show(error)} is not an error: expected an Exception object")
         return self._mock(step, "an error", times, lambda _: error.with_traceback(None))
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
@@ -3852,53 +4573,76 @@ class WorkflowInstanceModifier:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
         when it starts anew."""
         self._check_open()
-        event = self.workflow._event(options, given, "mock_event")
-        sending = self.workflow.engine.call("mock_event", self, *event)
+        event = self.workflow.event_of(options, given, "mock_event")
+        sending = self.workflow.engine.call(_mock_event, self, *event)
         self._sending.append(asyncio.ensure_future(sending))
         return self
 
     def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
         if isinstance(steps, (str, Mapping)):
-            raise TypeError(f"steps is {_show(steps)}: expected a list of steps, or None for all")
-        self._skipped |= {(kind, *_named(s)) for s in steps} if steps is not None else {(kind,)}
+            raise TypeError(f"steps is {show(steps)}: expected a list of steps, or None for all")
+        self._skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
         return self._check_open()
 
     def _mock(self, step: Any, what: str, times: Any, end: Callable[..., Any]) -> Self:
         if times is not None and (type(times) is not int or times < 1):
-            raise ValueError(f"times is {_show(times)}: expected a whole number from 1, or None")
-        mocks = self._mocks.setdefault(_named(step), {})
+            raise ValueError(f"times is {show(times)}: expected a whole number from 1, or None")
+        mocks = self._mocks.setdefault(step_named(step), {})
         for other, (last, _) in mocks.items():
             if other != what and (last == math.inf) == (times is None):
                 both = f"both {other} and {what}, unless just one of them has `times`"
-                raise ValueError(f"a contradiction: step {_show(step)} can't have {both}")
+                raise ValueError(f"a contradiction: step {show(step)} can't have {both}")
         mocks[what] = (times or math.inf, end)
         return self._check_open()
 
     def _check_open(self) -> Self:
-        if self not in self.workflow.engine.store.introspections:
+        if self not in self.workflow.engine.scheduler.blocks:
             raise RuntimeError("only inside the block: `async with workflow.introspect…() as …`")
         return self
 
     # -- what the engine asks
 
-    def covers(self, workflow: str, inst: Instance | Run) -> bool:
+    def covers(self, workflow: str, key: int, id: str | None) -> bool:
         """Whether this block is about that instance."""
-        mine = workflow == self.workflow.name and inst.key > self.after
-        return mine and self.id in (None, inst.id)
+        return workflow == self.workflow.name and key > self.after and self.id in (None, id)
 
-    def skips(self, kind: str, run: Run, call: StepCall) -> bool:
+    def instance_starts(self, tx: Transaction, inst: Instance) -> None:
+        """Sends it the events that it is to get."""
+        if self.covers(tx.scheduler.bound[inst.workflow].name, inst.key, inst.id):
+            for event in self.events:
+                tx.buffer(inst, *event)
+
+    def _is_about(self, call: StepCall) -> bool:
+        return self.covers(call.run.workflow.name, call.run.lease.key, call.run.id)
+
+    def skips(self, kind: str, call: StepCall) -> bool:
         """Whether this wait or retry delay is over at once."""
         asked = {(kind,), (kind, call.name, call.count)}
-        return bool(asked & self._skipped) and self.covers(run.bound.name, run)
+        return bool(asked & self._skipped) and self._is_about(call)
 
     def substitute(self, attempt: Attempt) -> Callable[[], Coroutine[Any, Any, Any]] | None:
         """What runs instead of the callback, if anything does."""
-        run, step = attempt.run, (attempt.call.name, attempt.call.count)
-        mocks = [mock for mock in self._mocks.get(step, {}).values() if attempt.number <= mock[0]]
-        if not mocks or attempt.call.kind != "do" or not self.covers(run.bound.name, run):
+        call = attempt.call
+        known = self._mocks.get((call.name, call.count), {}).values()
+        mocks = [mock for mock in known if attempt.number <= mock[0]]
+        if not mocks or call.kind != "do" or not self._is_about(call):
             return None
         _, end = min(mocks, key=lambda mock: mock[0])
         return functools.partial(_give, end(attempt))
+
+
+def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
+    """Buffers an event for each instance of a block: now if it has started, else when it does."""
+    block.events.append((type, payload))
+    there = "started IS NOT NULL AND ended IS NULL AND id IS NOT NULL"
+    for inst in tx.select(f"{_OF_NAMED} AND {there}", block.workflow.name):
+        if block.covers(block.workflow.name, inst.key, inst.id):
+            tx.buffer(inst, type, payload)
+
+
+def _created(tx: Transaction, workflow: str, after: int) -> list[Instance]:
+    """A workflow's instances with a key above `after`, oldest first."""
+    return tx.select(f"{_OF_NAMED} AND key > ? ORDER BY key", workflow, after)
 
 
 async def _give(result: Any) -> Any:
@@ -3911,12 +4655,12 @@ class _Introspector(WorkflowInstanceModifier):
     """A block of a test. It is the modifier that it hands out."""
 
     async def __aenter__(self) -> Self:
-        self.workflow.engine._check_open()
-        self.workflow.engine.store.introspections.append(self)
+        self.workflow.engine.check_open()
+        self.workflow.engine.scheduler.blocks.append(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        blocks = self.workflow.engine.store.introspections
+        blocks = self.workflow.engine.scheduler.blocks
         blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
         for state in (self.events, self._skipped, self._mocks, self._parts):
             state.clear()
@@ -3943,17 +4687,17 @@ class WorkflowInstanceIntrospector(_Introspector):
         """Waits until a `do` or a `wait_for_event` has ended; returns its result, or raises its
         error. `WorkflowError` if the instance finishes without."""
         types = ("done", "error", "event", "timeout")
-        row = await self._row("{}-{}".format(*_named(step)), types, f"step {_show(step)} ended")
+        row = await self._row("{}-{}".format(*step_named(step)), types, f"step {show(step)} ended")
         if row.type in ("error", "timeout"):
             raise rebuild_error(decode(row.data or ""))
-        return _step_event(row.data, row.extra) if row.type == "event" else decode(row.data or "")
+        return step_event(row.data, row.extra) if row.type == "event" else decode(row.data or "")
 
     async def wait_for_status(self, status: str) -> None:
         """Waits until the instance has this status, or has had it since the call. `WorkflowError`
         if it finishes in another one."""
-        known = (*LIVE, "paused", *FINISHED)
-        if status not in known:
-            raise ValueError(f"{_show(status)} is not a status: expected one of {', '.join(known)}")
+        if status not in STATUSES:
+            known = ", ".join(STATUSES)
+            raise ValueError(f"{show(status)} is not a status: expected one of {known}")
         await self._reach(status)
 
     async def get_output(self) -> Any:
@@ -3963,7 +4707,7 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def get_error(self) -> dict[str, str]:
         """Waits for the end; returns the error, `{"name", "message"}`. `WorkflowError` if there is
         none."""
-        return _brief(await self._reach("errored"))
+        return brief(await self._reach("errored"))
 
     async def _reach(self, status: str) -> Any:
         types = ("started", "running", "rollback") if status == "running" else (status,)
@@ -3992,7 +4736,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        older = await self.workflow.engine.call("created", self.workflow.name)
+        older = await self.workflow.engine.call(_created, self.workflow.name, 0)
         self.after = older[-1].key if older else 0
         return await super().__aenter__()
 
@@ -4000,7 +4744,7 @@ class WorkflowIntrospector(_Introspector):
         """An introspector for each instance, oldest first; what they modify ends with this
         block."""
         self._check_open()
-        made = await self.workflow.engine.call("created", self.workflow.name, self.after)
+        made = await self.workflow.engine.call(_created, self.workflow.name, self.after)
         ids = [inst.id for inst in made if inst.id is not None]
         for id in ids:
             if id not in self._parts:
@@ -4031,7 +4775,7 @@ class ManualClock(Clock):
 
     def __init__(self, start: datetime | float | None = None) -> None:
         super().__init__()
-        self._now = Clock.now(self) if start is None else _parse_moment(start)
+        self._now = Clock.now(self) if start is None else parse_moment(start)
         self.timers: dict[_Timer, None] = {}  # a set in the order in which they were made
         self._lock = asyncio.Lock()  # one `advance` after the other
 
@@ -4058,8 +4802,7 @@ class ManualClock(Clock):
                 await self.settle()
 
     def _next_due(self) -> float:
-        wakes = (engine.store.next_wake for engine in self.engines if engine.store.owner)
-        return min((*wakes, *(timer.due for timer in self.timers)), default=math.inf)
+        return min((timer.due for timer in self.timers), default=math.inf)
 
     def _fire(self) -> None:
         for timer in sorted(self.timers, key=lambda timer: timer.due):
@@ -4071,7 +4814,7 @@ class ManualClock(Clock):
         """Returns when every instance waits: for ten turns of the loop nothing has happened."""
         for engine in self.engines:
             with contextlib.suppress(WorkflowInternalError):
-                await engine.call("nothing")
+                await engine.call(nothing)
         quiet, seen = 0, -1
         while quiet <= SETTLED:
             activity = sum(engine.activity for engine in self.engines)
@@ -4085,7 +4828,7 @@ class ManualClock(Clock):
 _api: tuple[type, ...] = (Workflow, WorkflowInstance, WorkflowStep, WorkflowInstanceModifier)
 for _class in (*_api, WorkflowInstanceIntrospector):
     for _name in [name for name in vars(_class) if "_" in name and name[0] != "_"]:
-        setattr(_class, _camel(_name), getattr(_class, _name))
+        setattr(_class, camel(_name), getattr(_class, _name))
 WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ignore[attr-defined]
 WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
 WorkflowRollbackContext.stepName = property(lambda info: info.step_name)  # type: ignore[attr-defined]
@@ -4148,6 +4891,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=["demo"], help="kills a workflow's process; it goes on")
     parser.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    log.addHandler(logging.NullHandler())  # the timeline shows failed attempts, too
     try:
         if given.engine:
             asyncio.run(_run_demo(given.engine))
