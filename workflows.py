@@ -194,10 +194,12 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #     queued started running waiting     –       The instance has this status now. The first row of
 #       waitingForPause paused                   all, `queued`, holds the params, `complete` holds
 #       complete errored terminated              the output, `errored` the error.
-#     start                              do      An attempt began. The first one of a step holds the
-#                                                step's configuration in `extra`.
+#     start                              do      An attempt began.
 #     done | failed | error              do      The attempt ended: with a result, with a failure
-#                                                that is retried, with a failure for good.
+#                                                that is retried, with a failure for good. If it
+#                                                has no `start`, `started` says when it began. The
+#                                                first of all these holds the configuration of the
+#                                                step in `extra`.
 #     due                                do      The delay before the next attempt is over.
 #     sleep → slept                      sleep   `sleep_until` is a sleep, too.
 #     wait → event | timeout             wait    The event is consumed in this very row.
@@ -216,14 +218,15 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 
 
 class Row(NamedTuple):
-    """A row of the journal. `data` and `extra` are JSON; `seq` and `at` (a moment) are given to it
-    when it is appended."""
+    """A row of the journal. `data` and `extra` are JSON, `started` is a moment; `seq` and `at` (a
+    moment, too) are given to it when it is appended."""
 
     type: str
     step: str | None = None
     attempt: int | None = None
     data: str | None = None
     extra: str | None = None
+    started: int | None = None
     seq: int = 0
     at: int = 0
 
@@ -282,8 +285,8 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         return None
     if row.attempt is not None:
         step.attempts = row.attempt
-    if step.config is None and row.type == "start":
-        step.config = row.extra
+        if step.config is None:
+            step.config = row.extra or ""  # "" is the default configuration
     step.open = row.type == "start"
     step.asleep = row.type in ("sleep", "wait", "failed")
     if row.type == "cancel":
@@ -410,6 +413,7 @@ CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
+    started INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE waits (               -- each with the number of its row in the journal, like events
     instance INTEGER NOT NULL, kind TEXT NOT NULL, step TEXT NOT NULL, event TEXT,
@@ -718,7 +722,7 @@ class Transaction:
         self.storage += size
         self.touched.add(inst.id or "")
         self._instances[inst.key] = inst
-        self._rows.append((inst.key, inst.seq, inst.state, self.now, *row[:5]))
+        self._rows.append((inst.key, inst.seq, inst.state, self.now, *row[:6]))
 
     def change(self, inst: Instance, **columns: Any) -> None:
         """Changes columns of an instance."""
@@ -774,7 +778,7 @@ class Transaction:
         """Writes what has been appended and changed."""
         if self._rows:
             self.db.executemany(
-                "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
+                "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
             )
             self._rows.clear()
             self.wrote = True
@@ -1152,7 +1156,7 @@ class Scheduler:
             error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
             row = Row("timeout", wait.step, None, encode_error(error))
         tx.append(inst, row)
-        return Row(*row[:5], inst.seq, tx.now)
+        return Row(*row[:6], inst.seq, tx.now)
 
     def _admit(self, tx: Transaction) -> bool:
         """Gives free slots to the queue, first come first served. Returns whether that must go on
@@ -1237,13 +1241,14 @@ class Scheduler:
 # `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
 # of them may see two results at once in one life, and one after the other in another.)
 #
-# When an attempt of a step begins, a row says so. It is posted by the attempt's task, in the very
-# moment in which that calls the callback. So if the callback ends without waiting for anything, its
-# start and its end share a commit; if not, its start is on disk at the end of that turn. An attempt
-# that has a start and no end was cut off by the death of its process, and counts as failed. That
-# leaves the callback that kills its process in that first moment, which would do so for ever.
-# Therefore an instance that was running when its process died is `careful`: until one more of its
-# steps has ended, it waits for the commit of a start before it calls the callback.
+# An attempt's start is a row of its own as soon as the callback waits for anything, or does anything
+# to the history itself: on disk at the end of that turn. Most callbacks don't: then one row, written
+# with one commit, stands for the start and the end. (That saves a seventh of a step's time, and half
+# of the journal.) An attempt that has a start and no end was cut off by the death of its process,
+# and counts as failed. That leaves the callback that kills its process before its first await, which
+# would do so for ever. Therefore an instance that was running when its process died is `careful`:
+# until one more of its steps has ended, it waits for the commit of a start before it calls the
+# callback.
 #
 # When all that is under way waits for a moment or an event, the instance is `waiting`, and some time
 # later its life ends; only rows remain, and the scheduler begins another life when it is due. A life
@@ -1604,6 +1609,8 @@ class Run(Life):
         """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
         if call.outer is None:
             self._record_cancelled()
+        else:
+            self.post_start(call.outer)  # comes first in the history
         plan = call.plan(call)
         if isinstance(plan, DoPlan):
             await self._attempts(call, plan)
@@ -1652,19 +1659,24 @@ class Run(Life):
         """The attempts of a step, until the end of the last one is posted."""
         again = True
         if call.step.open:
-            attempt = call.attempt = Attempt(self, call, plan.config, call.step.attempts)
-            died = WorkflowInternalError("attempt failed: the engine stopped")
-            again = await self.end_attempt(attempt, None, died)
+            again = await self._record_death(call, plan)
         while again:
-            attempt = Attempt(self, call, plan.config, call.step.attempts + 1)
+            attempt = Attempt(self, call, plan.config)
             try:
                 await self._gate(attempt, plan.plain)
                 while self.careful and not await self._store_start(attempt):
                     await self._gate(attempt, plan.plain)
                 await attempt.execute(self._callback(attempt, plan))
-                again = attempt.again
             finally:
                 attempt.free_slot()
+            again = attempt.again
+
+    async def _record_death(self, call: StepCall, plan: DoPlan) -> bool:
+        """Ends an attempt during which the process died; says whether another one follows."""
+        attempt = call.attempt = Attempt(self, call, plan.config)
+        attempt.number, attempt.recorded = call.step.attempts, True
+        await attempt.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        return attempt.again
 
     def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
         """What an attempt calls: the callback, or what a test has put in its place."""
@@ -1690,35 +1702,38 @@ class Run(Life):
                 attempt.slot = await self.engine.threads.slots.acquire()
             else:
                 break
-        call.attempt = attempt
+        call.attempt, attempt.number = attempt, call.step.attempts + 1
+        attempt.began = self.engine.clock.now()
+
+    def _first_row(self, attempt: Attempt, type: str, data: str | None = None) -> Row:
+        """The first row of an attempt: its start, or its end if that stands for both."""
+        step = attempt.call.step
+        config = attempt.config.text if step.config is None else None
+        return Row(type, step.key, attempt.number, data, config, attempt.began)
 
     def post_start(self, attempt: Attempt) -> None:
-        """Records that an attempt calls its callback."""
-        if not attempt.call.step.open:  # a careful life has done so before
-            row = self._start_row(attempt)
+        """Records that an attempt has begun, unless that was done."""
+        if not attempt.recorded:
+            attempt.recorded = True
+            row = self._first_row(attempt, "start")
             apply(self.steps, row)
-            self.engine.writer.post(record, self.lease, row)  # the answer to its end will do
-
-    def _start_row(self, attempt: Attempt) -> Row:
-        config = attempt.config.text if attempt.call.step.config is None else None
-        at = self.engine.clock.now()
-        return Row("start", attempt.call.key, attempt.number, extra=config, at=at)
+            self.engine.writer.post(record, self.lease, row)  # its end will have an answer
 
     async def _store_start(self, attempt: Attempt) -> bool:
         """Waits until an attempt's start is stored; False if a pause was stored before it."""
-        stored, row = self.loop.create_future(), self._start_row(attempt)
-        attempt.call.step.open = True
-        nested = attempt.call.outer is not None
+        stored, row = self.loop.create_future(), self._first_row(attempt, "start")
+        step, nested = attempt.call.step, attempt.call.outer is not None
+        step.open = True
         self.post(record_start, row, nested, then=functools.partial(resolve, stored))
-        if not await stored:
-            attempt.call.step.open = False
-            return False
-        apply(self.steps, row)
-        return True
+        attempt.recorded = step.open = bool(await stored)
+        if attempt.recorded:
+            apply(self.steps, row)
+        return attempt.recorded
 
-    async def end_attempt(self, attempt: Attempt, value: Any, error: BaseException | None) -> bool:
-        """Posts the end of an attempt; says whether another one follows."""
-        call, delay, result = attempt.call, None, (None, None)
+    async def end_attempt(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+        """Posts the end of an attempt, and decides whether another one follows."""
+        call, delay = attempt.call, None
+        result: tuple[str | None, Any] = (None, None)
         if error is None and call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {call.name!r}", "step.not_serializable"
             try:
@@ -1727,8 +1742,8 @@ class Run(Life):
                 error = refused
         if error is not None:
             delay, error = await self._retry_delay(attempt, error)
+        attempt.again = delay is not None
         self._post_end(attempt, result, error, delay)
-        return delay is not None
 
     async def _retry_delay(
         self, attempt: Attempt, error: BaseException
@@ -1763,7 +1778,10 @@ class Run(Life):
             wait = Wait("retry", step.key, None, self.engine.clock.now() + delay)
             step.asleep = True
         step.open = False
-        row = Row(type, step.key, attempt.number, text)
+        if attempt.recorded:
+            row = Row(type, step.key, attempt.number, text)
+        else:
+            row = self._first_row(attempt, type, text)
         then = functools.partial(self._end_stored, attempt, row, fresh)
         self.post(record, row, size, wait, then=then)
 
@@ -1807,11 +1825,11 @@ class Run(Life):
             self._record_cancelled()
             self.status = "pausing"
             self.post(pause_now)
-        elif not self._settling:
+        elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
             call = self.active.get(next(iter(self.inbox), ""))
             if call and call.waiter and call.alone and len(self.active) == 1:
                 self._hand_over(call)
-            elif self.inbox or self.cancelled or self._is_idle():
+            else:
                 self._settling = True
                 self.last_move = self.engine.turns.now
                 self.engine.turns.when_settled(self)
@@ -1823,12 +1841,16 @@ class Run(Life):
             return
         if self.active:
             self._record_cancelled()
-        called = (self.active.get(key) for key in self.inbox)
-        if call := next((call for call in called if call and call.waiter), None):
-            while next(iter(self.inbox)) != call.key:
-                self.inbox.popitem(last=False)  # its call never came
-            self._hand_over(call)
-        elif self._is_idle():
+        skipped: list[str] = []
+        for key in self.inbox:
+            call = self.active.get(key)
+            if call is not None and call.waiter is not None:
+                for key in skipped:
+                    del self.inbox[key]  # its call never came
+                self._hand_over(call)
+                return
+            skipped.append(key)
+        if self._is_idle():
             self.status = "idling"  # until the answer comes, no attempt may begin
             self.post(go_idle, self.seq, then=self._idled)
 
@@ -2284,6 +2306,7 @@ class Engine:
         if self._state != "not open yet":
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
+        self._ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
         # What the engine does it does in this context, not in that of whoever caused it.
         self._context = contextvars.copy_context()
         self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
@@ -2348,6 +2371,8 @@ class Engine:
     async def call(self, operation: Operation, *args: Any) -> Any:
         """The result of an operation, once it is committed."""
         self.check_open()
+        if (attempt := _attempt.get()) is not None:
+            attempt.run.post_start(attempt)  # comes before what its callback does
         future: asyncio.Future[Any] = self.loop.create_future()
         self.writer.post(operation, *args, then=functools.partial(resolve, future))
         return await future
@@ -2364,8 +2389,8 @@ class Engine:
     def nothing_else_ready(self) -> bool:
         """Whether the loop has nothing to do but what the engine itself has asked for. (A loop that
         does not show what it will do next is taken to be busy.)"""
-        ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
-        return ready is not None and len(ready) <= self.turns.ticking + self.writer.flushing
+        ready, ours = self._ready, self.turns.ticking + self.writer.flushing
+        return ready is not None and len(ready) <= ours
 
     def deliver(self, answer: Answer) -> None:
         """Passes on what a transaction tells."""
@@ -2930,7 +2955,7 @@ def plan_do(call: StepCall) -> DoPlan:
     if handler is not None and not _takes(handler, None):
         message = f"step {call.name!r}: the rollback handler must take one argument"
         raise fatal("step.invalid_callback", message)
-    return DoPlan(config, _bind(call.name, callback), not is_async(callback))
+    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
 
 
 class WaitPlan(NamedTuple):
@@ -3007,7 +3032,7 @@ def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
     return True
 
 
-def _bind(name: str, callback: Any) -> Bind:
+def bind_context(name: str, callback: Any) -> Bind:
     """How a callback gets the step context: as `ctx`, if it has a parameter of that name, or as its
     one argument, or not at all."""
     if type(callback) is types.FunctionType and not callback.__code__.co_varnames:
@@ -3351,13 +3376,16 @@ class Execution:
     def begins(self) -> None:
         """Called by its task, right before the function."""
 
+    def goes_on(self) -> None:
+        """Called when the function has not ended at once."""
+
     async def ends(self, value: Any, error: BaseException | None) -> None:
         """Called by its task, right after the function."""
         self.outcome = value, error
 
     async def execute(self, function: Callable[[], Any]) -> None:
         """Calls the function, and `ends`."""
-        run, began = self.run, self.run.engine.clock.now()
+        run = self.run
         self.caller: Any = asyncio.current_task(run.loop)
         self.task = task = start_task(self._perform(function), run.loop)
         if self.outer is not None and self.outer.task is self.caller:
@@ -3368,12 +3396,13 @@ class Execution:
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
                 if self._timer is None:
-                    left = self.timeout - (run.engine.clock.now() - began)
-                    self._timer = run.engine.clock.call_later(max(0, left), self._time_out)
+                    self._timer = run.engine.clock.call_later(self.timeout, self._time_out)
+                self.goes_on()
                 await self._over
         except asyncio.CancelledError:
             self._dropped = True
-            task.cancel()
+            if not run.dead:  # else it was cancelled already, and may be cleaning up
+                task.cancel()
             raise
         finally:
             if self._timer is not None:
@@ -3480,22 +3509,26 @@ class Execution:
 class Attempt(Execution):
     """One attempt of a step, and the scope of the step calls that its callback makes."""
 
-    def __init__(self, run: Run, call: StepCall, config: StepConfig, number: int) -> None:
+    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
         super().__init__(run, config.timeout)
-        self.call, self.config, self.number = call, config, number
-        self.outer = call.outer
+        self.call, self.config, self.outer = call, config, call.outer
+        self.number = 0
+        self.began = 0
+        self.recorded = False  # a row says that it has begun
+        self.again = True  # another attempt follows
         self.counts: dict[str, int] = {}
-        self.again = False  # whether another attempt follows
 
     def __str__(self) -> str:
         return f"step {self.call.name!r}"
 
     def begins(self) -> None:
         _attempt.set(self)
+
+    def goes_on(self) -> None:
         self.run.post_start(self)
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
-        self.again = await self.run.end_attempt(self, value, error)
+        await self.run.end_attempt(self, value, error)
 
     def _abandon(self) -> None:
         super()._abandon()
@@ -4082,7 +4115,8 @@ SEARCH = 5000  # ms without a step call, after which a search gives up
 
 def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
     """Begins a rollback, unless there was one, or no step that has started has a handler."""
-    has_handler = "type = 'start' AND json_extract(nullif(extra, ''), '$.rollback') IS NOT NULL"
+    config = "json_extract(nullif(extra, ''), '$.rollback')"
+    has_handler = f"attempt IS NOT NULL AND {config} IS NOT NULL"
     if inst.rollback is not None or not tx.journal(inst, has_handler):
         return False
     unpause(tx, inst)
@@ -4214,7 +4248,8 @@ def plan_undo(call: UndoCall) -> DoPlan:
     if handler is None:
         what = f"the rollback handler of step {call.name!r} was not found by replay"
         raise fatal("workflow.fatal", what)
-    last = Attempt(call.run, call, StepConfig.load(step.config or ""), max(1, step.attempts))
+    last = Attempt(call.run, call, StepConfig.load(step.config or ""))
+    last.number = max(1, step.attempts)
     output = decode(step.data) if step.state == "done" and step.data else None
     info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
@@ -4228,12 +4263,13 @@ _STATUSES = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
 _TOLD = {camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
 _TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
-_TOLD |= {"start": ["step_started", "attempt_started"], "rollback": ["rollback_started"]}
+_TOLD |= {"rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
 _TOLD |= {"done": ["attempt_completed", "step_completed"]}
 _TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
 _TOLD |= {"wait": ["wait_started"], "event": ["wait_completed"], "timeout": ["wait_timed_out"]}
-EVENT_TYPES = {"rollback_completed", "rollback_errored"}.union(*_TOLD.values())
+EVENT_TYPES = {"step_started", "attempt_started", "rollback_completed", "rollback_errored"}
+EVENT_TYPES = EVENT_TYPES.union(*_TOLD.values())
 EVENT_TYPES |= {f"rollback_{t}" for t in EVENT_TYPES if t.startswith(("step_", "attempt_"))}
 
 
@@ -4254,19 +4290,20 @@ class History:
             self._params = data
         if row.step is None and row.extra is not None:  # how the rollback went
             types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        if row.type == "start":
-            if row.extra is None:  # a later attempt
-                types.remove("step_started")
-            else:
-                config = json.loads(row.extra)["config"] if row.extra else DEFAULT_CONFIG
-                self._configs[row.step] = config
+        if row.started is not None:
+            types.insert(0, "attempt_started")
+        if row.attempt is not None and row.extra is not None:
+            types.insert(0, "step_started")
+            config = json.loads(row.extra)["config"] if row.extra else DEFAULT_CONFIG
+            self._configs[row.step] = config
         if row.step is not None and row.step.startswith(ROLLBACK):
             types = [f"rollback_{type}" for type in types]
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         event = WorkflowHistoryEvent(type=type, event_id=row.seq * 10 + n)
-        event |= {"timestamp": to_datetime(row.at), "instance_id": self._instance_id}
+        began = row.started if row.started is not None and type.endswith("_started") else row.at
+        event |= {"timestamp": to_datetime(began), "instance_id": self._instance_id}
         if row.step is not None:
             event["step_name"] = step_label(row.step)
         if "attempt_" in type:
@@ -4302,9 +4339,9 @@ _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
 
 def begins_step(row: Row) -> bool:
     """Whether a row counts as a step: the first one of each, but not of rollback handlers."""
-    first_attempt = row.type == "start" and row.extra is not None
-    undoes = (row.step or "").startswith(ROLLBACK)
-    return row.type in ("sleep", "wait") or (first_attempt and not undoes)
+    if row.attempt is None:
+        return row.type in ("sleep", "wait")
+    return row.extra is not None and not (row.step or "").startswith(ROLLBACK)
 
 
 def count_usage(tx: Transaction) -> None:
@@ -4363,8 +4400,9 @@ class DecoratedCall(StepCall):
     """A call of a decorated function."""
 
     def __init__(self, function: StepFunction, run: Run, args: Any, options: Any) -> None:
-        super().__init__(run, "do", plan_do, function.__name__, args, options)
+        super().__init__(run, "do", plan_decorated, function.__name__, args, options)
         self.function = function
+        self.results: inspect.BoundArguments | None = None  # of what it depends on
 
     def way(self) -> Coroutine[Any, Any, Any]:
         return self.function.perform(self)
@@ -4471,15 +4509,24 @@ class StepFunction:
             return self._function
         bound = self._signature.bind_partial()
         bound.arguments.update(zip(found, results, strict=True))
-        return _OwnCopies(self._function, *bound.args, **bound.kwargs)
+        call.results = bound  # type: ignore[attr-defined]
+        return self.callback(call)
+
+    def callback(self, call: Any) -> Any:
+        """The function, with copies of its own of the results that it gets."""
+        if call.results is None:
+            return self._function
+        args, named = copy.deepcopy((call.results.args, call.results.kwargs))
+        return functools.partial(self._function, *args, **named)
 
 
-class _OwnCopies(functools.partial[Any]):
-    """A function with arguments, of which each attempt gets its own copies."""
+def plan_decorated(call: DecoratedCall) -> DoPlan:
+    """Reads a call of a decorated function: each attempt gets its own copies."""
 
-    def __call__(self, /, *args: Any, **named: Any) -> Any:
-        own_args, own_named = copy.deepcopy((self.args, self.keywords))
-        return self.func(*own_args, *args, **own_named, **named)
+    def bind(attempt: Attempt) -> Callable[[], Any]:
+        return bind_context(call.name, call.function.callback(call))(attempt)
+
+    return plan_do(call)._replace(bind=bind)
 
 
 def install_workers_shim() -> None:
