@@ -58,6 +58,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import builtins
 import collections.abc
 import contextlib
 import contextvars
@@ -1648,7 +1649,8 @@ class Run(Life):
             step.data = None  # nobody asks again; the next attempt around a nested step does
         if step.state == "error":
             error = rebuild_error(decode(data or "null"))
-            raise error.with_traceback(None if fresh is None else fresh.__traceback__)
+            trace = None if fresh is None else fresh.__traceback__
+            raise BaseException.with_traceback(error, trace)
         if fresh is not None or data is None:
             return fresh
         return step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
@@ -1738,7 +1740,7 @@ class Run(Life):
             what, code = f"the result of step {call.name!r}", "step.not_serializable"
             try:
                 result = checked(value, what, code, self.engine.limits, "step_bytes", fatal)
-            except WorkflowFatalError as refused:
+            except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is not None:
             delay, error = await self._retry_delay(attempt, error)
@@ -2507,12 +2509,14 @@ def parse_duration(value: Duration) -> int:
 
 def parse_moment(value: Any) -> int:
     """Milliseconds since the epoch. A number below 1e11 means seconds (Cloudflare's docs), from
-    there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973."""
-    if isinstance(value, datetime) and value.utcoffset() is not None:
-        return (value - _EPOCH) // timedelta(milliseconds=1)
+    there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973. A naive `datetime`
+    is local time, as everywhere in Python."""
+    if isinstance(value, datetime):
+        aware = value.astimezone() if value.utcoffset() is None else value
+        return (aware - _EPOCH) // timedelta(milliseconds=1)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return max(0, round(value * 1000 if abs(value) < 1e11 else value))
-    expected = "an aware datetime, or seconds or milliseconds since 1970"
+    expected = "a datetime, or seconds or milliseconds since 1970"
     raise ValueError(f"{show(value)} is not a moment: expected {expected}")
 
 
@@ -2540,99 +2544,194 @@ class Clock:
 
 
 # --------------------------------------------------------------------------------------------------
-# Codec: values and errors to JSON and back. What persists is JSON plus aware datetimes and bytes,
-# as Cloudflare's structured clone has them, and never pickle: opening a database must not run
-# code.
+# Records: the small objects that users see.
+
+
+def camel(name: str) -> str:
+    return re.sub("_([a-z])", lambda match: match[1].upper(), name)
+
+
+def _by_name(values: dict[str, Any], name: str) -> Any:
+    """What a key that is read as an attribute gives."""
+    if name.startswith("__") or name not in values:
+        there = ", ".join(map(str, values)) or "none"
+        raise AttributeError(f"there is no key {name!r}; the keys are: {there:.1000}")
+    return values[name]
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+class _Record(Mapping[str, Any]):
+    """Its subclasses are frozen dataclasses that can also be read as mappings with Cloudflare's
+    (camelCase) keys."""
+
+    _keys: ClassVar[dict[str, str]]  # Cloudflare's key → attribute
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls._keys = {camel(name): name for name in cls.__annotations__}
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, self._keys[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class WorkflowEvent(_Record, Generic[Params]):
+    """What `run` gets: the params that the instance was created with (read-only, all the way down),
+    the time of its creation, its id, and the name of its workflow."""
+
+    payload: Params
+    timestamp: datetime
+    instance_id: str
+    workflow_name: str
+
+
+class WorkflowStepEvent(_Record):
+    """What `step.wait_for_event` returns. What it lacks is looked up in its payload, so that
+    `event.payload["approved"]`, `event["approved"]` and `event.approved` are one."""
+
+    payload: Any
+    timestamp: datetime
+    type: str
+
+    def __getitem__(self, key: str) -> Any:
+        inner = self.payload if isinstance(self.payload, dict) else {}
+        return super().__getitem__(key) if key in self._keys else inner[key]
+
+    def __getattr__(self, name: str) -> Any:
+        payload = self.__dict__.get("payload")
+        return _by_name(payload if isinstance(payload, dict) else {}, name)
+
+
+class WorkflowStepInfo(_Record):
+    """Which step a callback belongs to: its name, and how often that name was used so far."""
+
+    name: str
+    count: int
+
+
+class WorkflowStepContext(_Record):
+    """What a callback with one parameter (or one named `ctx`) gets: the step, the number of this
+    attempt from 1, and the step's config with the defaults merged in."""
+
+    step: WorkflowStepInfo
+    attempt: int
+    config: dict[str, Any]
+
+
+class WorkflowDelayContext(_Record):
+    """What a function for `retries.delay` gets: the context of the attempt that failed, and its
+    error."""
+
+    ctx: WorkflowStepContext
+    error: BaseException
+
+
+class WorkflowRollbackContext(_Record):
+    """What a step's rollback handler gets: the context of the step's last attempt, the error that
+    started the rollback, the step's output (None if it failed), and `<name>-<count>`."""
+
+    ctx: WorkflowStepContext
+    error: Exception
+    output: Any
+    step_name: str
+
+
+class InstanceStatus(_Record):
+    """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
+    `{"name", "message"}` (when errored)."""
+
+    status: str
+    output: Any = None
+    error: dict[str, str] | None = None
+
+
+class Usage(_Record):
+    """Of the current calendar month (UTC): `requests` (instances created), `steps` (without retries
+    and rollback handlers) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`,
+    what that comes to on Cloudflare's paid plan beyond what it includes, with this storage held for
+    the month.
+
+    developers.cloudflare.com/workflows/reference/pricing/"""
+
+    requests: int
+    steps: int
+    cpu_ms: float
+    storage_bytes: int
+    cost_usd: float
+
+
+class _Attributes(dict[str, Any]):
+    """A dict whose keys can also be read as attributes, except those that are named like a dict's
+    method (`items`), or like Python's own (`__deepcopy__`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _by_name(self, name)
+
+
+class WorkflowHistoryEvent(_Attributes):
+    """Something that happened to an instance, as `subscribe` tells it: `type`, `event_id`,
+    `timestamp`, `instance_id`, and what the type brings (`step_name`, `output`, `error`, …). Its
+    keys are Cloudflare's (`eventId`), and can be asked for in Python's spelling, too."""
+
+    def __init__(self, **known: Any) -> None:
+        super().__init__({camel(name): value for name, value in known.items()})
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(camel(key))
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(camel(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(camel(key), default)
+
+
+class Env(_Attributes):
+    """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
+
+
+def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
+    """What `wait_for_event` returns, of the row that ended it."""
+    origin = json.loads(extra or "")
+    return WorkflowStepEvent(
+        freeze(decode(data or "null")), to_datetime(origin["at"]), origin["type"]
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Codec: values and errors to JSON and back. What persists is JSON plus datetimes and bytes, as
+# Cloudflare's structured clone has them, and never pickle: opening a database must not run code.
 #
-# A value is stored as plain JSON if reading that back gives an equal value. Where it would not, the
-# odd part is written as an object with the one key "$datetime", "$bytes", "$str" (base64, for text
-# with surrogates, which UTF-8 doesn't have) or "$dict" (a list of pairs, for a dict that has one of
-# these keys, or such text as a key).
+# A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
+# written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
+# times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
+# itself has a tag as a key). Only errors may hold a "$tuple", and a "$str" (base64, of text with
+# lone surrogates, which UTF-8 can't hold).
 
 DEEPEST = 300  # levels of nesting
+ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
 _TAGS: dict[str, Callable[[Any], Any]] = {
     "$datetime": datetime.fromisoformat,
+    "$fold": lambda text: datetime.fromisoformat(text).replace(fold=1),
     "$bytes": base64.b64decode,
-    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
     "$dict": dict,
+    "$tuple": tuple,
+    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
 }
-_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
-# (`_parse` is json.loads without its search for blanks, which we don't write.)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class _Unserializable(ValueError):
-    """A value that can't be stored; the message is its path and type."""
-
-
-def encode(value: Any) -> tuple[str, Any]:
-    """The JSON text of a value, and what decoding that text gives: fresh, and equal to the
-    value."""
-    try:
-        text = _to_json(value)
-        deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(value)
-        if '"$' not in text and not deep and size_of(text):  # which fails for surrogates
-            decoded = _parse(text, 0)[0]
-            if decoded == value:
-                return text, decoded
-    except Exception:
-        pass  # the slow way finds out what, and where
-    try:
-        text = _to_json(_tagged(value, "$", frozenset()))
-        return text, decode(text)
-    except _Unserializable:
-        raise
-    except Exception as error:  # the value's own methods may raise anything
-        raise _Unserializable(f"$: {type(error).__name__}: {message_of(error)}") from None
-
-
-def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
-    """Whether it is nested deeper than `DEEPEST`, where code with less of the stack left might not
-    be able to read it back."""
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, (dict, list, tuple)) and (levels == 1 or _is_deep(item, levels - 1)):
-            return True
-    return False
-
-
-def decode(text: str) -> Any:
-    """The value of a text made by `encode`."""
-    return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
-
-
-def _tagged(value: Any, path: str, above: frozenset[int]) -> Any:
-    """The same value as JSON with tags, or `_Unserializable` with the path of what can't be.
-    `above` is what it lies in: the ids of dicts and lists."""
-    if isinstance(value, str) and _SURROGATE.search(value):
-        return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
-    if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
-        try:
-            _to_json(value)
-        except ValueError as error:  # not finite, or too many digits
-            raise _Unserializable(f"{path}: {show(value)}: {error}") from None
-    if value is None or isinstance(value, (str, int, float)):
-        return value
+def _tag(value: Any) -> dict[str, Any]:
+    """What `json` asks for when it meets a value that it doesn't know."""
     if isinstance(value, datetime):
-        if value.utcoffset() is None:
-            raise _Unserializable(f"{path}: datetime without a time zone")
-        return {"$datetime": datetime.isoformat(value)}
+        return {"$fold" if value.fold else "$datetime": datetime.isoformat(value)}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
-    if not isinstance(value, (dict, list, tuple)):
-        raise _Unserializable(f"{path}: {type(value).__name__}")
-    if id(value) in above:
-        raise _Unserializable(f"{path}: a cycle")
-    if len(above) >= DEEPEST:
-        raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
-    above |= {id(value)}
-    if not isinstance(value, dict):
-        return [_tagged(item, f"{path}[{n}]", above) for n, item in enumerate(value)]
-    if odd := [key for key in value if not isinstance(key, str)]:
-        raise _Unserializable(f"{path}: a key of type {type(odd[0]).__name__}")
-    pairs = [(_tagged(k, path, above), _tagged(v, f"{path}.{k}", above)) for k, v in value.items()]
-    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
-    return dict(pairs) if plain else {"$dict": pairs}
+    raise TypeError(f"{type(value).__name__} is no value")
 
 
 def _untag(pairs: dict[str, Any]) -> Any:
@@ -2640,9 +2739,96 @@ def _untag(pairs: dict[str, Any]) -> Any:
     return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
 
 
+_to_json = json.JSONEncoder(
+    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_tag
+).encode
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
+# (`_parse` is json.loads without its search for blanks, which we don't write.)
+
+
+class _Unserializable(ValueError):
+    """A value that can't be stored; the message is the path of what can't, and what that is."""
+
+
+def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
+    """The JSON text of a value, and what decoding that text gives: an equal value, except that a
+    tuple comes back as a list (not `of_error`), a record as a dict, and a subclass of an allowed
+    type as that type. What can't be stored is an `_Unserializable`."""
+    try:
+        text = _to_json(value)
+        if text.isascii() or _utf8(text) == text:
+            decoded = decode(text)
+            many = text.count("[") + text.count("{") > DEEPEST
+            if decoded == value and not (many and _is_deep(decoded)):
+                return text, decoded
+    except Exception:
+        pass  # the slow way finds out what can't be stored, and where
+    try:
+        text = _to_json(_plain(value, "$", frozenset(), of_error))
+        return text, decode(text)
+    except (_Unserializable, MemoryError):
+        raise
+    except Exception as error:  # the value's own methods may raise anything
+        raise _Unserializable(f"$: {type(error).__name__}: {message_of(error)}") from None
+
+
+def decode(text: str) -> Any:
+    """The value of a text made by `encode`."""
+    return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
+
+
 def size_of(text: str) -> int:
     """Bytes that a stored text takes."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def _utf8(text: str) -> str:
+    """The same text, with "?" for lone surrogates, which UTF-8 can't hold."""
+    return str.encode(text, errors="replace").decode()
+
+
+def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether it is nested deeper than `DEEPEST`, where code with less of the stack left might not
+    be able to read it back."""
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list)) and (levels == 1 or _is_deep(item, levels - 1)):
+            return True
+    return False
+
+
+def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
+    """The same value with nothing in it that `_to_json` would change or refuse, or
+    `_Unserializable` with the path of what can't be stored. `above` is what the value lies in: the
+    ids of dicts and lists."""
+    if isinstance(value, str) and _utf8(value) != value:
+        if of_error:
+            return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
+        raise _Unserializable(f"{path}: text with a lone surrogate, which UTF-8 can't hold")
+    if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
+        try:
+            _to_json(value)
+        except ValueError as error:  # not finite, or too many digits
+            raise _Unserializable(f"{path}: {show(value)}: {error}") from None
+    if value is None or isinstance(value, (str, int, float, datetime, bytes, bytearray)):
+        return value
+    if not isinstance(value, (dict, list, tuple, _Record)):
+        raise _Unserializable(f"{path}: {type(value).__name__}")
+    if id(value) in above:
+        raise _Unserializable(f"{path}: a cycle")
+    if len(above) >= DEEPEST:
+        raise _Unserializable(f"$: nested too deep (more than {DEEPEST} levels)")
+    above |= {id(value)}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(each, f"{path}[{n}]", above, of_error) for n, each in enumerate(value)]
+        return {"$tuple": items} if of_error and isinstance(value, tuple) else items
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise _Unserializable(f"{path}: a key of type {type(odd[0]).__name__}")
+    pairs = [
+        (_plain(key, path, above, of_error), _plain(item, f"{path}.{key}", above, of_error))
+        for key, item in value.items()
+    ]
+    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
+    return dict(pairs) if plain else {"$dict": pairs}
 
 
 def _read_only(*_: Any, **__: Any) -> NoReturn:
@@ -2650,7 +2836,7 @@ def _read_only(*_: Any, **__: Any) -> NoReturn:
     raise TypeError(f"an event's payload is read-only: {instead}")
 
 
-class _FrozenDict(dict[str, Any]):
+class _FrozenDict(_Attributes):
     """Still a dict for `isinstance`, `json` and `==`; copies of it are plain dicts."""
 
     __setitem__ = __delitem__ = __ior__ = _read_only
@@ -2673,82 +2859,154 @@ class _FrozenList(list[Any]):
 def freeze(value: Any) -> Any:
     """The same value, deeply read-only."""
     if isinstance(value, dict):
-        return _FrozenDict((key, freeze(item)) for key, item in value.items())
+        return _FrozenDict(zip(value, map(freeze, value.values()), strict=True))
     if isinstance(value, list):
-        return _FrozenList(freeze(item) for item in value)
+        return _FrozenList(map(freeze, value))
     return value
 
 
-def message_of(error: BaseException) -> str:
+# Errors. The record of an error holds what it shows (name and text), what it consists of (args,
+# attributes, the members of a group), and where its class and the bases of that are found. What is
+# raised is always rebuilt from the record, also the first time, so that `except` does the same in
+# every life. None of the code that makes an object of the class is called. Instead the result is
+# looked at: if it lacks the recorded text (because the class's `__str__` needs what couldn't be
+# stored, say), or can't be logged, the nearest base takes the place of the class.
+
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+_LOGGED = ("__class__", "__cause__", "__context__", "__notes__", "?")  # the last, no error has
+# What these do to a coroutine or to the event loop is more than to raise an error.
+_STEERING = (StopIteration, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+
+
+class _Text(str):
+    """The text of an error as its only argument. It is its own `repr`, because a `KeyError` shows
+    the `repr` of its argument."""
+
+    __repr__ = str.__str__
+
+
+def _safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives, or `otherwise` if it fails: a user's class may raise anything."""
     try:
-        return str(error)
-    except (Exception, SystemExit):  # a user's `__str__` may do anything; the rest is recorded
-        return ""
+        return function(*args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return otherwise
+
+
+def message_of(error: BaseException) -> str:
+    return _utf8(_safely("<exception str() failed>", str, error))
 
 
 def encode_error(error: BaseException, **more: Any) -> str:
-    """An error as JSON: where its class is, its name and message, and its args, attributes and
-    group members as far as these are allowed values."""
-    try:
-        return encode(_describe(error) | more)[0]
-    except Exception:  # an error whose attributes or arguments can't even be looked at
-        return encode_error(WorkflowError(message_of(error), name=type(error).__name__), **more)
+    """The record of an error, and `more`, as JSON."""
+    text: str | None = _safely(None, lambda: encode(_describe(error) | more, True)[0])
+    if text is not None:
+        return text
+    # Its class lets us have no more than its text and name, or it is nested too deep as a whole.
+    bare = WorkflowError(message_of(error), name=_safely("", getattr, type(error), "__name__"))
+    return encode(_describe(bare) | more)[0]
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    cls = type(error)
-    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    message = error.message if isinstance(error, BaseExceptionGroup) else message_of(error)
-    # `OSError.filename` and the like aren't in `__dict__`, but in slots.
-    names = [name for base in cls.__mro__ for name in vars(base) if _is_slot(base, name)]
-    slots = {name: value for name in names if (value := getattr(error, name, None)) is not None}
-    kept = {}
-    for name, value in {**slots, **vars(error), "args": list(error.args)}.items():
-        with contextlib.suppress(_Unserializable):
-            kept[name] = encode(value)[1]
-    label = getattr(error, "name", None) if isinstance(error, WorkflowError) else None
+def _describe(error: BaseException, inner: bool = False) -> dict[str, Any]:
+    """The record of an error. Errors among its attributes get records of their own, but not those
+    of an `inner` error, which is an attribute itself: they might lead in a circle."""
+    cls, message, state = type(error), message_of(error), _state(error)
+    args, members = state.pop("args"), []
+    if issubclass(cls, BaseExceptionGroup):
+        args, members = [_utf8(state.pop("message"))], state.pop("exceptions")
+    label = state.get("_recorded_name") or (issubclass(cls, WorkflowError) and state.get("name"))
+    classes = [each for each in cls.__mro__ if issubclass(each, Exception)]
+    kept = {name: _safely(None, encode, value, True) for name, value in state.items()}
+    lost = [name for name, pair in kept.items() if pair is None]
+    errors = [n for n in lost if issubclass(type(state[n]), BaseException) and not inner]
     return {
-        "module": cls.__module__,
-        "class": cls.__qualname__,
-        "name": label if isinstance(label, str) else cls.__name__,
+        "classes": [[str(each.__module__), each.__qualname__] for each in classes[:-1] or classes],
+        "name": _utf8(label) if isinstance(label, str) else cls.__name__,
         "message": message,
-        "args": kept.pop("args", [message]),
-        "attributes": kept,
-        "members": [_describe(member) for member in members],
+        "args": _safely(("", [message]), encode, list(args), True)[1],
+        "attributes": {name: pair[1] for name, pair in kept.items() if pair is not None},
+        "errors": {name: _describe(state[name], inner=True) for name in errors},
+        "lost": lost,
+        "members": [_describe(member, inner) for member in members],
     }
 
 
-def _is_slot(cls: type, name: str) -> bool:
-    if name.startswith("__") or (cls, name) == (AttributeError, "obj"):  # which pickle drops, too
-        return False
-    slot = vars(cls)[name]
-    return inspect.ismemberdescriptor(slot) or inspect.isgetsetdescriptor(slot)
+def _state(error: BaseException) -> dict[str, Any]:
+    """The args and attributes of an error, also those in slots (`OSError.filename`), which are read
+    past whatever the class has put before them."""
+    state = {**_safely({}, vars, error)}
+    for base in type(error).__mro__:
+        for name, slot in vars(base).items():
+            if not isinstance(slot, _SLOTS) or name.startswith("__") or slot is AttributeError.obj:
+                continue
+            value = _safely(None, slot.__get__, error)
+            if value is not None or "__slots__" in vars(base):  # one of CPython's is None if unset
+                state[name] = value
+    return state
+
+
+def brief(record: dict[str, Any]) -> dict[str, str]:
+    """What users see of a recorded error: its name and text, with those of a group's members."""
+    members = [f"{each['name']}: {each['message']}" for each in map(brief, record["members"])]
+    text = f"{record['message']} [{'; '.join(members)}]" if members else record["message"]
+    return {"name": record["name"], "message": text}
 
 
 def rebuild_error(record: dict[str, Any]) -> Exception:
-    """The error that `encode_error` described, with its own class if that is an `Exception` which
-    is already imported; else a `WorkflowError` with its name."""
-    found: Any = sys.modules.get(record["module"])
-    for part in record["class"].split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        return WorkflowError(record["message"], name=record["name"])
-    # The nearest built-in base keeps the args; the class's own `__init__` is not called.
-    native: Any = next(base for base in found.__mro__ if base.__module__ == "builtins")
-    members = [rebuild_error(member) for member in record["members"]]
-    args = (record["message"], members) if members else tuple(record["args"])
-    try:
-        error: Exception = native.__new__(found, *args)
-        native.__init__(error, *args)
-    except Exception:  # args of another version of the class: keep what can be kept
-        error = found.__new__(found)
-        error.args = (record["message"],)
-    for name, value in record["attributes"].items():
-        try:
-            object.__setattr__(error, name, value)
-        except AttributeError:  # a property without a setter
-            error.__dict__[name] = value
-    return error
+    """The error that `encode_error` recorded, of the first of its classes that can show its text;
+    if only `Exception` is left, a `WorkflowError` with its name. This never fails."""
+    inner = {name: rebuild_error(each) for name, each in record["errors"].items()}
+    members = [rebuild_error(each) for each in record["members"]]
+    parts = {"attributes": record["attributes"] | inner}
+    parts["args"] = [*record["args"], members] if members else record["args"]
+    for module, qualname in record["classes"]:
+        error: Exception | None = _safely(None, _rebuild_as, module, qualname, record | parts)
+        if error is not None:
+            return error
+    return WorkflowError(brief(record)["message"], name=record["name"])
+
+
+def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception | None:
+    """The error as an object of this class, or None if that can't show the recorded text. (Fails
+    if the class isn't imported.)"""
+    cls: Any = sys.modules[module]
+    for part in qualname.split("."):
+        cls = vars(cls)[part]
+    text, known = record["message"], record["attributes"]
+    if hasattr(cls, "__getattr__"):  # which may need what was lost, if only as None
+        known = dict.fromkeys(record["lost"]) | known
+    if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
+        known = known | {"_recorded_name": record["name"]}
+    error: Exception | None = _safely(None, _make, cls, record["args"], known, text)
+    if error is not None:
+        return error
+    # Perhaps with its text as the only argument, and those attributes that don't change the text.
+    fitting: dict[str, Any] = {}
+    for name, value in known.items():
+        more = fitting | {name: value}
+        if _safely(None, _make, cls, [_Text(text)], more, text) is not None:
+            fitting = more
+    return _make(cls, [_Text(text)], fitting, text)
+
+
+def _make(cls: Any, args: list[Any], attributes: dict[str, Any], text: str) -> Exception | None:
+    """An error as the built-in base of its class makes it, or None if it doesn't show that text.
+    (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
+    native = _native(cls)
+    error = native.__new__(cls, *args)
+    _safely(None, native.__init__, error, *args)
+    for name, value in attributes.items():
+        _safely(None, object.__setattr__, error, name, value)
+    seen = str(error), repr(error), [hasattr(error, name) for name in _LOGGED]
+    ordinary = issubclass(cls, Exception) and not issubclass(cls, _STEERING)
+    return error if ordinary and type(error) is cls and seen[0] == text else None
+
+
+def _native(cls: Any) -> Any:
+    """The built-in class that the objects of an error's class are made of."""
+    return cls if vars(builtins).get(cls.__name__) is cls else _native(cls.__base__)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2815,7 +3073,7 @@ def checked(
     try:
         text, fresh = encode(value)
     except _Unserializable as bad:
-        raise refuse(code, f"{what} can't be stored: {bad}") from None
+        raise refuse(code, f"{what} can't be stored: {bad}; allowed are {ALLOWED}") from None
     size, most = size_of(text), getattr(limits, limit)
     if most is not None and size > most:
         raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
@@ -3145,149 +3403,6 @@ def _gone(_: WorkflowDelayContext) -> NoReturn:
 
 
 NO_CONFIG = StepConfig()
-
-
-# --------------------------------------------------------------------------------------------------
-# Records: the small objects that users see.
-
-
-def camel(name: str) -> str:
-    return re.sub("_([a-z])", lambda match: match[1].upper(), name)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-class _Record(Mapping[str, Any]):
-    """Its subclasses are frozen dataclasses that can also be read as mappings with Cloudflare's
-    (camelCase) keys."""
-
-    _keys: ClassVar[dict[str, str]]  # Cloudflare's key → attribute
-
-    def __init_subclass__(cls) -> None:
-        dataclasses.dataclass(frozen=True, eq=False)(cls)
-        cls._keys = {camel(name): name for name in cls.__annotations__}
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self, self._keys[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-class WorkflowEvent(_Record, Generic[Params]):
-    """What `run` gets: the params that the instance was created with (read-only, all the way down),
-    the time of its creation, its id, and the name of its workflow."""
-
-    payload: Params
-    timestamp: datetime
-    instance_id: str
-    workflow_name: str
-
-
-class WorkflowStepEvent(_Record):
-    """What `step.wait_for_event` returns. What it lacks is looked up in its payload, so that
-    `event.payload["approved"]`, `event["approved"]` and `event.approved` are one."""
-
-    payload: Any
-    timestamp: datetime
-    type: str
-
-    def __getitem__(self, key: str) -> Any:
-        inner = self.payload if isinstance(self.payload, dict) else {}
-        return super().__getitem__(key) if key in self._keys else inner[key]
-
-    def __getattr__(self, name: str) -> Any:
-        payload = self.__dict__.get("payload")
-        if isinstance(payload, dict) and name in payload:
-            return payload[name]
-        raise AttributeError(f"neither the event nor its payload has {name!r}")
-
-
-class WorkflowStepInfo(_Record):
-    """Which step a callback belongs to: its name, and how often that name was used so far."""
-
-    name: str
-    count: int
-
-
-class WorkflowStepContext(_Record):
-    """What a callback with one parameter (or one named `ctx`) gets: the step, the number of this
-    attempt from 1, and the step's config with the defaults merged in."""
-
-    step: WorkflowStepInfo
-    attempt: int
-    config: dict[str, Any]
-
-
-class WorkflowDelayContext(_Record):
-    """What a function for `retries.delay` gets: the context of the attempt that failed, and its
-    error."""
-
-    ctx: WorkflowStepContext
-    error: BaseException
-
-
-class WorkflowRollbackContext(_Record):
-    """What a step's rollback handler gets: the context of the step's last attempt, the error that
-    started the rollback, the step's output (None if it failed), and `<name>-<count>`."""
-
-    ctx: WorkflowStepContext
-    error: Exception
-    output: Any
-    step_name: str
-
-
-class InstanceStatus(_Record):
-    """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
-    `{"name", "message"}` (when errored)."""
-
-    status: str
-    output: Any = None
-    error: dict[str, str] | None = None
-
-
-class Usage(_Record):
-    """Of the current calendar month (UTC): `requests` (instances created), `steps` (without retries
-    and rollback handlers) and `cpu_ms` of callbacks; the `storage_bytes` of now; and `cost_usd`,
-    what that comes to on Cloudflare's paid plan beyond what it includes, with this storage held for
-    the month.
-
-    developers.cloudflare.com/workflows/reference/pricing/"""
-
-    requests: int
-    steps: int
-    cpu_ms: float
-    storage_bytes: int
-    cost_usd: float
-
-
-class _Attributes(dict[str, Any]):
-    """A dict whose keys can also be read as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            kind = type(self).__name__
-            raise AttributeError(f"{kind} has no {name!r}; it has {', '.join(self) or 'nothing'}")
-        return self[name]
-
-
-class WorkflowHistoryEvent(_Attributes):
-    """Something that happened to an instance, as `subscribe` tells it: `type`, `event_id`,
-    `timestamp`, `instance_id`, and what the type brings (`step_name`, `output`, `error`, …)."""
-
-
-class Env(_Attributes):
-    """`self.env`: the engine's `env` and its bindings, as attributes and as a mapping."""
-
-
-def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
-    """What `wait_for_event` returns, of the row that ended it."""
-    origin = json.loads(extra or "")
-    return WorkflowStepEvent(
-        freeze(decode(data or "null")), to_datetime(origin["at"]), origin["type"]
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4301,7 +4416,7 @@ class History:
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
-        event = WorkflowHistoryEvent(type=type, event_id=row.seq * 10 + n)
+        event: dict[str, Any] = {"type": type, "event_id": row.seq * 10 + n}
         began = row.started if row.started is not None and type.endswith("_started") else row.at
         event |= {"timestamp": to_datetime(began), "instance_id": self._instance_id}
         if row.step is not None:
@@ -4323,12 +4438,7 @@ class History:
             event["duration_ms"] = data
         if type == "wait_started":
             event["event_type"] = data["type"]
-        return event
-
-
-def brief(error: dict[str, Any]) -> dict[str, str]:
-    """What users see of a recorded error."""
-    return {"name": error["name"], "message": error["message"]}
+        return WorkflowHistoryEvent(**event)
 
 
 # --------------------------------------------------------------------------------------------------
