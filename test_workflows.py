@@ -19,6 +19,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -525,7 +526,7 @@ class Durations(unittest.TestCase):
                     datetime(2026, 11, 1, 1, 30, fold=0),
                     datetime(2026, 11, 1, 1, 30, fold=1),
                 ):
-                    ms = workflows._parse_moment(moment)
+                    ms = workflows.parse_moment(moment)
                     self.assertEqual(ms, round(moment.timestamp() * 1000), (zone, moment))
 
     def test_an_unknown_unit_is_told_the_units(self):
@@ -869,7 +870,7 @@ class Errors(Lives):
         self.assertIn(text, "".join(traceback.format_exception(got)))
         record = workflows.decode(workflows.encode_error(got))
         name = type(error).__name__
-        self.assertEqual(workflows._brief(record), {"name": name, "message": text})
+        self.assertEqual(workflows.brief(record), {"name": name, "message": text})
         self.assertIs(type(workflows.rebuild_error(record)), cls)
         return got
 
@@ -1168,12 +1169,6 @@ class Errors(Lives):
     async def test_an_error_whose_attributes_cannot_be_set_has_them(self):
         (got,) = await self.rebuilt(Frozen(5))
         self.assertEqual((type(got), got.code), (Frozen, 5))
-
-    async def test_a_record_of_an_older_version_is_read(self):
-        record: dict[str, Any] = {"module": "builtins", "class": "KeyError", "name": "KeyError"}
-        record |= {"message": "'k'", "args": ["k"], "attributes": {"x": 1}, "members": []}
-        got: Any = workflows.rebuild_error(record)
-        self.assertEqual((type(got), got.args, got.x), (KeyError, ("k",), 1))
 
     async def test_no_error_is_so_odd_that_its_step_never_ends(self):
         class BadText(Exception):
@@ -9444,6 +9439,534 @@ class Programs(Case):
         steps = [("LOG.write", f"attempt {n}") for n in (1, 2, 3)] + [("LOG.write", "declined")]
         self.assertEqual([call for call in calls if call[1] != said], steps, "each once")
         self.assertIn(("LOG.write", said), calls, "outside of steps: in each life")
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules: pure computing.
+
+
+def moment(text: str) -> int:
+    """Milliseconds of a time in UTC."""
+    return int(datetime.fromisoformat(f"{text}+00:00").timestamp() * 1000)
+
+
+class Cron(unittest.TestCase):
+    def times(self, text: str, start: str, count: int) -> list[str]:
+        """The next times, to the minute."""
+        cron, ms, times = workflows.Cron(text), moment(start), []
+        for _ in range(count):
+            ms = cron.next(ms)
+            times.append(datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M"))
+        return times
+
+    def refused(self, text: Any, *words: str) -> None:
+        with self.subTest(text), self.assertRaises(ValueError) as caught:
+            workflows.Cron(text)
+        for word in (repr(text), *words):
+            self.assertIn(word, str(caught.exception))
+
+    def test_next_is_later_and_last_is_not_later(self) -> None:
+        cron, nine, day = workflows.Cron("0 9 * * *"), moment("2026-03-02 09:00"), 86_400_000
+        for ms, last, following in (
+            (nine - 1, nine - day, nine),
+            (nine, nine, nine + day),
+            (nine + 1, nine, nine + day),
+        ):
+            self.assertEqual((cron.last(ms), cron.next(ms)), (last, following))
+
+    def test_a_field_is_a_number_a_range_a_step_or_a_list(self) -> None:
+        for minutes, expected in (
+            ("7", [7]),
+            ("07", [7]),
+            ("5-8", [5, 6, 7, 8]),
+            ("*/20", [0, 20, 40]),
+            ("10-20/4", [10, 14, 18]),
+            ("50/4", [50, 54, 58]),
+            ("30,5-6,*/30", [0, 5, 6, 30]),
+        ):
+            with self.subTest(minutes):
+                days = [f"2026-03-02 09:{minute:02}" for minute in expected]
+                times = self.times(f"{minutes} 9 2 3 *", "2026-01-01", len(days) + 1)
+                self.assertEqual(times[:-1], days)
+                self.assertEqual(times[-1][:10], "2027-03-02")
+
+    def test_months_and_days_have_names_in_any_case(self) -> None:
+        for text in ("0 0 * jan,DEC Mon-wed", "0 0 * 1,12 2-4"):
+            times = self.times(text, "2026-01-28 00:00", 2)
+            self.assertEqual(times, ["2026-12-01 00:00", "2026-12-02 00:00"])
+
+    def test_1_is_sunday_and_7_is_saturday(self) -> None:
+        for number, name, day in (("1", "SUN", "04"), ("2", "MON", "05"), ("7", "SAT", "10")):
+            for text in (number, name):
+                times = self.times(f"0 17 * * {text}", "2026-01-03 18:00", 1)
+                self.assertEqual(times, [f"2026-01-{day} 17:00"])
+
+    def test_where_both_kinds_of_days_are_restricted_one_is_enough(self) -> None:
+        for text, days in (
+            ("0 0 13 * FRI", ["13", "16", "23"]),
+            ("0 0 * * FRI", ["16", "23", "30"]),
+            ("0 0 */2 * FRI", ["11", "13", "15"]),
+            ("0 0 */10 * FRI", ["11", "16", "21"]),  # a step is a restriction, too
+        ):
+            with self.subTest(text):
+                times = self.times(text, "2026-01-10 00:00", 3)
+                self.assertEqual(times, [f"2026-01-{day} 00:00" for day in days])
+
+    def test_29_february_comes_in_leap_years_only(self) -> None:
+        cron = workflows.Cron("30 12 29 FEB *")
+        times = self.times(cron.text, "2095-01-01", 2)
+        self.assertEqual(times, ["2096-02-29 12:30", "2104-02-29 12:30"])
+        self.assertEqual(cron.last(moment("2104-02-29 12:29")), moment("2096-02-29 12:30"))
+
+    def test_there_is_no_last_time_before_1970(self) -> None:
+        self.assertEqual(workflows.Cron("* * * * *").last(59_999), 0)
+        self.assertIsNone(workflows.Cron("0 9 * * *").last(59_999))
+        self.assertIsNone(workflows.Cron("0 0 29 2 *").last(moment("1972-02-28")))
+
+    def test_what_never_comes_is_refused(self) -> None:
+        for text in ("0 0 30 2 *", "0 0 31 2,4,6,9,11 *"):
+            self.refused(text, "never comes")
+        self.assertEqual(self.times("0 0 30 2 MON", "2026-01-01", 1), ["2026-02-02 00:00"])
+
+    def test_anything_else_is_refused_with_the_field_and_what_was_expected(self) -> None:
+        for text in ("", "* * * *", "* * * * * *", "@daily", 5, None, b"* * * * *"):
+            self.refused(text, "five fields, minute, hour, day of month, month, day of week")
+        for n, field, expected, items in (
+            (0, "minute", "0 to 59", "60 -1 1.5 x 5-3 1-2-3 */0 */60 */x 5/ 1/2/3 *5 *-5 007 ٣ 1,"),
+            (1, "hour", "0 to 23", "24 */24 MON 1-24"),
+            (2, "day of month", "1 to 31", "0 32 ? L W LW 15W"),
+            (3, "month", "1 to 12 or JAN to DEC", "0 13 january JAN-13 DEC-JAN ſep"),
+            (4, "day of week", "1 to 7 or SUN to SAT", "0 8 6L FRIL MON#2 friday SAT-SUN"),
+        ):
+            for item in items.split():
+                fields = ["*"] * 5
+                fields[n] = item
+                self.refused(" ".join(fields), f"{field} is ", f"expected *, {expected}, ")
+
+    def test_its_text_has_one_blank_between_two_fields(self) -> None:
+        self.assertEqual(workflows.Cron(" 0\t9  * *\nMON ").text, "0 9 * * MON")
+
+    def test_its_times_are_those_that_a_search_finds(self) -> None:
+        chance = random.Random(1)
+        spans = ((0, 59), (0, 23), (1, 31), (1, 12), (1, 7))
+        days = [datetime(2027, 1, 1, tzinfo=UTC) + timedelta(n) for n in range(3 * 365)]
+
+        def comes(day: datetime) -> bool:
+            any_day, any_weekday = texts[2] == "*", texts[4] == "*"
+            in_month, in_week = day.day in sets[2], (day.weekday() + 1) % 7 + 1 in sets[4]
+            if any_day or any_weekday:
+                return (any_day or in_month) and (any_weekday or in_week)
+            return in_month or in_week
+
+        for _ in range(80):
+            sets = [sorted({*chance.choices(range(a, b + 1), k=2)}) for a, b in spans]
+            texts = [",".join(map(str, numbers)) for numbers in sets]
+            for n in (2, 4):
+                texts[n] = chance.choice(["*", texts[n]])
+            expected = [
+                round(day.timestamp() + 3600 * hour + 60 * minute) * 1000
+                for day in days
+                if day.month in sets[3] and comes(day)
+                for hour, minute in itertools.product(sets[1], sets[0])
+            ]
+            with self.subTest(" ".join(texts)):
+                cron, ms = workflows.Cron(" ".join(texts)), moment("2026-12-31 23:59")
+                for last, following in itertools.pairwise([None, *expected]):
+                    ms = cron.next(ms)
+                    self.assertEqual(ms, following)
+                    self.assertIn(last, (None, cron.last(ms - 1)))
+
+    def test_nothing_but_a_value_error_comes_of_any_text(self) -> None:
+        chance, legal = random.Random(2), 0
+        fitting = ["*", "*/2", "1-5", "2", "1,3"]
+        odd = [*fitting, "mon", "FEB", "31", ",", "/", "-", "L", "#", " ", "\ud800"]
+        for _ in range(2000):
+            fields = chance.choices(fitting, k=5)
+            fields[chance.randrange(5)] = "".join(chance.choices(odd, k=chance.randint(0, 3)))
+            with contextlib.suppress(ValueError):
+                cron = workflows.Cron(" ".join(fields))
+                self.assertEqual(cron.last(cron.next(0)), cron.next(0))
+                legal += 1
+        self.assertGreater(legal, 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: files of wrangler, and what `bind` takes of them.
+
+MAIN = """
+import helper
+from workers import WorkflowEntrypoint
+from workers.workflows import NonRetryableError
+
+class Mine(NonRetryableError):
+    pass
+
+class MyWorkflow(WorkflowEntrypoint):
+    async def run(self, event, step):
+        import late
+        if event.payload == "fail":
+            raise Mine("intended")
+        return [self.env.GREETING, helper.NAME, late.NAME]
+
+class Second(WorkflowEntrypoint):
+    async def run(self, event, step):
+        return "second"
+
+class NoWorkflow:
+    pass
+"""
+
+JSONC = """
+// Comments are legal, and so are commas at the end of a list.
+{
+    "name": "my-worker", "$schema": "http://x/*", "triggers": {"crons": []},
+    "main": "src/main.py", /* relative to
+                              this file */
+    "vars": {"GREETING": "hello // you, }"},
+    "limits": {"cpu_ms": 5000, "subrequests": 5,},
+    "workflows": [{
+        "name": "my-workflow", "binding": "FLOW", "class_name": "MyWorkflow",
+        "limits": {"steps": 20000}, "concurrency": {"limit": 3}, "jurisdiction": "eu",
+        "schedules": ["0 9 * * MON", "0 0 1 * *"],
+        "default_retention": {"success_retention": "3 days", "error_retention": 5000},
+    },],
+}
+"""
+
+TOML = """
+name = "my-worker"
+main = "src/main.py" # relative to this file
+vars = { GREETING = "hello // you, }" }
+limits.cpu_ms = 5000
+triggers.crons = []
+
+[[workflows]]
+name = "my-workflow"
+binding = "FLOW"
+class_name = "MyWorkflow"
+limits = { steps = 20_000 }
+concurrency = { limit = 3 }
+jurisdiction = "eu"
+schedules = ["0 9 * * MON", "0 0 1 * *"]
+
+[workflows.default_retention]
+success_retention = "3 days"
+error_retention = 5000
+"""
+
+
+class Configuration(Case):
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(sys.path.__setitem__, slice(None), sys.path[:])
+        self.addCleanup(self.forget)
+        self.write("src/main.py", MAIN)
+        self.write("src/helper.py", "NAME = 'helper'")
+        self.write("src/late.py", "NAME = 'late'")
+
+    def forget(self) -> None:
+        """The modules that were loaded from our folder, and the shim: as in a new process."""
+        for name, module in [*sys.modules.items()]:
+            file = getattr(module, "__file__", None) or ""
+            if file.startswith(str(self.folder)) or name.startswith("workers"):
+                del sys.modules[name]
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def load(self, given: Any, name: str = "wrangler.jsonc", **options: Any) -> Engine:
+        text = given if isinstance(given, (str, bytes)) else json.dumps(given)
+        options = {"database": self.path, "clock": self.clock} | options
+        return Engine.from_config(self.write(name, text), **options)
+
+    def given(self, **settings: Any) -> dict[str, Any]:
+        """A configuration with one workflow."""
+        entry = {"name": "flow", "binding": "FLOW", "class_name": "MyWorkflow"} | settings
+        return {"main": "src/main.py", "workflows": [entry]}
+
+    def refused(self, given: Any, *words: str, name: str = "wrangler.jsonc") -> ValueError:
+        """The error that refuses it, which names the file and has these words."""
+        with self.subTest(given), self.assertRaises(ValueError) as caught:
+            self.load(given, name)
+        self.assertIs(type(caught.exception), ValueError)
+        for word in (f"{self.folder / name}: ", *words):
+            self.assertIn(word, str(caught.exception))
+        return caught.exception
+
+    async def test_a_file_of_wrangler_makes_an_engine(self) -> None:
+        for name, text in (
+            ("wrangler.jsonc", JSONC),
+            ("other.json", JSONC),
+            ("wrangler.toml", TOML),
+            ("with-a-mark.jsonc", b"\xef\xbb\xbf" + JSONC.encode()),
+        ):
+            with self.subTest(name):
+                engine = self.load(text, name)
+                bound = engine.env.FLOW
+                self.assertEqual((bound.name, bound.steps), ("my-workflow", 20_000))
+                self.assertEqual(bound.running, 3)
+                self.assertEqual([c.text for c in bound.schedules], ["0 9 * * MON", "0 0 1 * *"])
+                self.assertEqual(bound.retention, (3 * 86_400_000, 5000))
+                self.assertEqual(engine.limits, dataclasses.replace(Limits(), cpu_ms=5000))
+                async with engine:
+                    result = await self.finish(await bound.create())
+                self.assertEqual(result, ["hello // you, }", "helper", "late"])
+
+    def test_without_a_path_it_is_the_file_in_the_working_folder(self) -> None:
+        with contextlib.chdir(self.folder):
+            with self.assertRaisesRegex(ValueError, "wrangler.jsonc: can't be read"):
+                Engine.from_config()
+            for name in ("wrangler.toml", "wrangler.jsonc", "wrangler.json"):  # a later one counts
+                text = TOML if name == "wrangler.toml" else JSONC
+                binding = name.partition(".")[2].upper()
+                self.write(name, text.replace("FLOW", binding))
+                self.assertIn(binding, Engine.from_config().env)
+
+    def test_what_it_does_not_say_is_as_the_limits_say(self) -> None:
+        bound = self.load(self.given()).env.FLOW
+        self.assertEqual((bound.steps, bound.running, bound.schedules), (1024, None, ()))
+        self.assertEqual(bound.retention, (30 * 86_400_000,) * 2)
+
+    def test_a_schedule_may_be_a_single_text(self) -> None:
+        (cron,) = self.load(self.given(schedules="0 9 * * *")).env.FLOW.schedules
+        self.assertEqual(cron.text, "0 9 * * *")
+
+    def test_an_option_counts_before_a_var_and_limits_get_the_cpu_time(self) -> None:
+        given = self.given() | {"vars": {"A": 1, "B": [2]}, "limits": {"cpu_ms": 7}}
+        engine = self.load(given, env={"A": "mine", "C": 3}, limits=Limits.FREE)
+        self.assertEqual([engine.env[key] for key in "ABC"], ["mine", [2], 3])
+        self.assertEqual(engine.limits, dataclasses.replace(Limits.FREE, cpu_ms=7))
+
+    def test_an_unknown_option_is_refused(self) -> None:
+        with self.assertRaisesRegex(TypeError, "databases"):
+            self.load(self.given(), databases="x")
+
+    async def test_exports_declare_workflows_too(self) -> None:
+        declared = {"type": "workflow", "name": "second", "limits": {"steps": 5}}
+        others = {"Counter": {"type": "durable-object", "storage": "sqlite"}}
+        others |= {"default": {"type": "worker", "cache": {"enabled": True}}}
+        given = {"main": "src/main.py", "exports": {"Second": declared} | others}
+        self.assertEqual([*self.load(given).env], ["SECOND"])
+        # An entry of `workflows` may give it another binding.
+        entry = {"name": "second", "binding": "S", "class_name": "Second", "schedules": "0 0 * * *"}
+        engine = self.load(given | {"workflows": [entry]})
+        self.assertEqual(([*engine.env], engine.env.S.steps), (["S"], 5))
+        self.assertEqual(len(engine.env.S.schedules), 1)
+        async with engine:
+            self.assertEqual(await self.finish(await engine.env.S.create()), "second")
+        of_the_same_class = given | {"workflows": [entry | {"name": "other"}]}
+        self.assertEqual([*self.load(of_the_same_class).env], ["S", "SECOND"])
+        twice = given | {"workflows": [entry | {"limits": {"steps": 6}}]}
+        self.refused(twice, "workflows[0] repeats 'limits' of exports.Second")
+        other_class = given | {"workflows": [entry | {"class_name": "MyWorkflow"}]}
+        self.refused(other_class, "exports.Second: workflow 'second' is bound already")
+
+    def test_another_script_is_a_module_beside_main(self) -> None:
+        self.write("src/third-worker.py", "from main import Second\nclass Third(Second): pass")
+        third = self.given(class_name="Third", script_name="third-worker")
+        self.assertEqual(self.load(third).env.FLOW.cls.__module__, "third-worker")
+        own = self.given(script_name="my-worker") | {"name": "my-worker"}
+        self.assertEqual(self.load(own).env.FLOW.cls.__module__, "main")
+        missing = str(self.folder / "src" / "fourth.py")
+        fourth = self.given(script_name="fourth")
+        self.refused(fourth, "workflows[0]: script_name: ", missing, "expected a Python file")
+
+    async def test_its_errors_have_their_class_in_every_process(self) -> None:
+        async with self.load(JSONC) as engine:
+            instance = await engine.env.FLOW.create(id="i", params="fail")
+            with self.assertRaisesRegex(NonRetryableError, "intended"):
+                await self.finish(instance)
+        self.forget()
+        async with self.load(JSONC) as engine:
+            with self.assertRaises(sys.modules["main"].Mine):
+                await (await engine.env.FLOW.get("i")).result()
+
+    def test_a_module_is_loaded_once(self) -> None:
+        one, two = self.load(JSONC), self.load(TOML, "wrangler.toml")
+        self.assertIs(one.env.FLOW.cls, two.env.FLOW.cls)
+        self.assertEqual(sys.path.count(str((self.folder / "src").resolve())), 1)
+
+    def test_a_module_is_found_however_new_it_is(self) -> None:
+        self.load(self.given())
+        folder = self.folder / "src"
+        self.assertIsNone(importlib.util.find_spec("nothing_of_the_kind"))  # Python looks into it
+        looked = folder.stat().st_mtime_ns
+        self.write("src/new.py", MAIN)
+        os.utime(folder, ns=(looked, looked))
+        self.assertEqual(self.load(self.given(script_name="new")).env.FLOW.cls.__module__, "new")
+
+    def test_a_file_that_cannot_be_read_is_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "missing.jsonc: can't be read: No such file"):
+            Engine.from_config(str(self.folder / "missing.jsonc"))
+        self.refused(b"\xff{}", "not JSON: 'utf-8'")
+        self.refused("main = 5", ".toml", name="wrangler.yaml")
+        for text in ("[]", "5", "null"):
+            self.refused(text, "expected an object")
+        for bad in ("", "{", "{} {}", '{"a": NaN}', "[" * 100_000, '{"a": 1 /* }', "{'a': 1}"):
+            self.refused(bad, "not JSON: ")
+        self.refused("a = \n", "not TOML: ", "line 1, column 5", name="wrangler.toml")
+
+    def test_an_error_is_where_it_stands_in_the_file(self) -> None:
+        for text, place in (
+            ('// one\n{"a": /* two\n */ ?}', "line 3 column 5"),
+            ('{"a": [1, /* x */ ], "b" 5}', "line 1 column 26"),
+            ('{"a": "// /*", "b": ☃}', "line 1 column 21"),
+            ('{"a": [1,, 2]}', "line 1 column 10"),
+            ('{"a": [1,,]}', "line 1 column 10"),
+            ('{"a": [ , ]}', "line 1 column 9"),
+            ('{"a": ,}', "line 1 column 7"),
+        ):
+            self.refused(text, place)
+
+    def test_what_looks_like_a_comment_in_a_text_is_kept(self) -> None:
+        for text, value in (
+            (r'["// a", "/* b */", "\"// c", "\\", ",]", /*"*/ "d"] // "',
+             ["// a", "/* b */", '"// c', "\\", ",]", "d"]),
+            ('{"a,}": ",}",\n // , \n }', {"a,}": ",}"}),
+            ("[[],/**/]//", [[]]),
+            ("/*/ */ 1 /***/", 1),
+        ):  # fmt: skip
+            self.assertEqual(workflows.parse_jsonc(text), value)
+
+    def test_each_mistake_is_named_by_its_key_with_what_was_expected(self) -> None:
+        text, obj, count = "expected text", "expected an object", "expected a whole number from 1"
+        main, given = {"main": "src/main.py"}, self.given()
+        for wrong, *words in (
+            ({}, "'main'", text),
+            ({"main": 5}, "main is 5", text),
+            (main, "no workflow"),
+            (main | {"workflow": []}, "no workflow"),
+            (main | {"workflows": {}}, "workflows is {}", "expected a list"),
+            (main | {"workflows": [5]}, "workflows[0] is 5", obj),
+            (main | {"workflows": [{}]}, "workflows[0] has no 'name'", text),
+            (main | {"exports": []}, "exports is []", obj),
+            (main | {"exports": {"A": 5}}, "exports.A is 5", obj),
+            (main | {"exports": {"A": {}}}, "exports.A has no 'type'"),
+            (main | {"exports": {"A": {"type": "workflows"}}}, "exports.A.type", "one of workflow"),
+            (main | {"exports": {"A": {"type": "workflow"}}}, "exports.A has no 'name'"),
+            (given | {"vars": "x"}, "vars is 'x'", obj),
+            (given | {"name": None}, "name is None", text),
+            (given | {"limits": 5}, "limits is 5", obj),
+            (given | {"limits": {"cpu_ms": 300_001}}, "limits.cpu_ms: 300001", f"{count} to 300,"),
+            (given | {"main": "src/none.py"}, "main: ", "none.py", "a Python file"),
+            (given | {"main": "src"}, "main: ", "a Python file"),
+            (given | {"main": "src/main.ts"}, "main: ", "main.ts", "a Python file"),
+        ):
+            self.refused(wrong, *words)
+        for key, value, *words in (
+            ("name", 5, ".name is 5", text),
+            ("name", "a b", ": 'a b'", "workflow name"),
+            ("binding", None, ".binding is None", text),
+            ("binding", "MY-FLOW", ": 'MY-FLOW'", "binding"),
+            ("class_name", ["x"], ".class_name is", text),
+            ("class_name", "None", "class_name is 'None'", "expected a class of", "main.py"),
+            ("class_name", "NoWorkflow", "NoWorkflow", "expected a class that extends"),
+            ("script_name", 5, ".script_name is 5", text),
+            ("class", "X", " has the unknown key 'class'", "class_name"),
+            ("limits", [], ".limits is []", obj),
+            ("limits", {"step": 5}, ".limits has the unknown key 'step'", "expected steps"),
+            ("limits", {"steps": 25_001}, ".limits.steps: 25001", f"{count} to 25,000"),
+            ("limits", {"steps": True}, ".limits.steps: True", count),
+            ("concurrency", 5, ".concurrency is 5", obj),
+            ("concurrency", {"limit": 0}, ".concurrency.limit: 0", count),
+            ("concurrency", {"limits": 1}, ".concurrency has the unknown key", "expected limit"),
+            ("schedules", 5, ".schedules: 5", "cron expression"),
+            ("schedules", {"0 0 * * *": 1}, ".schedules: ", "cron expression"),
+            ("schedules", ["0 0 * * *", 5], ".schedules: 5", "five fields"),
+            ("schedules", "0 24 * * *", ".schedules: ", "hour is '24'", "expected *, 0 to 23"),
+            ("default_retention", "1 day", ".default_retention is", obj),
+            ("default_retention", {"success": 1}, " has the unknown key", "success_retention"),
+            ("default_retention", {"error_retention": "soon"}, "retention.error_retention: 'soon'"),
+            ("default_retention", {"error_retention": None}, "error_retention: None", "duration"),
+            ("default_retention", {"success_retention": "31 days"}, "success_retention: '31 days'"),
+        ):
+            self.refused(self.given(**{key: value}), "workflows[0]", *words)
+
+    def test_a_name_and_a_binding_are_given_once(self) -> None:
+        for key, value in (("name", "flow"), ("binding", "FLOW"), ("binding", "TAKEN")):
+            given = self.given() | {"vars": {"TAKEN": 1}}
+            second = {"name": "second", "binding": "SECOND", "class_name": "Second", key: value}
+            given["workflows"].append(second)
+            self.refused(given, "workflows[1]: ", repr(value), "already")
+
+    def test_the_cause_is_the_error_of_a_module_that_fails(self) -> None:
+        for source, cause in (
+            ("import nothing_of_the_kind", ModuleNotFoundError),
+            ("def", SyntaxError),
+            ("raise ValueError('mine')", ValueError),
+            ("import sys; sys.exit('now')", SystemExit),
+        ):
+            self.write("src/broken.py", source)
+            for key, given in (
+                ("main: ", self.given() | {"main": "src/broken.py"}),
+                ("workflows[0]: script_name: ", self.given(script_name="broken")),
+            ):
+                error = self.refused(given, key, "broken.py", cause.__name__)
+                self.assertIs(type(error.__cause__), cause)
+                self.assertNotIn("broken", sys.modules)
+
+    def test_a_module_does_not_take_the_name_of_another(self) -> None:
+        for name in ("json", "sys"):
+            self.write(f"src/{name}.py", MAIN)
+            given = self.given() | {"main": f"src/{name}.py"}
+            self.refused(given, f"{name}.py needs another name", repr(name))
+
+    def test_nothing_but_a_value_error_comes_of_any_file(self) -> None:
+        chance = random.Random(3)
+        odd = [*'{}[]",:=\\\n', "//", "/*", "null", "5", "1e400", "'" * 3, "\x00", "[" * 2000, ""]
+        for name, text in (("fuzz.jsonc", JSONC), ("fuzz.toml", TOML)):
+            tokens, legal = re.findall(r"\w+|\s+|.", text), 0
+            for _ in range(300):
+                changed = tokens.copy()
+                for _ in range(chance.randint(1, 3)):
+                    changed[chance.randrange(len(changed))] = chance.choice([*odd, *tokens])
+                path = self.write(name, "".join(changed))
+                try:
+                    workflows.Configuration(path)
+                    legal += 1
+                except ValueError as error:
+                    self.assertTrue(str(error).startswith(f"{path}: "))
+            self.assertGreater(legal, 3, name)
+
+
+class BindOptions(Case):
+    def test_wrong_ones_are_refused_by_name(self) -> None:
+        for name, *values in (
+            ("steps", 0, 25_001, "5", True),
+            ("running", 0, -1, 1.0, True),
+            ("schedules", "0 24 * * *", ["x"], 5, None, {"0 0 * * *": 1}),
+            ("success_retention", "31 days", "soon", -1, True),
+            ("error_retention", "31 days", "soon", -1, True),
+        ):
+            for value in values:
+                with self.subTest(name, value=value), self.assertRaises(ValueError) as caught:
+                    Engine(self.path).bind(workflow(None), **{name: value})
+                self.assertTrue(str(caught.exception).startswith(f"{name}: "))
+
+    def test_a_schedule_that_is_given_twice_counts_once(self) -> None:
+        given = ["0 9 * * *", " 0  9 * * * "]
+        bound = Engine(self.path).bind(workflow(None), schedules=given)
+        self.assertEqual([cron.text for cron in bound.schedules], ["0 9 * * *"])
+
+    async def test_retention_is_the_default_of_create(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            if event.payload:
+                raise ValueError
+
+        kept = {"success_retention": "2 days", "error_retention": "1 day"}
+        longer = {"retention": {"successRetention": "3 days"}}
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run), **kept)
+            for id, options in (("done", {}), ("failed", {"params": 1}), ("longer", longer)):
+                await bound.create(id=id, **options)
+            for expected in (["done", "failed", "longer"], ["done", "longer"], ["longer"], []):
+                await self.clock.advance("1 minute")
+                ids = self.rows("SELECT id FROM instances WHERE id IS NOT NULL ORDER BY id")
+                self.assertEqual([id for (id,) in ids], expected)
+                await self.clock.advance("1 day")
 
 
 # --------------------------------------------------------------------------------------------------

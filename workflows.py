@@ -65,6 +65,7 @@ import contextvars
 import copy
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import inspect
 import json
@@ -81,6 +82,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import types
 import unicodedata
 import urllib.parse
@@ -88,7 +90,8 @@ import uuid
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
 
 __all__ = [
@@ -2279,18 +2282,35 @@ class Engine:
         self._workflows: dict[str, Workflow] = {}
         self.creations = Rate(self.limits.creations_per_second, self.clock)
 
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
+        """An engine in which the workflows of a configuration file of Cloudflare's `wrangler` are
+        bound: `wrangler.jsonc`, `.json` or `.toml`; without a path, the one in the working folder.
+
+        The file's `vars` become `env`, and its `limits.cpu_ms` that of the `limits`. The options
+        are those of `Engine(…)`; of a name that both `vars` and `env` have, `env`'s value counts.
+
+        Error: `ValueError` for whatever is wrong with the file, or a module that it names."""
+        config = Configuration(path)
+        engine = cls(**config.options(options))
+        config.bind_workflows(engine)
+        return engine
+
     def bind(
         self,
         cls: type[WorkflowEntrypoint[Any]],
         name: str | None = None,
         binding: str | None = None,
-        *,
-        steps: int | None = None,
+        **settings: Any,
     ) -> Workflow:
         """Makes a workflow known, before entering the engine or later. `name` defaults to the
-        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case; `steps` is
-        the most steps that a run may call, up to 25,000."""
-        workflow = bindable(self, cls, name, binding, steps)
+        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
+
+        `steps` is the most steps that a run may call, up to 25,000; `running` the most instances of
+        this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
+        `success_retention` and `error_retention` how long an instance is kept when it has ended,
+        unless `create` says something else. The defaults are the engine's limits."""
+        workflow = bindable(self, cls, name, binding, **settings)
         if workflow.name in self._workflows:
             raise ValueError(f"workflow {workflow.name!r} is bound already")
         if workflow.binding in self.env:
@@ -3115,6 +3135,31 @@ def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
         raise ValueError(f"{what} key {key!r}: {error}") from None
 
 
+def read_count(value: Any, most: int | None = None) -> int:
+    """A whole number from 1 (to `most`). Anything else is a `ValueError`."""
+    if type(value) is int and value > 0 and (most is None or value <= most):
+        return value
+    expected = "a whole number from 1" + (f" to {most:,}" if most is not None else "")
+    raise ValueError(f"{show(value)} is not legal: expected {expected}")
+
+
+def _read_retention(value: Any, longest: int | None) -> int | None:
+    """A duration up to the plan's, which is also the default."""
+    ms = longest if value is None else parse_duration(value)
+    if ms is not None and longest is not None and ms > longest:
+        raise ValueError(f"{show(value)} is too long: expected {longest} ms at most")
+    return ms
+
+
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Makes an error about an argument or a configuration say which one it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from error.__cause__
+
+
 def check_name(name: Any) -> None:
     """Refuses what is no name of a step."""
     if not isinstance(name, str):
@@ -3704,10 +3749,13 @@ class Workflow:
     developers.cloudflare.com/workflows/build/workers-api/ (Workflow)"""
 
     cls: type[WorkflowEntrypoint[Any]]  # in a process that has bound it
-    running: int | None = None
+    running: int | None = None  # the most instances that run at once
+    schedules: tuple[Cron, ...] = ()
 
     def __init__(self, engine: Engine, name: str, binding: str, steps: int) -> None:
         self.engine, self.name, self.binding, self.steps = engine, name, binding, steps
+        # How long an instance is kept that has succeeded or was terminated, or that has failed.
+        self.retention = engine.limits.success_retention, engine.limits.error_retention
 
     async def create(self, options: Options = None, /, **given: Any) -> WorkflowInstance:
         """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
@@ -3784,17 +3832,21 @@ class Workflow:
         id = str(uuid.uuid4()) if options["id"] is None else self.check_id(options["id"], where)
         what, code = f"{where}: params", "params.not_serializable"
         text, _ = checked(options["params"], what, code, limits, "payload_bytes")
-        kept = {
-            "successRetention": limits.success_retention,
-            "errorRetention": limits.error_retention,
-        }
+        names, longest = (
+            ("successRetention", "errorRetention"),
+            (
+                limits.success_retention,
+                limits.error_retention,
+            ),
+        )
+        kept = dict(zip(names, self.retention, strict=True))
         retention = {} if options["retention"] is None else options["retention"]
-        for name in options_of(retention, [*kept], f"{where}: retention"):
-            ms, longest = duration_of(retention, name, f"{where}: retention"), kept[name]
-            if longest is not None and ms > longest:
-                what = f"{where}: {name} is longer than {longest} ms (limit retention)"
+        for name in options_of(retention, names, f"{where}: retention"):
+            kept[name] = ms = duration_of(retention, name, f"{where}: retention")
+            most = longest[names.index(name)]
+            if most is not None and ms > most:
+                what = f"{where}: {name} is longer than {most} ms (limit retention)"
                 raise refusal("limit.retention", what)
-            kept[name] = ms
         return id, text, kept["successRetention"], kept["errorRetention"]
 
     def check_id(self, id: Any, where: str = "id") -> str:
@@ -3827,7 +3879,16 @@ class Workflow:
 
 
 def bindable(
-    engine: Engine, cls: Any, name: str | None, binding: str | None, steps: int | None
+    engine: Engine,
+    cls: Any,
+    name: Any,
+    binding: Any,
+    *,
+    steps: int | None = None,
+    running: int | None = None,
+    schedules: str | Iterable[str] = (),
+    success_retention: Duration | None = None,
+    error_retention: Duration | None = None,
 ) -> Workflow:
     """What `Engine.bind` is given, checked."""
     extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
@@ -3840,10 +3901,19 @@ def bindable(
     binding = name.upper().replace("-", "_") if binding is None else binding
     if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
         raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
-    if steps is not None and (type(steps) is not int or not 0 < steps <= 25_000):
-        raise ValueError(f"steps is {show(steps)}: expected a whole number from 1 to 25,000")
-    workflow = Workflow(engine, name, binding, steps or engine.limits.steps)
+    limits = engine.limits
+    workflow = Workflow(engine, name, binding, limits.steps)
     workflow.cls = cls
+    with naming("steps"):
+        workflow.steps = limits.steps if steps is None else read_count(steps, 25_000)
+    with naming("running"):
+        workflow.running = None if running is None else read_count(running)
+    with naming("schedules"):
+        workflow.schedules = read_schedules(schedules)
+    with naming("success_retention"):
+        kept = _read_retention(success_retention, limits.success_retention)
+    with naming("error_retention"):
+        workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
     return workflow
 
 
@@ -4990,6 +5060,284 @@ WorkflowEvent.instanceId = property(lambda event: event.instance_id)  # type: ig
 WorkflowEvent.workflowName = property(lambda event: event.workflow_name)  # type: ignore[attr-defined]
 WorkflowRollbackContext.stepName = property(lambda info: info.step_name)  # type: ignore[attr-defined]
 WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules: the times at which a workflow begins by itself, as cron expressions. This part only
+# computes: it reads no clock and starts nothing.
+
+# Of each field: what it is called, its least and its greatest number, and names for its numbers.
+_CRON_FIELDS = (
+    ("minute", 0, 59, ""),
+    ("hour", 0, 23, ""),
+    ("day of month", 1, 31, ""),
+    ("month", 1, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
+    ("day of week", 1, 7, "SUN MON TUE WED THU FRI SAT"),
+)
+_CRON_ITEM = re.compile(r"(?:\*|([0-9A-Za-z]+)(?:-([0-9A-Za-z]+))?)(?:/([0-9]{1,2}))?")
+_LEAP_YEAR = range(730, 1096)  # 1972, in days since the epoch
+
+
+class Cron:
+    """A cron expression as Cloudflare has it: five fields, in UTC. Its times are milliseconds since
+    the epoch.
+
+    The fields are minute (0 to 59), hour (0 to 23), day of month (1 to 31), month (1 to 12, or JAN
+    to DEC) and day of week (1 to 7, or SUN to SAT: 1 is Sunday). A field is `*`, a number or name,
+    a range (`8-18`), any of these with a step (`*/15`, `8-18/2`, or `5/15`, which goes from 5 to
+    the end), or a list of such items. Anything else is a `ValueError`, Cloudflare's `L`, `W` and
+    `#` too, and so is an expression that never comes.
+
+    developers.cloudflare.com/workers/configuration/cron-triggers/"""
+
+    def __init__(self, text: str) -> None:
+        fields = text.split() if isinstance(text, str) else []
+        if len(fields) != len(_CRON_FIELDS):
+            expected = f"five fields, {', '.join(name for name, *_ in _CRON_FIELDS)}"
+            raise ValueError(f"{show(text)} is not a cron expression: expected {expected}")
+        self.text = " ".join(fields)
+        with naming(show(self.text)):
+            numbers = map(_read_cron_field, fields, _CRON_FIELDS)
+            minutes, hours, self._days, self._months, self._weekdays = numbers
+        # Where the day of the month and the day of the week are both restricted, one of them is
+        # enough: this is the rule of standard cron, and Cloudflare's. `*` alone is no restriction.
+        self._either = "*" not in (fields[2], fields[4])
+        # Its times on a day on which it comes, in milliseconds since that day's midnight.
+        self._times = sorted((60 * h + m) * _UNITS["minute"] for h in hours for m in minutes)
+        if not any(self._times_on(day) for day in _LEAP_YEAR):
+            raise ValueError(f"{show(self.text)} never comes: no such month has such a day")
+
+    def _times_on(self, day: int) -> list[int]:
+        """Its times on a day, which is counted from the epoch."""
+        on = date.fromordinal(_EPOCH.toordinal() + day)
+        if on.month not in self._months:
+            return []
+        in_month, in_week = on.day in self._days, on.isoweekday() % 7 + 1 in self._weekdays
+        comes = in_month or in_week if self._either else in_month and in_week
+        return self._times if comes else []
+
+    def next(self, after: int) -> int:
+        """The first time that is later than a moment."""
+        day, ms = divmod(after, _UNITS["day"])
+        times = [time for time in self._times_on(day) if time > ms]
+        while not times:  # for 8 years at most
+            day += 1
+            times = self._times_on(day)
+        return day * _UNITS["day"] + times[0]
+
+    def last(self, before: int) -> int | None:
+        """The last time that is not later than a moment; None if that was before 1970."""
+        day, ms = divmod(before, _UNITS["day"])
+        times = [time for time in self._times_on(day) if time <= ms]
+        while not times:
+            day -= 1
+            times = self._times_on(day)
+        return day * _UNITS["day"] + times[-1] if day >= 0 else None
+
+
+def _read_cron_field(text: str, field: tuple[str, int, int, str]) -> set[int]:
+    """The numbers that a field of a cron expression stands for."""
+    what, low, high, names = field
+    known = {spelling: n for n in range(low, high + 1) for spelling in (str(n), f"{n:02}")}
+    known |= {name: low + n for n, name in enumerate(names.split())}
+    numbers: set[int] = set()
+    for item in text.split(","):
+        match = _CRON_ITEM.fullmatch(item)
+        first, last, step = match.groups() if match else ("", None, None)
+        start = low if first is None else known.get(first.upper())
+        to_the_end = first is None or step is not None  # `*`, `*/15` and `5/15`, but not `5`
+        end = known.get(last.upper()) if last else high if to_the_end else start
+        every = int(step or 1)
+        if start is None or end is None or start > end or not 0 < every <= high:
+            span = f"{low} to {high}" + (f" or {names[:3]} to {names[-3:]}" if names else "")
+            ways = f"a range like {low}-{high}, one of these with a step like */2, or a list"
+            raise ValueError(f"{what} is {show(item)}: expected *, {span}, {ways}")
+        numbers.update(range(start, end + 1, every))
+    return numbers
+
+
+def read_schedules(given: str | Iterable[str]) -> tuple[Cron, ...]:
+    """One cron expression, or several; each counts once."""
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"{show(given)} is not a cron expression, and no list of these")
+    crons = [Cron(text) for text in ([given] if isinstance(given, str) else given)]
+    return tuple({cron.text: cron for cron in crons}.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: an engine from the file that Cloudflare's `wrangler` reads, so that one description
+# of the workflows serves both here and there. Whatever is wrong with the file is one `ValueError`
+# that names the file, the key and what was expected. What is not about workflows is ignored.
+#
+# developers.cloudflare.com/workers/wrangler/configuration/
+
+_CONFIG_FILES = ("wrangler.json", "wrangler.jsonc", "wrangler.toml")  # `wrangler` has this order
+_EXPORT_TYPES = ("workflow", "durable-object", "worker")
+
+# What the file may say: by key, the kind of its value. A kind is a type, a function that can read
+# the value, or again such a dict.
+_SETTINGS: dict[str, Any] = {
+    "name": str,
+    "limits": {"steps": functools.partial(read_count, most=25_000)},
+    "concurrency": {"limit": read_count},
+    "schedules": read_schedules,
+    "default_retention": {"success_retention": parse_duration, "error_retention": parse_duration},
+    "jurisdiction": object,
+}
+_EXPORT = {"type": str, **_SETTINGS}
+_ENTRY = {"binding": str, "class_name": str, "script_name": str, **_SETTINGS}
+_CPU = {"cpu_ms": functools.partial(read_count, most=300_000)}
+_FILE = {"main": str, "name": str, "vars": dict, "limits": _CPU, "workflows": list, "exports": dict}
+_WORDS: dict[Any, str] = {str: "text", dict: "an object", list: "a list"}
+
+# A string, which is kept; or a comment.
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+# A string, or a comma that nothing precedes, which are kept; or a comma that nothing follows.
+_LAST_COMMA = re.compile(r'("(?:\\.|[^"\\])*"|[\[{:,]\s*,)|,(?=\s*[\]}])', re.DOTALL)
+
+
+class Configuration:
+    """A configuration file: what it says about workflows, and the modules that it names."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        found = [name for name in _CONFIG_FILES if os.path.exists(name)] or ["wrangler.jsonc"]
+        self.file = Path(found[0] if path is None else path)
+        with naming(self.file):
+            self.given = _read_config(self.file)
+            _check(self.given, _FILE, "", ["main"], strict=False)
+            self.entries = self._entries()
+            if not self.entries:
+                raise ValueError("no workflow: expected one in `workflows` or `exports`")
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """What the file says about each workflow, by where it does."""
+        exports, entries = {}, {}
+        for name, export in self.given.get("exports", {}).items():
+            where = f"exports.{name}"
+            _check(export, {"type": str}, where, ["type"], strict=False)
+            if export["type"] == "workflow":
+                _check(export, _EXPORT, where, ["name"])
+                exports[where] = {"class_name": name, **export}
+            elif export["type"] not in _EXPORT_TYPES:
+                expected = f"one of {', '.join(_EXPORT_TYPES)}"
+                raise ValueError(f"{where}.type is {show(export['type'])}: expected {expected}")
+        for n, entry in enumerate(self.given.get("workflows", [])):
+            where = f"workflows[{n}]"
+            _check(entry, _ENTRY, where, ["name", "binding", "class_name"])
+            other = f"exports.{entry['class_name']}"
+            if exports.get(other, {}).get("name") == entry["name"]:  # here it gets its binding
+                export = exports.pop(other)
+                if twice := (entry.keys() & export.keys()) - {"name", "class_name"}:
+                    raise ValueError(f"{where} repeats {min(twice)!r} of {other}")
+                entry = export | entry
+            entries[where] = entry
+        return entries | exports
+
+    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those for the engine: a caller's, and what the file adds to them."""
+        env = {**self.given.get("vars", {}), **(given.get("env") or {})}
+        limits = given.get("limits") or Limits()
+        if "cpu_ms" in self.given.get("limits", {}):
+            limits = dataclasses.replace(limits, cpu_ms=self.given["limits"]["cpu_ms"])
+        return {**given, "env": env, "limits": limits}
+
+    def bind_workflows(self, engine: Engine) -> None:
+        """Loads the modules, and binds each workflow."""
+        install_workers_shim()
+        main = self.file.parent / self.given["main"]
+        with naming(self.file):
+            with naming("main"):
+                load_module(main)
+            for where, entry in self.entries.items():
+                settings = {
+                    "steps": entry.get("limits", {}).get("steps"),
+                    "running": entry.get("concurrency", {}).get("limit"),
+                    "schedules": entry.get("schedules", ()),
+                    **entry.get("default_retention", {}),
+                }
+                with naming(where):
+                    cls = self._find_class(main, entry)
+                    engine.bind(cls, entry["name"], entry.get("binding"), **settings)
+
+    def _find_class(self, main: Path, entry: dict[str, Any]) -> Any:
+        """The class of an entry: of `main`, or of another script, which is a module beside that."""
+        own, name = self.given.get("name"), entry["class_name"]
+        script = entry.get("script_name", own)
+        with naming("script_name"):
+            module = load_module(main if script == own else main.parent / f"{script}.py")
+        if not hasattr(module, name):
+            raise ValueError(f"class_name is {show(name)}: expected a class of {module.__file__}")
+        return getattr(module, name)
+
+
+def _check(
+    value: Any, kind: Any, what: str, needed: Sequence[str] = (), *, strict: bool = True
+) -> None:
+    """Refuses a value that is not of a kind (see above), and an object that lacks a needed key or,
+    if this is `strict`, has an unknown one."""
+    if not isinstance(kind, (type, dict)):
+        with naming(what):
+            kind(value)
+        return
+    expected: Any = dict if isinstance(kind, dict) else kind
+    if not isinstance(value, expected):
+        raise ValueError(f"{what or 'it'} is {show(value)}: expected {_WORDS[expected]}")
+    if isinstance(kind, dict):
+        for key in needed:
+            if key not in value:
+                raise ValueError(f"{what or 'it'} has no {key!r}: expected {_WORDS[kind[key]]}")
+        for key, part in value.items():
+            if key in kind:
+                _check(part, kind[key], f"{what}.{key}" if what else key, strict=strict)
+            elif strict:
+                known = ", ".join(kind)
+                raise ValueError(f"{what} has the unknown key {show(key)}: expected {known}")
+
+
+def _read_config(file: Path) -> Any:
+    kind, parse = ("TOML", tomllib.loads) if file.suffix == ".toml" else ("JSON", parse_jsonc)
+    if file.suffix not in (".json", ".jsonc", ".toml"):
+        raise ValueError("expected a file whose name ends in .json, .jsonc or .toml")
+    try:
+        return parse(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not {kind}: {error}") from None
+
+
+def parse_jsonc(text: str) -> Any:
+    """The value of JSON with comments and trailing commas. Both are replaced by as many blanks, so
+    that a position in an error is one in the text."""
+    for superfluous in (_COMMENT, _LAST_COMMA):
+        text = superfluous.sub(lambda match: match[1] or re.sub(r"[^\n]", " ", match[0]), text)
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def load_module(file: Path) -> types.ModuleType:
+    """The module of a file, imported as its neighbours import it: by its name, from its folder. So
+    there is one of it, and what it defines has the same name in every process.
+
+    Its folder stays on `sys.path`, as that of a script does: functions may import, too."""
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{file}: expected a Python file (.py) there")
+    folder = str(file.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # the file may be newer than what Python knows of the folder
+    try:
+        module = importlib.import_module(file.stem)
+    except (Exception, SystemExit) as error:
+        problem = f"{type(error).__name__}: {message_of(error)}"
+        raise ValueError(f"{file} can't be imported: {problem}") from error
+    found = getattr(module, "__file__", None) or "Python itself"
+    if Path(found).resolve() != file.resolve():
+        raise ValueError(f"{file} needs another name: there is a module {file.stem!r} of {found}")
+    return module
 
 
 # --------------------------------------------------------------------------------------------------
