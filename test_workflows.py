@@ -101,7 +101,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
         self.path = str(self.folder / "test.db")
-        self.clock = ManualClock()
+        self.clock = ManualClock(patience=0)  # no callback here awaits anything real for long
 
     @contextlib.asynccontextmanager
     async def engine(self, **options: Any) -> Any:

@@ -65,8 +65,10 @@ import contextvars
 import copy
 import dataclasses
 import functools
+import http.client
 import importlib
-import importlib.util
+import importlib.abc
+import importlib.machinery
 import inspect
 import json
 import keyword
@@ -85,14 +87,38 @@ import time
 import tomllib
 import types
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
+from typing import (
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    Self,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    overload,
+)
 
 __all__ = [
     "Clock", "Engine", "InstanceStatus", "Limits", "ManualClock", "NonRetryableError", "Usage",
@@ -100,13 +126,16 @@ __all__ = [
     "WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance",
     "WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError",
     "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext",
-    "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowTimeoutError", "install_workers_shim",
-    "parse_duration",
+    "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowSubscription", "WorkflowTimeoutError",
+    "install_workers_shim", "parse_duration",
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
 
 Params = TypeVar("Params")
+Result = TypeVar("Result")
+AsyncFunction = Callable[..., Awaitable[Result]]
+Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up on `gather`)
 
 # ==================================================================================================
 # Part I: the heart
@@ -439,6 +468,8 @@ WAL_PAGES = 1000  # from so many on, the log is written back into the database
 class Database:
     """The file and its lock. Two threads use them, one at a time: see "Writing"."""
 
+    owned: ClassVar[set[str]] = set()  # the paths of all that this process owns
+
     def __init__(self, path: str) -> None:
         self.path = path
         self.owner = False  # whether this process runs the instances
@@ -476,6 +507,8 @@ class Database:
 
     def close(self) -> None:
         """Closes the file, and lets go of the lock."""
+        if self.owner:
+            self.owned.discard(self.path)
         self.owner = False
         with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it has failed
             self._lock.close()
@@ -519,6 +552,7 @@ class Database:
             try:
                 self._lock.execute("BEGIN EXCLUSIVE")
                 self.owner = True
+                self.owned.add(self.path)
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
@@ -1085,7 +1119,9 @@ class Scheduler:
         self.bound[key] = workflow
         self._inherited.append(key)
         self.stirred = True
-        self.database.contend()
+        path = self.database.path
+        if not self.database.contend() and path in Database.owned and len(self.bound) == 1:
+            log.warning("%s: another engine of this process runs it; this one is a client", path)
 
     def run(self, tx: Transaction) -> None:
         """What is due, then the queue."""
@@ -1355,8 +1391,27 @@ class WorkflowStep:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.declared: dict[tuple[str, str], StepFunction[Any]] = {}  # see the Python dialect
 
-    def do(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+    @overload
+    def do(
+        self, name: str, callback: AsyncFunction[Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, callback: Callable[..., Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: AsyncFunction[Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: Callable[..., Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(self, name: str | None = None, *args: Any, **options: Any) -> StepDecorator: ...
+    def do(self, name: Any = None, *args: Any, **options: Any) -> Any:
         """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
         returns, and returns that, now and in every replay.
 
@@ -1378,7 +1433,7 @@ class WorkflowStep:
         `limit.instance_state`."""
         if "callback" in options or any(map(callable, args)):
             return StepCall(self._run, "do", plan_do, name, args, options)
-        return StepDecorator(self._run, name, args, options)
+        return StepDecorator(self, name, args, options)
 
     def sleep(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
         """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
@@ -2562,6 +2617,10 @@ class Clock:
         (More than asyncio can take is cut to 100 years.)"""
         return asyncio.get_running_loop().call_later(min(ms, 100 * YEAR) / 1000, callback)
 
+    def limit(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+        """The same, for the time that a function of the user may take."""
+        return self.call_later(ms, callback)
+
 
 # --------------------------------------------------------------------------------------------------
 # Records: the small objects that users see.
@@ -2663,11 +2722,13 @@ class WorkflowRollbackContext(_Record):
 
 class InstanceStatus(_Record):
     """`status` is one of the eight statuses, `output` what `run` returned (when complete), `error`
-    `{"name", "message"}` (when errored)."""
+    `{"name", "message"}` (when errored), `rollback` how that went, if there was one: `{"outcome":
+    "complete" | "failed", "error"}`, with the error of the handler that has failed."""
 
     status: str
     output: Any = None
     error: dict[str, str] | None = None
+    rollback: dict[str, Any] | None = None
 
 
 class Usage(_Record):
@@ -3038,6 +3099,8 @@ def _native(cls: Any) -> Any:
 class Limits:
     """What an engine allows; None lifts a limit. The default is the paid plan without its creation
     rate, which is an account's quota. Times are milliseconds; 1 MB is 10⁶ bytes, 1 MiB 2²⁰.
+    `Limits.FREE` and `Limits.PAID` are Cloudflare's plans of 2025, `Limits.FREE_2026` and
+    `Limits.PAID_2026` those of today; `Limits.UNLIMITED` has lifted what can be lifted.
 
     developers.cloudflare.com/workflows/reference/limits/"""
 
@@ -3067,6 +3130,8 @@ class Limits:
 
     FREE: ClassVar[Limits]
     PAID: ClassVar[Limits]
+    FREE_2026: ClassVar[Limits]
+    PAID_2026: ClassVar[Limits]
     UNLIMITED: ClassVar[Limits]
 
 
@@ -3074,6 +3139,9 @@ Limits.PAID = Limits(creations_per_second=100)
 _FREE: dict[str, int] = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
 _FREE |= dict.fromkeys(("success_retention", "error_retention"), 3 * _UNITS["day"])
 Limits.FREE = dataclasses.replace(Limits.PAID, **_FREE)
+# What Cloudflare allows today.
+Limits.FREE_2026 = dataclasses.replace(Limits.FREE, running=100)
+Limits.PAID_2026 = dataclasses.replace(Limits.PAID, running=50_000, queued=2_000_000, steps=10_000)
 _LIFTED: dict[str, Any] = dict.fromkeys(vars(Limits()).keys() - Limits._needed)
 Limits.UNLIMITED = Limits(steps=25_000, **_LIFTED)
 
@@ -3393,7 +3461,7 @@ class StepConfig:
         if merged.get("sensitive", "output") != "output":
             raise _bad_key(what, "sensitive", merged["sensitive"], "'output'")
         self.backoff = _BACKOFF[retries["backoff"]]
-        self.raw: dict[str, Any] = json.loads(_config_to_json(merged))
+        self.raw = json.loads(_config_to_json(merged), object_hook=_Attributes)
         self.undo: StepConfig | None = None  # that of the rollback handler, if there is one
 
     @functools.cached_property
@@ -3556,7 +3624,7 @@ class Execution:
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
                 if self._timer is None:
-                    self._timer = run.engine.clock.call_later(self.timeout, self._time_out)
+                    self._timer = run.engine.clock.limit(self.timeout, self._time_out)
                 self.goes_on()
                 await self._over
         except asyncio.CancelledError:
@@ -3739,8 +3807,13 @@ Checked = list[Any]
 Entries = list[Entry]
 Ids = list[str]
 Instances = list["WorkflowInstance"]
+Created = dict[str, list[Any]]
 Deleted = dict[str, list[dict[str, Any]]]
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}  # options and defaults
+# Options and their defaults. (A hint where to run has no effect in one process.)
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None, "locationHint": None}
+_SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
+_RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
+_SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
 
 
 class Workflow:
@@ -3762,6 +3835,7 @@ class Workflow:
         is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
         `params` any value that can be stored (default `{}`), `retention` how long it is kept when
         it has ended: `{"successRetention": …, "errorRetention": …}`, up to the limits'.
+        `locationHint` has no effect.
 
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
@@ -3772,12 +3846,41 @@ class Workflow:
             raise refusal("instance.already_exists", what)
         return WorkflowInstance(self, entry[0])
 
-    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> Instances:
+    @overload
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> Instances: ...
+    @overload
+    async def create_batch(self, batch: Mapping[str, Any]) -> Created: ...
+    async def create_batch(self, batch: Any) -> Any:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
-        `limit.batch_size`."""
-        made = await self._create(self._batch(batch, "batch", self._entry))
-        return [WorkflowInstance(self, id) for id in made]
+        `limit.batch_size`.
+
+        In Cloudflare's newer form the batch is `{"instances": […]}`, or `{"count": n}` with other
+        options of `create` but no id. The result is `{"created": […], "errors": […]}` then, with
+        `{"index", "id", "code", "message"}` for each that was skipped."""
+        if not isinstance(batch, Mapping):
+            made = await self._create(self._batch(batch, "batch", self._entry))
+            return [WorkflowInstance(self, id) for id in made]
+        if "instances" in batch:
+            given = options_of(batch, ["instances"], "batch")["instances"]
+        else:
+            options = options_of(batch, ("count", *[*_CREATE][1:]), "batch")  # no id
+            with naming("batch: count"):
+                count = read_count(options.pop("count", None))
+            given = [options] * min(count, self.engine.limits.batch + 1)
+        entries = self._batch(given, "batch", self._entry)
+        new, seen = {*await self._create(entries)}, set()
+        created: Instances = []
+        errors: list[Any] = []
+        for index, (id, *_) in enumerate(entries):
+            if id in new and id not in seen:
+                created.append(WorkflowInstance(self, id))
+            else:
+                code = 10415 if id in seen else 10405
+                what = f"workflows.api.error.instance.{_SKIPPED[code]}"
+                errors.append({"index": index, "id": id, "code": code, "message": what})
+            seen.add(id)
+        return {"created": created, "errors": errors}
 
     async def _create(self, entries: Entries) -> Ids:
         self.engine.creations.count()
@@ -3785,13 +3888,15 @@ class Workflow:
         return made
 
     async def get(self, id: str) -> WorkflowInstance:
-        """The instance with that id. Errors: `instance.not_found`, `instance.invalid_id`."""
-        await self.engine.call(on_instance, self.name, self.check_id(id), read_status)
+        """The instance with that id. Error: `instance.not_found`."""
+        if not isinstance(id, str):
+            raise TypeError(f"id is {show(id)}: expected a str")
+        await self.engine.call(on_instance, self.name, id, read_status)
         return WorkflowInstance(self, id)
 
     async def list(
         self, status: str | None = None, limit: int | None = None
-    ) -> collections.abc.AsyncGenerator[WorkflowInstance, None]:
+    ) -> AsyncGenerator[WorkflowInstance, None]:
         """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
         first."""
         if status is not None and status not in STATUSES:
@@ -3802,10 +3907,10 @@ class Workflow:
         before, left = 2**62, math.inf if limit is None else limit
         while left > 0:
             page = await self.engine.call(list_instances, self.name, status, before, min(left, 100))
-            for before, id in page:
+            for _, id in page:
                 if id is not None:
                     yield WorkflowInstance(self, id)
-            left = left - len(page) if page else 0
+            before, left = (page[-1][0], left - len(page)) if page else (0, 0)
 
     async def delete_batch(self, ids: Iterable[str]) -> Deleted:
         """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
@@ -3823,13 +3928,17 @@ class Workflow:
         entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
         if not 0 < len(entries) <= limit:
-            what = f"{what} has {len(entries)} entries: expected 1 to {limit} (limit batch)"
+            what = f"{what}: expected 1 to {limit} entries (limit batch)"
             raise refusal("limit.batch_size", what)
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
         options, limits = _CREATE | options_of(given, [*_CREATE], where), self.engine.limits
-        id = str(uuid.uuid4()) if options["id"] is None else self.check_id(options["id"], where)
+        id = (
+            str(uuid.uuid4())
+            if options["id"] is None
+            else self.check_id(options["id"], where, new=True)
+        )
         what, code = f"{where}: params", "params.not_serializable"
         text, _ = checked(options["params"], what, code, limits, "payload_bytes")
         names, longest = (
@@ -3849,13 +3958,15 @@ class Workflow:
                 raise refusal("limit.retention", what)
         return id, text, kept["successRetention"], kept["errorRetention"]
 
-    def check_id(self, id: Any, where: str = "id") -> str:
-        """Refuses what is no instance id."""
+    def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
+        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
         limit = self.engine.limits.id_length
-        if isinstance(id, str) and len(id) <= limit and _NAME.fullmatch(id):
-            return id
-        what = f"{where}: {show(id)} is not an instance id: expected 1 to {limit} {_NAME_RULE}"
-        raise refusal("instance.invalid_id", what)
+        if isinstance(id, str) and len(id) <= limit:
+            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
+            if given or (_SCHEDULED.fullmatch(id) and not new):
+                return id
+        what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
+        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -4000,11 +4111,15 @@ class WorkflowInstance:
         return await engine.call(on_instance, name, self.id, operation, *args)
 
     async def status(self) -> InstanceStatus:
-        """Status, output and error as they are now."""
-        _, status, data = await self._call(read_status)
+        """Status, output and error as they are now, and how a rollback went."""
+        _, status, data, outcome, failure = await self._call(read_status)
         output = decode(data) if status == "complete" else None
-        error = brief(decode(data)) if status == "errored" else None
-        return InstanceStatus(status, output, error)
+        error = _Attributes(brief(decode(data))) if status == "errored" else None
+        rollback = None
+        if outcome is not None:
+            failed = decode(failure or "null")
+            rollback = _Attributes(outcome=outcome, error=failed and _Attributes(brief(failed)))
+        return InstanceStatus(status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
         """What has happened so far: the events of `subscribe` up to now."""
@@ -4062,7 +4177,7 @@ class WorkflowInstance:
         `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
         after `timeout`."""
         patience = None if timeout is None else parse_duration(timeout)
-        key, status, data = await self._call(read_status)
+        key, status, data, *_ = await self._call(read_status)
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
         timer = None
@@ -4071,7 +4186,7 @@ class WorkflowInstance:
         try:
             while status not in FINISHED:
                 ended = engine.watchers.watch(key)
-                present, status, data = await self._call(read_status)
+                present, status, data, *_ = await self._call(read_status)
                 if present != key:  # deleted, and its id is used again
                     raise _not_found(self.workflow.name, self.id)
                 if status not in FINISHED and late.done():
@@ -4087,9 +4202,9 @@ class WorkflowInstance:
             raise rebuild_error(decode(data))
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
-    async def subscribe(
+    def subscribe(
         self, cursor: int | None = None, filter: Iterable[str] | None = None
-    ) -> collections.abc.AsyncGenerator[WorkflowHistoryEvent, None]:
+    ) -> WorkflowSubscription:
         """`async for event in instance.subscribe()`: its history, then live what happens, until the
         instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
         list of the types to show. Each event comes once, in order.
@@ -4101,6 +4216,11 @@ class WorkflowInstance:
         if unknown := shown - EVENT_TYPES:
             known = ", ".join(sorted(EVENT_TYPES))
             raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
+        return WorkflowSubscription(self._events(cursor or -1, shown))
+
+    async def _events(
+        self, cursor: int, shown: Collection[str]
+    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -4109,14 +4229,12 @@ class WorkflowInstance:
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
-                        if event.event_id > (cursor or -1) and event.type in shown:
+                        if event.event_id > cursor and event.type in shown:
                             yield event
                 if inst.status in FINISHED:
                     return
 
-    async def follow(
-        self,
-    ) -> collections.abc.AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
         engine, key, seq = self.workflow.engine, 0, 0
@@ -4129,8 +4247,36 @@ class WorkflowInstance:
             await asyncio.wait({changed})
 
 
+class WorkflowSubscription:
+    """What `subscribe` returns: to go through with `async for`; or, as Cloudflare writes it, to be
+    awaited, and asked for one event after the other."""
+
+    def __init__(self, events: AsyncGenerator[WorkflowHistoryEvent, None]) -> None:
+        self._events = events
+
+    def __aiter__(self) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+        return self._events
+
+    def __await__(self) -> Generator[None, None, Self]:
+        yield from ()  # there is nothing to wait for
+        return self
+
+    async def next(self) -> dict[str, Any]:
+        """`{"done": False, "value": event}`; or `{"done": True, "value": None}`, when no other one
+        will come."""
+        async for event in self._events:
+            return {"done": False, "value": event}
+        return {"done": True, "value": None}
+
+    async def aclose(self) -> None:
+        """Ends it early: `async with contextlib.aclosing(instance.subscribe()) as subscription`."""
+        await self._events.aclose()
+
+
 def _not_found(workflow: str, id: str) -> WorkflowError:
-    return refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
+    # Cloudflare's Python SDK passes on nothing but the text.
+    what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
+    return refusal("instance.not_found", what)
 
 
 def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *args: Any) -> Any:
@@ -4141,10 +4287,15 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     return operation(tx, inst, *args)
 
 
-def read_status(tx: Transaction, inst: Instance) -> tuple[int, str, str | None]:
-    """(key, status, data of the row that ended it)."""
-    rows = tx.journal(inst, "seq = ?", inst.seq) if inst.status in FINISHED else []
-    return inst.key, inst.status, rows[0].data if rows else None
+def read_status(
+    tx: Transaction, inst: Instance
+) -> tuple[int, str, str | None, str | None, str | None]:
+    """Key and status; of a finished one also the data of its last row, and if it was rolled back,
+    how that went ("complete" or "failed") and the error of the handler that has failed."""
+    if inst.status not in FINISHED:
+        return inst.key, inst.status, None, None, None
+    (last,) = tx.journal(inst, "seq = ?", inst.seq)
+    return inst.key, inst.status, last.data, inst.rollback, last.extra
 
 
 def read_journal(
@@ -4502,8 +4653,8 @@ class History:
             event["output"] = "[REDACTED]" if sensitive else data
         if type.endswith(("_errored", "timed_out")) or type == "rollback_started":
             event["error"] = brief(decode(row.extra or "") if type == "rollback_errored" else data)
-        if type.endswith("attempt_errored"):
-            event["retry_delay_ms"] = data.get("retry_delay_ms")
+        if type.endswith("attempt_errored") and "retry_delay_ms" in data:
+            event["retry_delay_ms"] = data["retry_delay_ms"]
         if type == "sleep_started":
             event["duration_ms"] = data
         if type == "wait_started":
@@ -4554,186 +4705,276 @@ def usage_of(totals: list[Any]) -> Usage:
 
 
 # --------------------------------------------------------------------------------------------------
-# Cloudflare's Python dialect: the decorator form of `step.do`, and the modules that a workflow
-# written for Cloudflare's SDK imports.
+# Cloudflare's Python dialect: the decorator form of `step.do`, and the package `workers`, from which
+# a workflow written for Cloudflare's SDK imports. The code of that SDK (on PyPI:
+# `workers-runtime-sdk`) decides what is right here.
+#
+# developers.cloudflare.com/workflows/python/
 
 
 class StepDecorator(StepCall):
     """`step.do(…)` without a callback: it waits for a function to decorate. Awaited itself, it says
     that the callback was forgotten."""
 
-    def __init__(self, run: Run, name: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._declared = run, name, args, options
-        self._coroutine = None
+    def __init__(self, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]) -> None:
+        if callable(name):
+            forms = "to decorate it `@step.do()`, to call it `await step.do('name', function)`"
+            raise fatal("step.invalid_callback", f"step.do got nothing but a function: use {forms}")
+        self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
+        self._declared = step, name, args, options
 
-    def __call__(self, function: Callable[..., Any]) -> StepFunction:
+    @overload
+    def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
+    @overload
+    def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
+    def __call__(self, function: Any) -> Any:
         return StepFunction(function, *self._declared)
 
-    def _begin(self) -> Coroutine[Any, Any, Any]:
-        if self._coroutine is None:
-            run, name, args, _ = self._declared
-            super().__init__(run, "do", plan_do, "" if name is None else name, args[:1], {})
-        return super()._begin()
+    async def way(self) -> NoReturn:
+        what = f"step {self._declared[1]!r}: the callback is missing"
+        raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
 
 
 class DecoratedCall(StepCall):
     """A call of a decorated function."""
 
-    def __init__(self, function: StepFunction, run: Run, args: Any, options: Any) -> None:
-        super().__init__(run, "do", plan_decorated, function.__name__, args, options)
+    results: dict[str, Any]  # of the steps that it depends on, by parameter
+
+    def __init__(self, function: StepFunction[Any], args: Any, options: dict[str, Any]) -> None:
+        super().__init__(function.run, "do", function.plan, function.__name__, args, options)
         self.function = function
-        self.results: inspect.BoundArguments | None = None  # of what it depends on
 
     def way(self) -> Coroutine[Any, Any, Any]:
         return self.function.perform(self)
 
 
-# By run, or by attempt whose callback calls steps: what has become of the decorated ones.
-_outcomes: weakref.WeakKeyDictionary[Any, dict[StepFunction, asyncio.Future[Any]]]
-_outcomes = weakref.WeakKeyDictionary()
-# By run: the decorated functions, by the names of their steps and by their own.
-_functions: weakref.WeakKeyDictionary[Run, dict[tuple[str, str], StepFunction]]
-_functions = weakref.WeakKeyDictionary()
-
-
-class StepFunction:
+class StepFunction(Generic[Result]):
     """What the decorator form of `step.do` makes of a function: called without arguments, it is the
-    step. Other steps may depend on it: they get its last result, and run it only if there is none.
+    step. A parameter named like another decorated step (or like its function) gets the last result
+    of that one, which runs first if it has none yet."""
 
-    developers.cloudflare.com/workflows/python/"""
-
-    def __init__(self, function: Any, run: Run, name: Any, args: Any, options: Any) -> None:
-        self._function, self._run, self._args, self._options = function, run, args, dict(options)
+    def __init__(
+        self, function: Any, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]
+    ) -> None:
+        self._function, self.run, self._declared = function, step._run, step.declared
         own = getattr(function, "__name__", "step")
         self.__name__ = own if name is None else name
-        if args and not isinstance(args[0], Mapping) and (args[0] is not None or len(args) > 1):
-            # Cloudflare's first form: (name, depends, concurrent, config)
-            self._options |= zip(("depends", "concurrent", "config"), args, strict=False)
-            self._args = args[3:]
+        if args and not isinstance(args[0], Mapping):  # the SDK's first form
+            options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
+            args = args[3:]
+        self._args, self._options = args, dict(options)
         self._depends = self._options.pop("depends", None)
         self._concurrent = self._options.pop("concurrent", False)
         self._signature = inspect.Signature()
         with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
             self._signature = inspect.signature(function)
-        self._names = [name for name in self._signature.parameters if name != "ctx"]
-        latest = _functions.setdefault(run, {})
-        known = {n: latest.get(("step", n)) or latest.get(("function", n)) for n in self._names}
-        self._by_name = {name: step for name, step in known.items() if step is not None}
-        latest["step", str(self.__name__)] = latest["function", own] = self
+        # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
+        # or the last one that has succeeded.
+        self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
+        self._declared["step", str(self.__name__)] = self._declared["function", own] = self
 
-    def __call__(self, *args: Any, **named: Any) -> StepCall:
+    def __call__(self, *args: Any, **named: Any) -> Pending[Result]:
         if args or named:
             what = "is called without arguments: it gets its dependencies' results"
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
-        return DecoratedCall(self, self._run, self._args, self._options)
+        return DecoratedCall(self, self._args, dict(self._options))
 
-    async def perform(self, call: StepCall) -> Any:
-        """The dependencies, then the step itself. What it gives is kept for those that depend on
-        it in the same scope: that of `run`, or of an attempt whose callback calls steps."""
-        outcomes = _outcomes.setdefault(call.outer or self._run, {})
-        before = outcomes.get(self)
-        outcome = outcomes[self] = self._run.loop.create_future()
+    async def perform(self, call: DecoratedCall) -> Any:
+        """The dependencies, then the step itself."""
+        outcomes, outcome = self._outcomes, self.run.loop.create_future()
+        outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            callback = await self._bind(call)
-            call.options = call.options | {"callback": callback}
-            value = await self._run.perform(call)
-        except BaseException as error:
-            failed = before and before.done() and (before.cancelled() or before.exception())
-            if before and not failed and outcomes[self] is outcome:
-                outcomes[self] = before  # a good one, or one that may become it
-            if isinstance(error, Exception):
-                outcome.set_exception(error)
-                outcome.exception()  # whether or not anybody depends on it
-            else:
-                outcome.cancel()
+            call.results = await self._get_results(call)
+            call.options["callback"] = self._with_copies(call.results)
+            value = await self.run.perform(call)
+            outcome.set_result(copy.deepcopy(value))
+            outcomes[call.outer] = outcome
+            return value
+        except Exception as error:
+            outcome.set_exception(error)
             raise
-        outcome.set_result(copy.deepcopy(value))
-        return value
+        finally:
+            outcome.cancel()  # if it has not ended
+            failed = outcome.cancelled() or outcome.exception()
+            if failed and outcomes.get(call.outer) is outcome:
+                del outcomes[call.outer]  # so the next step that depends on it runs it again
 
-    async def _result(self, scope: Attempt | Run) -> Any:
-        """For a step that depends on this one."""
-        while (
-            outcome := _outcomes.setdefault(scope, {}).get(self)
-        ) is not None and not outcome.cancelled():
-            try:
-                return copy.deepcopy(await asyncio.shield(outcome))
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if not outcome.cancelled() or (task is not None and task.cancelling()):
-                    raise  # it was us, and not the one who had called it
-        return await self()
+    def plan(self, call: DecoratedCall) -> DoPlan:
+        """Reads a call that has no result yet: each attempt gets copies of its own."""
 
-    async def _bind(self, call: StepCall) -> Any:
-        """The function, with the results of its dependencies as arguments."""
-        names, depends, found = self._names, self._depends, self._by_name
-        if depends is not None:
-            legal = isinstance(depends, (list, tuple)) and len(depends) <= len(names)
-            if not legal or not all(isinstance(step, StepFunction) for step in depends):
-                what = f"depends is {show(depends)}: expected up to {len(names)} steps, decorated"
-                raise fatal("step.invalid_config", f"step {call.name!r}: {what} with step.do")
-            found = dict(zip(names, depends, strict=False))
-        if not isinstance(self._concurrent, bool):
-            what = f"concurrent is {show(self._concurrent)}: expected True or False"
-            raise fatal("step.invalid_config", f"step {call.name!r}: {what}")
-        for name in names:
-            empty = self._signature.parameters[name].default is inspect.Parameter.empty
-            if empty and name not in found:
-                what = f"the parameter {name!r} is neither `ctx` nor an earlier step"
-                raise fatal("step.invalid_callback", f"step {call.name!r}: {what}")
-        scope = call.outer or self._run
-        if self._concurrent:
-            results = await asyncio.gather(*(step._result(scope) for step in found.values()))
-        else:
-            results = [await step._result(scope) for step in found.values()]
-        if not found:
+        name, copied = call.name, functools.partial(self._with_copies, call.results)
+        return plan_do(call)._replace(bind=lambda attempt: bind_context(name, copied())(attempt))
+
+    def _with_copies(self, results: dict[str, Any]) -> Any:
+        """The function, given copies of the results."""
+        if not results:
             return self._function
         bound = self._signature.bind_partial()
-        bound.arguments.update(zip(found, results, strict=True))
-        call.results = bound  # type: ignore[attr-defined]
-        return self.callback(call)
+        bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
+        return functools.partial(self._function, *bound.args, **bound.kwargs)
 
-    def callback(self, call: Any) -> Any:
-        """The function, with copies of its own of the results that it gets."""
-        if call.results is None:
-            return self._function
-        args, named = copy.deepcopy((call.results.args, call.results.kwargs))
-        return functools.partial(self._function, *args, **named)
+    async def _get_results(self, call: DecoratedCall) -> dict[str, Any]:
+        """The results of the steps that it depends on, by parameter."""
+        found = self._dependencies()
+        needed = [*found.values()]
+        for step in needed:  # this list grows
+            needed += [other for other in step._dependencies().values() if other not in needed]
+        if self in needed:  # it would wait for ever
+            raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
+        getting = (step._get_result(call) for step in found.values())
+        results = await asyncio.gather(*getting) if self._concurrent else [await r for r in getting]
+        return dict(zip(found, results, strict=True))
+
+    async def _get_result(self, dependent: DecoratedCall) -> Any:
+        """The result of this step for a call that depends on it."""
+        while (outcome := self._recall(dependent.outer)) is not None:
+            await asyncio.wait({outcome})
+            if not outcome.cancelled():  # else it must be called again
+                return outcome.result()
+        return await self()
+
+    def _recall(self, scope: Attempt | None) -> asyncio.Future[Any] | None:
+        """What is known of it where a step is called, or around that. (Not inside another step's
+        callback: a replay, which doesn't call that, would not know it.)"""
+        while scope is not None and scope not in self._outcomes:
+            scope = scope.outer
+        return self._outcomes.get(scope)
+
+    def _dependencies(self) -> dict[str, StepFunction[Any]]:
+        """The steps that it depends on, by parameter, as of now."""
+        known, depends, name = self._declared, self._depends, self.__name__
+        parameters = self._signature.parameters
+        found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
+        if ("step", "ctx") not in known:
+            found.pop("ctx", None)
+        if depends is not None:
+            legal = isinstance(depends, (list, tuple)) and len(depends) <= len(found)
+            if not legal or not all(isinstance(step, StepFunction) for step in depends):
+                what = f"depends is {show(depends)}: expected up to {len(found)} steps, decorated"
+                raise fatal("step.invalid_config", f"step {name!r}: {what} with step.do")
+            found = dict.fromkeys(found) | dict(zip(found, depends, strict=False))
+        for parameter, step in found.items():
+            if step is None and parameters[parameter].default is inspect.Parameter.empty:
+                what = f"the parameter {parameter!r} is neither `ctx` nor a decorated step"
+                raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+        return {parameter: step for parameter, step in found.items() if step is not None}
 
 
-def plan_decorated(call: DecoratedCall) -> DoPlan:
-    """Reads a call of a decorated function: each attempt gets its own copies."""
+class FetchResponse:
+    """What `fetch` gives. (Its methods are async because they are so in Cloudflare's SDK.)"""
 
-    def bind(attempt: Attempt) -> Callable[[], Any]:
-        return bind_context(call.name, call.function.callback(call))(attempt)
+    def __init__(self, status: int, headers: http.client.HTTPMessage, body: bytes) -> None:
+        self.status, self.ok, self.headers, self._body = status, 200 <= status < 300, headers, body
 
-    return plan_do(call)._replace(bind=bind)
+    async def text(self) -> str:
+        return self._body.decode("utf-8-sig", "replace")
+
+    async def json(self, **options: Any) -> Any:
+        return json.loads(self._body, **options)
+
+    async def bytes(self) -> bytes:
+        return self._body
+
+
+async def fetch(
+    url: str, *, method: str = "GET", headers: Any = (), body: Any = None, **_: Any
+) -> FetchResponse:
+    """`from workers import fetch`: makes an HTTP request, in a thread. Whatever the status is, it
+    is a response; without a response, it is an `OSError`. `body` is text or bytes. What else the SDK
+    takes has no effect here."""
+    threads = Threads(asyncio.get_running_loop())
+    request = functools.partial(_request, str(url), method.upper(), dict(headers or ()), body)
+    reply = threads.execute(request)
+    threads.close()  # when it has answered
+    response, error, _cpu = await reply
+    if error is not None:
+        raise error
+    return cast(FetchResponse, response)
+
+
+def _request(url: str, method: str, headers: dict[str, str], body: Any) -> FetchResponse:
+    if not url.lower().startswith(("http:", "https:")):
+        raise OSError(f"fetch: {show(url)}: expected an http or https URL")
+    kind = "text/plain;charset=UTF-8" if isinstance(body, str) else "application/octet-stream"
+    headers = headers if body is None else {"Content-Type": kind, **headers}
+    data = body.encode() if isinstance(body, str) else body
+    try:
+        request = urllib.request.Request(url, data, headers, method=method)
+        answer = urllib.request.urlopen(request)
+    except urllib.error.HTTPError as error:
+        answer = error
+    except (ValueError, http.client.HTTPException) as error:
+        raise OSError(f"fetch: {show_error(error)}") from error
+    with answer:
+        return FetchResponse(answer.status, answer.headers, answer.read())
+
+
+class _Inert(type):
+    """The kind of a name that means nothing here. A Worker's module may extend it, call it, decorate
+    with it and ask it for attributes, without effect; a workflow that calls it is told so."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return _any_name(f"{cls.__name__}.{name}")
+
+    def __getitem__(cls, _: Any) -> Any:
+        return cls
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        if _attempt.get() is not None or _life.get() is not None:
+            what = f"`{cls.__name__}` of the package `workers` has no meaning here"
+            raise fatal("workflow.fatal", f"{what}: it belongs to Cloudflare's runtime")
+        users = cls.__base__ is not _Placeholder
+        return super().__call__(*args, **named) if users else _any_name(f"{cls.__name__}()")
+
+
+class _Placeholder(metaclass=_Inert):
+    def __init__(self, ctx: Any = None, env: Any = None, *_: Any, **__: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+
+@functools.cache
+def _any_name(name: str) -> Any:
+    """What stands for a name that only Cloudflare's runtime knows."""
+    if name.rpartition(".")[2].startswith("__"):
+        raise AttributeError(name)
+    return _Inert(name, (_Placeholder,), {})
+
+
+class _Workers(importlib.abc.Loader):
+    """Finds and makes the package `workers`, and any module in it. Each of them has every name."""
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        ours = name.split(".")[0] == "workers"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        ours = {"WorkflowEntrypoint": WorkflowEntrypoint, "NonRetryableError": NonRetryableError}
+        vars(module).update(ours, fetch=fetch, __getattr__=_any_name)
+
+
+_workers = _Workers()
 
 
 def install_workers_shim() -> None:
     """Makes `from workers import WorkflowEntrypoint` and `from workers.workflows import
-    NonRetryableError` find this module, unless a real `workers` package is there. What a Worker
-    has beside workflows imports as an inert placeholder.
-
-    developers.cloudflare.com/workflows/python/"""
-    if "workers" in sys.modules or getattr(importlib.util.find_spec("workers"), "origin", None):
-        return  # (one without an origin is just a folder of that name)
-    package, module = types.ModuleType("workers"), types.ModuleType("workers.workflows")
-    for name in _INERT.split():
-        setattr(package, name, type(name, (_Placeholder,), {}))
-    vars(package).update(WorkflowEntrypoint=WorkflowEntrypoint, workflows=module, __path__=[])
-    vars(module).update(NonRetryableError=NonRetryableError)
-    sys.modules |= {"workers": package, "workers.workflows": module}
-
-
-_INERT = """Blob DurableObject FetchResponse File FormData Headers Request Response WorkerEntrypoint
-    env fetch handler patch_env python_from_rpc python_to_rpc waitUntil wait_until"""
-
-
-class _Placeholder:
-    """Takes anything, does nothing."""
-
-    def __init__(self, ctx: Any = None, env: Any = None, *_: Any, **__: Any) -> None:
-        self.ctx, self.env = ctx, env
+    NonRetryableError` find this module, also where Cloudflare's SDK is installed, which works only
+    in its own runtime. `fetch` works, too; any other name imports, and has no meaning."""
+    if sys.platform == "emscripten":  # that runtime
+        return
+    with contextlib.suppress(Exception):  # which is what the installed SDK gives
+        importlib.import_module("workers")
+    other = sys.modules.get("workers")
+    if getattr(other, "__loader__", None) is _workers:
+        return
+    if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
+        log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
+        return
+    for name in [name for name in sys.modules if name.split(".")[0] == "workers"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _workers)
+    for name in ("workers.workflows", "workers.fetch"):
+        importlib.import_module(name)
+    vars(sys.modules["workers"])["fetch"] = fetch  # the import has put the module in its place
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4757,8 +4998,8 @@ class WorkflowInstanceModifier:
         self.after = 0  # the key of the last instance that is too old
         self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
         self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
-        # By step, and by what is set for it: the last attempt that it is for, and how that ends.
-        self._mocks: dict[tuple[str, int], dict[str, tuple[float, Callable[[Attempt], Any]]]] = {}
+        # By step: how its attempts end, in their order, and so many of them like that.
+        self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
 
@@ -4778,23 +5019,24 @@ class WorkflowInstanceModifier:
         return self._skip("wait", [step])
 
     def mock_step_result(self, step: Any, value: Any) -> Self:
-        """The step returns this value, without running its callback.
+        """The step returns this value, without running its callback: its first attempt that is to
+        have no error or timeout.
 
         Error: `step.not_serializable`."""
         text, _ = checked(value, "the result", "step.not_serializable")
-        return self._mock(step, "a result", None, lambda _: decode(text))
+        return self._mock(step, None, lambda _: decode(text))
 
     def mock_step_error(self, step: Any, error: Any, times: int | None = None) -> Self:
-        """Each attempt, or each of the first `times`, fails with this error instead of running the
-        callback. Retries go on as configured."""
+        """Each attempt, or each of the next `times`, fails with this error instead of running the
+        callback. Retries go on as configured. The next attempts are those after the ones that have
+        an error or a timeout already."""
         if not isinstance(error, Exception):
             raise TypeError(f"{show(error)} is not an error: expected an Exception object")
-        return self._mock(step, "an error", times, lambda _: error.with_traceback(None))
+        return self._mock(step, times, lambda _: error.with_traceback(None))
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
-        """Each attempt, or each of the first `times`, times out at once, without running the
-        callback. Retries go on as configured."""
-        return self._mock(step, "a timeout", times, Attempt.timeout_error)
+        """The same with a timeout: each of these attempts times out at once."""
+        return self._mock(step, times, Attempt.timeout_error)
 
     def mock_event(self, options: Any = None, /, **given: Any) -> Self:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
@@ -4811,15 +5053,14 @@ class WorkflowInstanceModifier:
         self._skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
         return self._check_open()
 
-    def _mock(self, step: Any, what: str, times: Any, end: Callable[..., Any]) -> Self:
-        if times is not None and (type(times) is not int or times < 1):
-            raise ValueError(f"times is {show(times)}: expected a whole number from 1, or None")
-        mocks = self._mocks.setdefault(step_named(step), {})
-        for other, (last, _) in mocks.items():
-            if other != what and (last == math.inf) == (times is None):
-                both = f"both {other} and {what}, unless just one of them has `times`"
-                raise ValueError(f"a contradiction: step {show(step)} can't have {both}")
-        mocks[what] = (times or math.inf, end)
+    def _mock(self, step: Any, times: int | None, end: Callable[[Attempt], Any]) -> Self:
+        ends = self._ends.setdefault(step_named(step), [])
+        if times is None and ends and ends[-1][0] == math.inf:
+            twice = "has a result already, or an error or timeout without `times`"
+            raise ValueError(f"a contradiction: step {show(step)} {twice}")
+        with naming("times"):
+            ends.append((math.inf if times is None else read_count(times), end))
+        ends.sort(key=lambda end: end[0] == math.inf)  # the others come first
         return self._check_open()
 
     def _check_open(self) -> Self:
@@ -4849,13 +5090,13 @@ class WorkflowInstanceModifier:
 
     def substitute(self, attempt: Attempt) -> Callable[[], Coroutine[Any, Any, Any]] | None:
         """What runs instead of the callback, if anything does."""
-        call = attempt.call
-        known = self._mocks.get((call.name, call.count), {}).values()
-        mocks = [mock for mock in known if attempt.number <= mock[0]]
-        if not mocks or call.kind != "do" or not self._is_about(call):
-            return None
-        _, end = min(mocks, key=lambda mock: mock[0])
-        return functools.partial(_give, end(attempt))
+        call, number = attempt.call, attempt.number
+        if call.kind == "do" and self._is_about(call):
+            for times, end in self._ends.get((call.name, call.count), ()):
+                if number <= times:
+                    return functools.partial(_give, end(attempt))
+                number -= int(times)
+        return None
 
 
 def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
@@ -4889,7 +5130,7 @@ class _Introspector(WorkflowInstanceModifier):
     async def __aexit__(self, *_: object) -> None:
         blocks = self.workflow.engine.scheduler.blocks
         blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for state in (self.events, self._skipped, self._mocks, self._parts):
+        for state in (self.events, self._skipped, self._ends, self._parts):
             state.clear()
 
     async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
@@ -4995,15 +5236,19 @@ class ManualClock(Clock):
 
     What falls due on the way happens in its order, and after each moment every instance runs until
     it waits again. Sleeps, retry delays, event and attempt timeouts, hibernation, retention and
-    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something
-    real."""
+    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something real;
+    only before an attempt times out, its callback may take `patience` (one second), of real time,
+    to end by itself."""
 
     exact = True
 
-    def __init__(self, start: datetime | float | None = None) -> None:
+    def __init__(self, start: datetime | float | None = None, patience: Duration = 1000) -> None:
         super().__init__()
         self._now = Clock.now(self) if start is None else parse_moment(start)
+        self._patience = parse_duration(patience) / 1000
         self.timers: dict[_Timer, None] = {}  # a set in the order in which they were made
+        # Those for callbacks, and since when, in real time, we are patient with these.
+        self._limits: dict[_Timer, float] = {}
         self._lock = asyncio.Lock()  # one `advance` after the other
 
     def now(self) -> int:
@@ -5014,22 +5259,37 @@ class ManualClock(Clock):
         self.timers[timer] = None
         return timer
 
-    async def advance(self, duration: float | str | timedelta) -> None:
+    def limit(self, ms: float, callback: Callable[[], object]) -> Any:
+        timer = self.call_later(ms, callback)
+        self._limits[timer] = time.monotonic()
+        return timer
+
+    async def advance(self, duration: Duration) -> None:
         """Moves the time on; returns when nothing more happens by itself."""
         ms = parse_duration(duration)
         if _attempt.get() is not None:
             raise RuntimeError("advance() inside a step's callback would wait for itself")
         async with self._lock:
             target = self._now + ms
+            self._limits = dict.fromkeys(self._limits.keys() & self.timers, time.monotonic())
             await self.settle()
-            while (due := self._next_due()) <= target or self._now < target:
-                self._now = max(self._now, math.ceil(min(due, target)))
-                await self.settle()
-                self._fire()
+            while True:
+                due = min((timer.due for timer in self.timers), default=math.inf)
+                if due > target and self._now == target:
+                    return
+                moment = max(self._now, math.ceil(min(due, target)))
+                if self._may_end_before(moment):
+                    await asyncio.sleep(0.001)
+                else:
+                    self._now = moment
+                    await self.settle()
+                    self._fire()
                 await self.settle()
 
-    def _next_due(self) -> float:
-        return min((timer.due for timer in self.timers), default=math.inf)
+    def _may_end_before(self, moment: float) -> bool:
+        """Whether a callback whose time will be up at that moment may yet end by itself."""
+        over = time.monotonic() - self._patience
+        return any(self._limits.get(t, over) > over for t in self.timers if t.due <= moment)
 
     def _fire(self) -> None:
         for timer in sorted(self.timers, key=lambda timer: timer.due):
