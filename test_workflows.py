@@ -19,6 +19,8 @@ import dataclasses
 import enum
 import functools
 import gc
+import http
+import http.server
 import importlib.util
 import io
 import itertools
@@ -30,6 +32,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import statistics
 import subprocess
@@ -350,7 +353,8 @@ class Names(Case):
             await self.finish(instance)
             status = await instance.status()
         self.assertEqual((status.status, status["output"], status.error), ("complete", 7, None))
-        self.assertEqual(dict(status), {"status": "complete", "output": 7, "error": None})
+        nothing = {"error": None, "rollback": None}
+        self.assertEqual(dict(status), {"status": "complete", "output": 7} | nothing)
 
     async def test_env_reads_as_attributes_and_as_a_mapping_and_holds_the_bindings(self):
         async def run(event, step):
@@ -1589,6 +1593,31 @@ class Attempts(Lives):
 
         self.assertEqual(await self.lives(run), [3, "went on"])
 
+    async def test_each_failed_attempt_that_is_retried_is_one_line_in_the_log(self):
+        async def run(event, step):
+            with contextlib.suppress(ConnectionError):
+                linear = {"retries": {"limit": 2, "delay": "1 second", "backoff": "linear"}}
+                await step.do("charge", linear, raises(ConnectionError("no answer")))
+            with contextlib.suppress(NonRetryableError):
+                await step.do("refuse", raises(NonRetryableError("no funds")))
+
+        with self.assertLogs("workflows", "DEBUG") as logged:
+            async with self.engine() as engine:
+                await self.finish(await engine.bind(workflow(run)).create(id="i"))
+        records = [r for r in logged.records if "attempt" in r.getMessage()]
+        lines = [(r.levelname, r.getMessage(), bool(r.exc_info)) for r in records]
+        what = "test i: step 'charge': attempt {} of 3 failed"
+        error = ": ConnectionError: no answer; the next one in {} ms"
+        self.assertEqual(
+            lines,
+            [
+                ("WARNING", what.format(1) + error.format(1000), False),
+                ("DEBUG", what.format(1), True),
+                ("WARNING", what.format(2) + error.format(2000), False),
+                ("DEBUG", what.format(2), True),
+            ],
+        )
+
     async def test_an_error_that_leaves_run_errors_the_instance(self):
         for error in (Attributes(1, "x"), ValueError("m"), SystemExit(3), asyncio.CancelledError()):
 
@@ -2784,8 +2813,14 @@ class Unloading(Lives):
             async with asyncio.timeout(0.1):
                 await call
 
+        async def beside(call):
+            waiting = asyncio.ensure_future(call)
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+
         waits = (
             late,
+            beside,
             lambda call: asyncio.wait_for(call, 0.1),
             lambda call: asyncio.wait({asyncio.ensure_future(call)}, timeout=0.1),
         )
@@ -2806,6 +2841,16 @@ class Unloading(Lives):
                     await asyncio.sleep(0.15)
                     await self.clock.advance("2 hours")
                     self.assertEqual(((await instance.status()).status, lives), ("complete", [1]))
+
+    async def test_a_loop_that_does_not_show_its_timers_is_told_of_once(self):
+        async def run(event, step):
+            await step.sleep("nap", "1 hour")
+
+        hidden = unittest.mock.patch("workflows.tokens_with_timers", return_value=None)
+        with hidden, self.assertLogs("workflows", "INFO") as logged:
+            await self.outcome(run)
+        (line,) = logged.output
+        self.assertIn("EventLoop does not show its timers: a timer that `run` sets", line)
 
 
 # What every child process begins with: `main(engine)` is given by the script.
@@ -2990,8 +3035,17 @@ class Creating(Case):
     async def test_illegal_ids_are_refused(self) -> None:
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_step))
-            for bad in ("", "-a", "a b", "a\n", "ä", "a" * 101, 5):
+            reserved = ("batch", "terminate", "terminateAll", "cf_" + "0aF9" * 16)
+            schedules = "0 9 * * MON-1700000000000"
+            for bad in ("", "-a", "a b", "a\n", "ä", "a" * 101, 5, schedules, *reserved):
                 await self.assertCode("instance.invalid_id", bound.create(id=bad))
+                await self.assertCode("instance.invalid_id", bound.create_batch([{"id": bad}]))
+            for good in ("batches", "Terminate", "cf_", "cf_" + "0" * 63, "cf_" + "0" * 65):
+                await bound.create(id=good)
+            await bound.delete_batch(
+                ["batches", "Terminate", "cf_", *("cf_" + "0" * n for n in (63, 65))]
+            )
+            await self.clock.settle()
             self.assertEqual(self.rows("SELECT * FROM instances"), [])
 
     async def test_an_id_exists_once_in_its_workflow_and_the_old_one_is_untouched(self) -> None:
@@ -3031,12 +3085,86 @@ class Creating(Case):
             self.assertEqual(self.rows("SELECT * FROM instances"), [])
             self.assertEqual(len(await bound.create_batch([{}] * 100)), 100)
 
+    async def test_a_batch_that_is_an_object_is_answered_with_what_was_skipped(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            await bound.create(id="old")
+            ids = ["a", "old", "a", "old", "b"]
+            entries = [{"id": id, "params": n} for n, id in enumerate(ids)]
+            answer = await bound.create_batch({"instances": entries})
+            self.assertEqual([instance.id for instance in answer["created"]], ["a", "b"])
+            there, twice = (10405, "already_exists"), (10415, "duplicate_in_batch")
+            skipped = [(1, "old", *there), (2, "a", *twice), (3, "old", *twice)]
+            message = "workflows.api.error.instance."
+            self.assertEqual(
+                answer["errors"],
+                [
+                    {"index": index, "id": id, "code": code, "message": message + what}
+                    for index, id, code, what in skipped
+                ],
+            )
+            self.assertEqual(await self.finish(answer["created"][0]), 0)
+
+    async def test_a_batch_can_be_a_number_of_instances_with_the_same_params(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            made = (await bound.createBatch({"count": 3, "params": {"x": 1}}))["created"]
+            self.assertEqual([await self.finish(one) for one in made], [{"x": 1}] * 3)
+            self.assertEqual(len({one.id for one in made}), 3)
+            retention = {"successRetention": "1 hour"}
+            answer = await bound.create_batch({"count": 1, "retention": retention})
+            self.assertEqual(await self.finish(answer["created"][0]), {})
+            self.assertEqual(answer["errors"], [])
+            await self.clock.advance("2 hours")
+            await self.assertCode("instance.not_found", answer["created"][0].status())
+
+    async def test_a_batch_that_is_a_wrong_object_is_refused(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            for wrong, text in (
+                ({}, "batch: count: None is not legal"),
+                ({"count": True}, "batch: count: True is not legal"),
+                ({"count": 2, "id": "a"}, "unknown key 'id'"),
+                ({"count": 2, "instances": []}, "unknown key 'count'"),
+                ({"instances": [], "params": 1}, "unknown key 'params'"),
+            ):
+                with self.assertRaisesRegex(ValueError, text):
+                    await bound.create_batch(wrong)
+            for size in ({"count": 101}, {"count": 10**12}, {"instances": []}):
+                await self.assertCode("limit.batch_size", bound.create_batch(size))
+            self.assertEqual(self.rows("SELECT * FROM instances"), [])
+
+    async def test_a_hint_where_to_run_has_no_effect(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            one = await bound.create(id="a", locationHint="weur")
+            entries = [{"id": "b", "locationHint": "apac"}]
+            (two,) = await bound.create_batch(entries)
+            self.assertEqual([await self.finish(one), await self.finish(two)], [{}, {}])
+
+    async def test_the_instances_of_a_schedule_are_found_by_their_id(self) -> None:
+        id = "*/5 8-18 1,15 * MON-FRI-1700000000000"
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            entry = (id, "{}", None, None)
+            await engine.call(workflows.create_instances, bound.name, [entry], "cron")
+            async with bound.introspect_instance(id) as one:
+                self.assertEqual(await one.get_output(), {})
+            self.assertEqual((await bound.get(id)).id, id)
+            self.assertEqual(
+                await bound.delete_batch([id]), {"deleted": [{"id": id}], "errors": []}
+            )
+
     async def test_get_finds_what_exists_and_nothing_else(self) -> None:
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_event))
             await bound.create(id="a")
             self.assertEqual((await bound.get("a")).id, "a")
-            await self.assertCode("instance.not_found", bound.get("b"))
+            for none in ("b", "", "a b", "-", "batch", "x" * 999, "\ud800", "a'\0"):
+                error = await self.assertCode("instance.not_found", bound.get(none))
+                self.assertIn("(instance.not_found)", str(error), "Cloudflare's SDK tells no code")
+            with self.assertRaisesRegex(TypeError, "id is 5: expected a str"):
+                await bound.get(5)
 
     async def test_result_waits_raises_the_error_and_gives_up_after_its_timeout(self) -> None:
         async with self.engine() as engine:
@@ -4018,6 +4146,48 @@ class CleanStop(Case):
             await self.finish(await engine.bind(workflow(run)).get("i"))
         self.assertEqual(attempts, [1, 1, 1, 1])
 
+    async def test_leaving_twice_or_before_entering_is_harmless(self) -> None:
+        await Engine(self.path).__aexit__(None, None, None)
+        async with self.engine() as engine:
+            await engine.bind(workflow(Gate().run)).create()
+            await asyncio.gather(*(engine.__aexit__(None, None, None) for _ in range(2)))
+        with self.assertRaisesRegex(RuntimeError, "closed"):
+            await engine.usage()
+
+    async def test_a_drained_engine_lets_attempts_end_and_none_begin(self) -> None:
+        gate, seen = Gate(), []
+
+        async def run(event: Any, step: Any) -> None:
+            async def callback() -> None:
+                await gate.pass_through(event.instance_id)
+                await engine.env.TEST.create(id="other")  # it can still use the engine
+                seen.append((await engine.usage()).requests)
+
+            await step.do("one", callback)
+            await step.do("two", lambda: seen.append("two"))
+
+        async with self.engine(drain="5 seconds") as engine:
+            await engine.bind(workflow(run)).create(id="i")
+            await self.clock.settle()
+            leaving = asyncio.create_task(engine.__aexit__(None, None, None))
+            await asyncio.sleep(0.02)
+            self.assertFalse(leaving.done())
+            gate.open.set()
+            await leaving
+        self.assertEqual((seen, gate.begun, gate.cancelled), ([2], ["i"], 0))
+        ends = "SELECT step, type FROM journal WHERE step IS NOT NULL AND type != 'start'"
+        self.assertEqual(self.rows(ends), [("do\none\n1", "done")])
+        self.assertEqual(self.rows("SELECT id, status FROM instances")[1], ("other", "queued"))
+
+    async def test_what_has_not_ended_when_the_drain_is_over_is_cancelled(self) -> None:
+        gate = Gate()
+        async with self.engine(drain=30) as engine:
+            await engine.bind(workflow(gate.run)).create()
+            await self.clock.settle()
+            began = time.monotonic()
+        self.assertTrue(0.03 <= time.monotonic() - began < 1)
+        self.assertEqual(gate.cancelled, 1)
+
     async def test_after_a_clean_stop_nothing_is_running(self) -> None:
         async with self.engine() as engine:
             await engine.bind(workflow(Gate().run)).create()
@@ -4610,6 +4780,24 @@ class Opening(Case):
         async with engine:
             self.assertEqual(await self.finish(await bound.create(params=5)), 5)
 
+    async def test_a_second_engine_of_one_process_is_told_that_it_is_a_client(self) -> None:
+        async with self.engine() as engine:
+            engine.bind(workflow(one_step))
+            await self.clock.settle()
+            async with self.engine() as second:
+                with self.assertLogs("workflows", "WARNING") as logged:
+                    bound = second.bind(workflow(one_step))
+                    second.bind(workflow(one_step, "Other"))
+                    await self.clock.settle()
+                what = "another engine of this process runs it; this one is a client"
+                self.assertEqual(logged.output, [f"WARNING:workflows:{self.path}: {what}"])
+                self.assertEqual(await self.finish(await bound.create(params=5)), 5)
+        with self.assertNoLogs("workflows", "WARNING"):
+            async with self.engine() as engine, Engine(":memory:") as a, Engine(":memory:") as b:
+                for one in (engine, a, b):  # one after the other, or each on a database of its own
+                    one.bind(workflow(one_step))
+                    await one.usage()
+
     async def test_memory_works_as_a_database(self) -> None:
         async with Engine(":memory:", clock=self.clock) as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -4759,6 +4947,49 @@ class Moving(Case):
             waiting = asyncio.create_task(instance.result("1 hour"))
             await self.clock.advance("1 hour")
             await waiting
+
+    async def test_a_callback_that_awaits_something_real_ends_before_its_time_is_up(self) -> None:
+        async def run(event: Any, step: Any) -> list[Any]:
+            async def real(ctx: Any) -> int:
+                await asyncio.sleep(0.02)
+                return ctx.attempt
+
+            async def delay(info: Any) -> int:
+                await asyncio.sleep(0.02)
+                return 5
+
+            failed = {"retries": {"limit": 1, "delay": delay}}
+            calls = [step.do("async", real), step.do("plain", lambda: time.sleep(0.2))]
+            results = await asyncio.gather(*calls)
+            await step.sleep("nap", "1 hour")
+            return [*results, await step.do("fails", failed, lambda ctx: 1 // (ctx.attempt - 1))]
+
+        clock = ManualClock()
+        async with self.engine(clock=clock) as engine:
+            instance = await engine.bind(workflow(run)).create()
+            began = clock.now()
+            await clock.advance("1 day")
+            ended = next(e for e in await instance.history() if e.type == "sleep_started")
+            self.assertEqual(ended.timestamp.timestamp() * 1000, began, "no time had to go by")
+            self.assertEqual(await instance.result(0), [1, None, 1])
+
+    async def test_a_callback_that_never_ends_costs_its_patience_once_for_each_attempt(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> None:
+            stuck = [step.do(f"s{n}", constant(1), asyncio.Event().wait) for n in range(9)]
+            await asyncio.gather(*stuck)
+
+        clock = ManualClock(patience=50)
+        async with self.engine(clock=clock) as engine:
+            instance = await engine.bind(workflow(run)).create()
+            began = time.monotonic()
+            await clock.advance("9 minutes")
+            self.assertLess(time.monotonic() - began, 0.05, "no attempt is due yet")
+            await clock.advance("1 hour")
+            self.assertTrue(0.1 <= time.monotonic() - began < 1)
+            with self.assertRaises(WorkflowTimeoutError):
+                await instance.result(0)
 
     async def test_a_callback_can_not_move_the_clock(self) -> None:
         async def run(event: Any, step: Any) -> str:
@@ -4958,6 +5189,9 @@ class Limiting(Case):
         free = {"cpu_ms": 10, "instance_bytes": 10**8, "running": 25, "queued": 100_000}
         free |= {"success_retention": 3 * day, "error_retention": 3 * day}
         self.assertEqual(dataclasses.replace(paid, **free), Limits.FREE)
+        today = dataclasses.replace(paid, running=50_000, queued=2_000_000, steps=10_000)
+        self.assertEqual(today, Limits.PAID_2026)
+        self.assertEqual(dataclasses.replace(Limits.FREE, running=100), Limits.FREE_2026)
         lifted = {name: None for name, value in vars(Limits.UNLIMITED).items() if value is None}
         kept = {"id_length": 100, "max_sleep": 365 * day, "batch": 100, "steps": 25_000}
         self.assertEqual(vars(Limits.UNLIMITED), lifted | kept)
@@ -5334,8 +5568,28 @@ class Modifications(Introspected):
             await self.workflow.create(id="x")
             self.assertEqual(await one.wait_for_step_result("charge"), "paid")
             errors = await failures(await self.workflow.get("x"))
-            failed = [e.error["message"] for e in errors if e.retry_delay_ms is not None]
+            failed = [e.error["message"] for e in errors if "retry_delay_ms" in e]
             self.assertEqual((failed, self.attempts), (["'lost'"] * 2, []))
+
+    async def test_mocked_errors_and_timeouts_queue_up_for_the_attempts_of_a_step(self) -> None:
+        def prepare(m: Any) -> None:
+            m.disable_sleeps().disable_retry_delays().force_event_timeout("approval")
+            m.mock_step_error("charge", KeyError("lost"), times=2)
+            m.force_step_timeout("charge", times=1)
+            m.mock_step_error("charge", OSError("gone"), times=1)
+
+        shown = ["KeyError", "KeyError", "WorkflowTimeoutError", "OSError"]
+        async with self.one(create=False) as one:
+            await one.modify(prepare)
+            instance = await self.workflow.create(id="x")
+            await one.get_output()
+            errors = [e.error["name"] for e in await failures(instance)]
+            self.assertEqual(errors, [*shown, "ConnectionError", "ConnectionError"])
+            self.assertEqual(self.attempts, [5, 6], "those that the callback ran for")
+            await one.modify(lambda m: m.mock_step_result("charge", "paid"))
+            await instance.restart()
+            self.assertEqual((await one.get_output())[0], "paid")
+            self.assertEqual([e.error["name"] for e in await failures(instance)], shown)
 
     async def test_a_mocked_error_without_times_fails_every_attempt(self) -> None:
         async with self.one(create=False) as one:
@@ -5548,21 +5802,19 @@ class Waits(Introspected):
 
 
 class BadInput(Introspected):
-    async def test_a_contradiction_is_an_error_that_says_so(self) -> None:
-        error = ValueError()
-        async with self.one(create=False) as one:
-            for first, second in (
-                (lambda m: m.mock_step_result("s", 1), lambda m: m.mock_step_error("s", error)),
-                (lambda m: m.mock_step_error("t", error), lambda m: m.mock_step_result("t", 1)),
-                (lambda m: m.force_step_timeout("u"), lambda m: m.mock_step_error("u", error)),
-                (
-                    lambda m: m.force_step_timeout("v", 1),
-                    lambda m: m.mock_step_error({"name": "v"}, error, 2),
-                ),
-            ):
+    async def test_only_one_end_can_be_that_of_all_other_attempts(self) -> None:
+        lasting: list[Any] = [
+            lambda m: m.mock_step_result("s", 1),
+            lambda m: m.mock_step_error({"name": "s"}, ValueError()),
+            lambda m: m.force_step_timeout("s"),
+        ]
+        for first in lasting:
+            async with self.one(create=False) as one:
                 await one.modify(first)
-                with self.assertRaisesRegex(ValueError, "contradiction.*both an? .* and an? "):
-                    await one.modify(second)
+                for second in lasting:
+                    with self.assertRaisesRegex(ValueError, "contradiction: step .*'s'.* already"):
+                        await one.modify(second)
+                await one.modify(lambda m: m.mock_step_error("s", ValueError(), times=1))
 
     async def test_wrong_arguments_are_refused_with_one_clear_error(self) -> None:
         async with self.one(create=False) as one:
@@ -5582,8 +5834,8 @@ class BadInput(Introspected):
                 (ValueError, "unknown key 'count'", lambda m: m.disable_sleeps([{"count": 1}])),
                 (WorkflowError, r"result.*stored.*\$: set", lambda m: m.mock_step_result("s", {1})),
                 (TypeError, "not an error", lambda m: m.mock_step_error("s", ValueError)),
-                (ValueError, "times is 0", lambda m: m.mock_step_error("s", ValueError(), 0)),
-                (ValueError, "times is '2'", lambda m: m.force_step_timeout("s", times="2")),
+                (ValueError, "times: 0 is not", lambda m: m.mock_step_error("s", ValueError(), 0)),
+                (ValueError, "times: '2' is not", lambda m: m.force_step_timeout("s", times="2")),
                 (WorkflowError, "event type", lambda m: m.mock_event({"type": "no good"})),
                 (TypeError, "mock_event needs a type", lambda m: m.mock_event(payload=1)),
                 (ValueError, "unknown key 'kind'", lambda m: m.mock_event(kind="go")),
@@ -5697,6 +5949,10 @@ class StepContext(Undoing):
         given, defaults = await self.outcome(run)
         retries = {"limit": 5, "delay": "1 second", "backoff": "exponential"}
         self.assertEqual(given, {"retries": retries, "timeout": "2 minutes"})
+        limit = await self.outcome(
+            lambda event, step: step.do("s", lambda ctx: ctx.config.retries.limit)
+        )
+        self.assertEqual(limit, 5, "as Cloudflare's SDK has it")
         self.assertEqual(defaults, workflows.DEFAULT_CONFIG)
 
     async def test_changing_the_contexts_config_changes_nothing(self) -> None:
@@ -6080,6 +6336,51 @@ class Rollback(Undoing):
                 self.assertEqual(self.log, [])
 
 
+class RollbackStatus(Undoing):
+    async def rollback(self, handler: Any, act: Any = None) -> Any:
+        """What `status` tells of it."""
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", value, rollback=handler, rollback_config=ONCE)
+            await step.wait_for_event("w", "t", timeout="1 hour")
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            self.assertIsNone((await instance.status()).rollback)
+            if act is not None:
+                await act(instance)
+            await self.clock.advance("1 hour")
+            with contextlib.suppress(WorkflowError):
+                await instance.terminate()
+            return (await instance.status()).rollback
+
+    async def test_none_when_there_was_none(self) -> None:
+        async def send(instance: Any) -> None:
+            await instance.send_event(type="t")
+
+        self.assertIsNone(await self.rollback(self.undo("s"), send))
+        self.setUp()
+        self.assertIsNone(await self.rollback(self.undo("s"), lambda i: i.terminate()))
+
+    async def test_complete(self) -> None:
+        complete = {"outcome": "complete", "error": None}
+        self.assertEqual(await self.rollback(self.undo("s")), complete)
+        self.setUp()
+        status = await self.rollback(self.undo("s"), lambda i: i.terminate(rollback=True))
+        self.assertEqual(status, complete)
+
+    async def test_failed_with_the_error_of_the_handler(self) -> None:
+        status = await self.rollback(self.undo("s", LookupError("gone")))
+        self.assertEqual(status["outcome"], "failed")
+        self.assertEqual(status["error"], {"name": "LookupError", "message": "gone"})
+        self.assertEqual((status.outcome, status.error.name), ("failed", "LookupError"))
+
+    async def test_failed_without_an_error_when_it_was_cut_short(self) -> None:
+        cut = await self.rollback(lambda info: asyncio.Event().wait())
+        self.assertEqual(cut, {"outcome": "failed", "error": None})
+
+
 class RollbackSteering(Undoing):
     """What pause, terminate and restart do to a rollback, and terminate(rollback=True)."""
 
@@ -6282,7 +6583,8 @@ class RollbackSteering(Undoing):
             await self.clock.settle()
             await instance.terminate(rollback=True)
             await self.clock.settle()
-            self.assertEqual(await instance.status(), workflows.InstanceStatus("terminated"))
+            status = await instance.status()
+            self.assertEqual((status.status, status.error), ("terminated", None))
         (info,) = seen
         self.assertIs(type(info.error), WorkflowError)
         self.assertEqual((info.error.name, info.error.code), ("Terminated", "instance.terminated"))
@@ -7414,7 +7716,7 @@ class Subscribing(Undoing):
         events = await self.tells(run, QUEUED, failed, "step_errored s-1", "workflow_errored")
         error = {"name": "KeyError", "message": "'k'"}
         self.assertEqual([event.error for event in events[-3:]], [error] * 3)
-        self.assertIsNone(events[-3].retry_delay_ms)
+        self.assertNotIn("retryDelayMs", events[-3], "no other attempt follows")
 
     async def test_a_sleep_also_when_it_hibernates(self) -> None:
         events = await self.tells(one_sleep, QUEUED, NAP, WOKEN, "workflow_completed")
@@ -7710,6 +8012,27 @@ class Subscribing(Undoing):
             async with asyncio.timeout(2):
                 for told in await asyncio.gather(*subscribers):
                     self.assertEqual(told, whole)
+
+    async def test_it_can_be_awaited_as_cloudflare_writes_it(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create(params={"n": 1})
+            subscription = await instance.subscribe()
+            items = [await subscription.next() for _ in range(8)]
+            self.assertEqual([item["done"] for item in items], [False] * 8)
+            expected = f"{QUEUED} | {ONE_STEP.format('step-1')} | workflow_completed".split(" | ")
+            self.assertEqual([brief(item["value"]) for item in items], expected)
+            for _ in range(2):
+                self.assertEqual(await subscription.next(), {"done": True, "value": None})
+            rest = await instance.subscribe(cursor=items[-2]["value"]["eventId"])
+            self.assertEqual([brief(event) async for event in rest], ["workflow_completed"])
+
+    async def test_wrong_arguments_are_refused_at_the_call(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).create()
+            with self.assertRaisesRegex(TypeError, "cursor is True: expected an event_id"):
+                instance.subscribe(cursor=True)
+            with self.assertRaisesRegex(ValueError, "filter has {'nothing'}: expected some of"):
+                instance.subscribe(filter=["nothing"])
 
     async def test_an_unknown_instance_is_not_found(self) -> None:
         async with self.engine() as engine:
@@ -8034,22 +8357,22 @@ class Decorated(Lives):
 
         self.assertEqual(await self.lives(run), [60, None, 2, 1])
 
-    async def test_the_latest_earlier_function_of_a_name_is_the_dependency(self):
+    async def test_a_dependency_is_looked_up_when_the_step_is_called(self):
         async def run(event, step):
-            stores = []
-            for n in range(3):
+            @step.do()
+            async def store(fetch):
+                self.seen.append(fetch)
+                return fetch * 10
+
+            stored = []
+            for n in range(3):  # declared after the step that depends on it, and again
 
                 @step.do(f"fetch {n}")
                 async def fetch(n=n):
                     return n
 
-                @step.do(f"store {n}")
-                async def store(fetch):
-                    self.seen.append(fetch)
-                    return fetch * 10
-
-                stores.append(store)
-            return [await store() for store in stores]
+                stored.append(await store())
+            return stored
 
         self.assertEqual(await self.lives(run), [0, 10, 20])
         self.assertEqual(self.seen, [0, 1, 2])
@@ -8211,23 +8534,153 @@ class Decorated(Lives):
             async def one(bad, good):
                 self.seen.append("one")
 
-            @step.do(depends=[good, bad])
-            async def two(a, b):
+            @step.do()
+            async def two(one):
                 self.seen.append("two")
 
-            @step.do()
-            async def three(two):
-                self.seen.append("three")
-
-            errors = [await caught(call) for call in (one(), two(), three(), two())]
-            return [type(error).__name__ + str(error) for error in errors]
+            return str(await caught(two()))
 
         with self.assertLogs("workflows", "WARNING") as logs:  # each failed attempt, and no more
-            self.assertEqual(await self.lives(run), ["LookupErrorgone"] * 4)
+            self.assertEqual(await self.lives(run), "gone")
         self.assertEqual({"failed: LookupError: gone" in line for line in logs.output}, {True})
         self.assertCountEqual(self.seen, ["bad", "good", "bad", "bad"])
         self.assertEqual(await self.history("step_errored"), ["bad-1"])
         self.assertEqual(await self.history(), ["good-1"])
+
+    async def test_a_failed_dependency_runs_again_for_the_next_step_that_needs_it(self):
+        async def run(event, step):
+            @step.do(config=ONCE)
+            async def flaky(ctx):
+                self.seen.append(ctx.step.count)
+                if ctx.step.count <= 2:
+                    raise LookupError("gone")
+                return ctx.step.count
+
+            @step.do()
+            async def one(flaky):
+                return flaky
+
+            @step.do(depends=[flaky])
+            async def two(other):
+                return other
+
+            errors = [str(await caught(flaky())), str(await caught(one()))]
+            return [*errors, await two(), await one()]
+
+        self.assertEqual(await self.lives(run), ["gone", "gone", 3, 3])
+        self.assertEqual(self.seen, [1, 2, 3])
+
+    async def test_a_dependency_that_fails_for_two_at_once_runs_once(self):
+        async def run(event, step):
+            @step.do(config=ONCE)
+            async def bad():
+                self.seen.append("bad")
+                await blank(3)
+                raise LookupError("gone")
+
+            @step.do()
+            async def one(bad):
+                self.seen.append("one")
+
+            @step.do()
+            async def two(bad):
+                self.seen.append("two")
+
+            errors = await asyncio.gather(one(), two(), return_exceptions=True)
+            return [str(error) for error in errors]
+
+        self.assertEqual(await self.lives(run), ["gone", "gone"])
+        self.assertEqual(self.seen, ["bad"])
+
+    async def test_a_newer_failure_takes_no_result_from_those_that_depend(self):
+        async def run(event, step):
+            @step.do(config=ONCE)
+            async def data(ctx):
+                if ctx.step.count == 2:
+                    raise LookupError
+                return ctx.step.count
+
+            @step.do()
+            async def after(data):
+                return data
+
+            return [await data(), type(await caught(data())).__name__, await after()]
+
+        self.assertEqual(await self.lives(run), [1, "LookupError", 1])
+
+    async def test_a_callback_knows_the_results_of_the_run_around_it(self):
+        async def run(event, step):
+            @step.do()
+            async def base():
+                self.seen.append("base")
+                return 10
+
+            @step.do()
+            async def outer():
+                @step.do()
+                async def middle():
+                    @step.do()
+                    async def inner(base):
+                        return base + 1
+
+                    return await inner()
+
+                return await middle()
+
+            return [await base(), await outer()]
+
+        self.assertEqual(await self.lives(run), [10, 11])
+        self.assertEqual(self.seen, ["base"])
+        self.assertEqual(await self.history(), ["base-1", "inner-1", "middle-1", "outer-1"])
+
+    async def test_steps_that_depend_on_one_another_are_refused(self):
+        async def run(event, step):
+            @step.do()
+            async def a(b):
+                pass
+
+            @step.do()
+            async def b(c, a=None):
+                pass
+
+            @step.do()
+            async def c():
+                await blank(3)
+
+            @step.do()
+            async def itself(itself):
+                pass
+
+            @step.do()
+            async def above(itself):
+                pass
+
+            calls = (a(), b(), itself(), above())  # at the same time, they would wait for ever
+            return [str(e) for e in await asyncio.gather(*calls, return_exceptions=True)]
+
+        refused = [f"step '{name}' depends on itself" for name in ("a", "b", "itself", "itself")]
+        self.assertEqual(await self.lives(run), refused)
+
+    async def test_a_step_named_ctx_goes_before_the_context(self):
+        async def run(event, step):
+            @step.do("context")
+            async def ctx():
+                return 1
+
+            @step.do()
+            async def first(ctx):
+                return ctx.attempt
+
+            attempt = await first()
+            step.do("ctx")(returns(5))
+
+            @step.do()
+            async def second(ctx):
+                return ctx
+
+            return [attempt, await second()]
+
+        self.assertEqual(await self.lives(run), [1, 5])
 
     async def test_a_step_whose_dependency_failed_leaves_no_open_call_behind(self):
         async def run(event, step):
@@ -8389,7 +8842,6 @@ class Decorated(Lives):
                 ("step.invalid_config", "timeout", step.do("x", {"timeout": 0})(plain)),
                 ("step.invalid_config", "dependz", step.do("x", dependz=[])(plain)),
                 ("step.invalid_config", "5", step.do("x", depends=5)(plain)),
-                ("step.invalid_config", "'yes'", step.do("x", concurrent="yes")(plain)),
                 ("step.invalid_config", "0 steps", step.do("x", depends=[good])(plain)),
                 ("step.invalid_config", "decorated", step.do("x", depends=[plain])(lambda a: a)),
                 ("step.invalid_config", "'good'", step.do("x", depends=["good"])(lambda a: a)),
@@ -8410,6 +8862,73 @@ class Decorated(Lives):
         with self.assertNoLogs("workflows", "WARNING"):
             self.assertEqual(await self.lives(run), 1)
         self.assertEqual(await self.history("step_started"), ["good-1"], "nothing else ran")
+
+    async def test_any_true_value_means_concurrent(self):
+        async def run(event, step):
+            together = 0
+
+            async def body():
+                nonlocal together
+                together += 1
+                await blank(3)
+                self.seen.append(together)
+                together -= 1
+
+            for concurrent in (1, "yes", [0], None, 0):
+                depends = [step.do()(body), step.do()(body)]
+                await step.do("s", depends=depends, concurrent=concurrent)(lambda a, b: None)()
+
+        await self.lives(run, count=1)
+        self.assertEqual(self.seen, [2, 1] * 3 + [1, 1] * 2)
+
+    async def test_a_decorator_without_parentheses_is_refused_with_the_right_forms(self):
+        async def run(event, step):
+            async def load():
+                pass
+
+            def decorated():
+                @step.do
+                async def save():
+                    pass
+
+            errors = []
+            for wrong in (lambda: step.do(load), decorated):
+                try:
+                    wrong()
+                except WorkflowFatalError as error:
+                    errors.append((error.code, str(error)))
+            return errors
+
+        for code, text in await self.lives(run):
+            self.assertEqual(code, "step.invalid_callback")
+            self.assertIn("`@step.do()`", text)
+            self.assertIn("`await step.do('name', function)`", text)
+
+    async def test_a_run_with_decorated_steps_is_forgotten_when_it_has_ended(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(weakref.ref(step._run))
+
+            @step.do()
+            async def one():
+                return 1
+
+            @step.do()
+            async def two(one):
+                return await one_more() + one
+
+            @step.do()
+            async def one_more():
+                return 1
+
+            return await two()
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            self.assertEqual(await self.finish(instance), 2)
+            gc.collect()
+            self.assertEqual([life() for life in lives], [None])
 
     async def test_a_decorator_or_function_that_is_never_used_is_no_call(self):
         async def run(event, step):
@@ -8722,6 +9241,7 @@ class Decorated(Lives):
             gc.collect()
             self.seen.append(tracemalloc.get_traced_memory()[0])
 
+        asyncio.get_running_loop().slow_callback_duration = 9  # collecting garbage takes its time
         tracemalloc.start()
         try:
             for count in (500, 2000):
@@ -8791,9 +9311,7 @@ class Decorated(Lives):
 
         roots = chance.sample(made, 5) + [made[hangs]]
         for part in (roots[:3], roots[3:]):
-            used = [
-                f for f in dict.fromkeys(part) if f not in workflows._outcomes.get(step._run, {})
-            ]
+            used = [f for f in dict.fromkeys(part) if not f._outcomes]
             await asyncio.gather(*map(call, used))
         if not self.stuck.is_set():  # a step that it depends on has failed
             self.stuck.set()
@@ -8930,68 +9448,211 @@ class Shim(Real):
             """
             assert "workers" not in sys.modules
             workflows.install_workers_shim()
-            import workers, workers.workflows
-            from workers import WorkflowEntrypoint as W, WorkerEntrypoint, Response
-            from workers import DurableObject, Request, fetch, handler
-            from workers.workflows import NonRetryableError as N
-            assert W is workflows.WorkflowEntrypoint and N is workflows.NonRetryableError
-            assert workers.workflows.NonRetryableError is N
-            class Default(WorkerEntrypoint):
-                def __init__(self, ctx, env): super().__init__(ctx, env); self.mine = 1
-                async def fetch(self, request): return Response("hello", status=200)
-            class Counter(DurableObject):
-                async def add(self): pass
-            @handler
-            async def on_fetch(request, env): return Response("x")
-            asyncio.run(Default(None, None).fetch(None)); Counter(None, None)
-            class E(N): pass
-            assert issubclass(E, Exception) and str(E("why")) == "why"
-            try: from workers import nothing_of_the_kind
-            except ImportError: pass
-            else: say("imported")
-            try: import workers.asgi
-            except ImportError: say("fine")
+            import workers, workers.rpc, workers.fetch, workers.gateway.options
+            from workers import NonRetryableError as N, WorkflowEntrypoint as W, workflows as flows
+            from workers.workflows import NonRetryableError
+            from workers.entrypoints import WorkflowEntrypoint
+            from workers.fetch import fetch
+            assert W is WorkflowEntrypoint is workflows.WorkflowEntrypoint
+            assert N is NonRetryableError is flows.NonRetryableError is workflows.NonRetryableError
+            assert fetch is workers.fetch is workflows.fetch
+            say("fine")
             """
         )
         self.assertEqual(said, "fine")
+
+    def test_every_other_name_imports_and_does_nothing(self):
+        said = self.says(
+            """
+            workflows.install_workers_shim()
+            from workers import DurableObject, Response, WorkerEntrypoint, asgi, env, handler, new
+            from workers.gateway import BaseOptions
+            class Default(WorkerEntrypoint[dict]):
+                def __init__(self, ctx, env): super().__init__(ctx, env); self.mine = ctx + env
+                async def fetch(self, request: Response | None): return Response("x", status=200)
+            class Counter(DurableObject): pass
+            class App(asgi.entrypoint("app")): pass
+            @handler
+            async def on_fetch(request, env): pass
+            asyncio.run(Default(1, 2).fetch(None)), Counter(None, None), App(), new.anything(env["X"])
+            assert Default(1, 2).mine == 3 and issubclass(Default, WorkerEntrypoint)
+            assert Response is __import__("workers").Response
+            say("fine")
+            """
+        )
+        self.assertEqual(said, "fine")
+
+    def test_a_name_without_meaning_says_so_in_a_workflow(self):
+        said = self.says(
+            """
+            workflows.install_workers_shim()
+            from workers import Response, WorkflowEntrypoint, env
+            class Flow(WorkflowEntrypoint):
+                async def run(self, event, step):
+                    def plain(): env.BUCKET.put("x")
+                    async def answer(): return Response.json({})
+                    errors = []
+                    for call in (lambda: step.do("a", plain), lambda: step.do("b", answer), Response):
+                        try: await call()
+                        except workflows.WorkflowFatalError as error: errors.append(str(error))
+                    return errors
+            async def main():
+                async with Engine(":memory:") as engine:
+                    say("; ".join(await (await engine.bind(Flow).create()).result()))
+            asyncio.run(main())
+            """
+        )
+        names = ["env.BUCKET.put", "Response.json", "Response"]
+        what = "of the package `workers` has no meaning here: it belongs to Cloudflare's runtime"
+        self.assertEqual(said.split("; "), [f"`{name}` {what}" for name in names])
 
     def test_installing_it_twice_changes_nothing(self):
         said = self.says(
             """
             workflows.install_workers_shim()
             import workers
-            before = sys.modules["workers"], sys.modules["workers.workflows"], dict(vars(workers))
+            before = {**sys.modules}, dict(vars(workers)), [*sys.meta_path]
             assert workflows.install_workers_shim() is None
-            assert before[:2] == (sys.modules["workers"], sys.modules["workers.workflows"])
-            assert before[2] == vars(workers)
+            assert before == (sys.modules, vars(workers), sys.meta_path)
             say("fine")
             """
         )
         self.assertEqual(said, "fine")
 
-    def test_a_real_package_is_left_alone(self):
-        package = self.folder / "workers"
-        package.mkdir()
-        (package / "__init__.py").write_text("real = True\n")
-        for script in (
-            "workflows.install_workers_shim(); import workers; say(workers.real)",
-            "import workers; workflows.install_workers_shim(); say(sys.modules['workers'].real)",
-        ):
-            said = self.says(f"sys.path.insert(0, os.path.dirname(PATH)); {script}")
-            self.assertEqual(said, "True")
+    def test_it_works_beside_the_installed_sdk(self):
+        """That can't be imported outside of Cloudflare's runtime."""
+        (self.folder / "workers").mkdir()
+        (self.folder / "workers" / "rpc.py").write_text("sdk = True\n")
+        (self.folder / "workers" / "__init__.py").write_text("from . import rpc\nimport js\n")
+        said = self.says(
+            """
+            sys.path.insert(0, os.path.dirname(PATH))
+            workflows.install_workers_shim()
+            from workers import WorkflowEntrypoint, rpc
+            say(WorkflowEntrypoint is workflows.WorkflowEntrypoint, rpc.sdk is True)
+            """
+        )
+        self.assertEqual(said, "True False")
 
-    def test_a_folder_of_that_name_is_no_real_package(self):
+    def test_another_package_of_that_name_stays_and_a_warning_says_so(self):
+        (self.folder / "workers").mkdir()
+        (self.folder / "workers" / "__init__.py").write_text("mine = True\n")
+        for before in ("", "import workers"):
+            said = self.says(
+                f"""
+                import logging
+                logging.getLogger("workflows").setLevel(logging.WARNING)
+                logging.basicConfig(stream=sys.stdout, format="%(message)s")
+                sys.path.insert(0, os.path.dirname(PATH))
+                {before}
+                workflows.install_workers_shim()
+                import workers
+                say(workers.mine)
+                """
+            )
+            self.assertRegex(said, "(?s)^<module 'workers' from .*> is not Cloudflare's: .*True$")
+
+    def test_a_folder_of_that_name_is_no_package(self):
         (self.folder / "workers" / "orders" / "src").mkdir(parents=True)
         said = self.says(
             """
             sys.path.insert(0, os.path.dirname(PATH))
             workflows.install_workers_shim()
-            try: from workers import WorkflowEntrypoint
-            except ImportError as error: say(error)
-            else: say("fine")
+            from workers import WorkflowEntrypoint
+            say(WorkflowEntrypoint is workflows.WorkflowEntrypoint)
             """
         )
-        self.assertEqual(said, "fine")
+        self.assertEqual(said, "True")
+
+    def test_it_does_nothing_in_cloudflares_runtime(self):
+        said = self.says(
+            """
+            sys.platform = "emscripten"
+            workflows.install_workers_shim()
+            say("workers" in sys.modules, len(sys.meta_path))
+            """
+        )
+        self.assertEqual(said, f"False {len(sys.meta_path)}")
+
+
+class Fetching(unittest.IsolatedAsyncioTestCase):
+    """`from workers import fetch`, with a server beside it."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+            told = [self.command, self.path, self.headers["Content-Type"], self.headers["A"], body]
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/there")
+            else:
+                self.send_response(int(self.path[1:4]) if self.path[1:4].isdigit() else 200)
+            self.send_header("X-Kind", "test")
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    def setUp(self) -> None:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.Server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+    async def told(self, path: str, **options: Any) -> Any:
+        return await (await workflows.fetch(self.url + path, **options)).json()
+
+    async def test_a_response_has_status_headers_and_body(self) -> None:
+        response = await workflows.fetch(self.url + "/x")
+        self.assertEqual((response.status, response.ok), (200, True))
+        self.assertEqual(
+            (response.headers["x-kind"], response.headers.get("X-KIND")), ("test",) * 2
+        )
+        text = '["GET", "/x", null, null, ""]'
+        self.assertEqual((await response.text(), await response.bytes()), (text, text.encode()))
+
+    async def test_a_request_has_method_headers_and_body(self) -> None:
+        text, raw = "text/plain;charset=UTF-8", "application/octet-stream"
+        self.assertEqual(
+            await self.told("/x", method="post", headers={"A": 5}, body="ä"),
+            ["POST", "/x", text, "5", "ä"],
+        )
+        self.assertEqual(
+            await self.told("/x", method=http.HTTPMethod.PUT, headers=[("a", "b")], body=b"c"),
+            ["PUT", "/x", raw, "b", "c"],
+        )
+        self.assertEqual(
+            await self.told("/x", method="POST", headers={"content-type": "mine"}, body="c", cf={}),
+            ["POST", "/x", "mine", None, "c"],
+        )
+
+    async def test_every_status_is_a_response_and_redirects_are_followed(self) -> None:
+        for status in (404, 500):
+            response = await workflows.fetch(f"{self.url}/{status}")
+            self.assertEqual((response.status, response.ok), (status, False))
+            self.assertEqual((await response.json())[1], f"/{status}")
+        self.assertEqual((await self.told("/moved"))[1], "/there")
+
+    async def test_no_response_is_an_os_error(self) -> None:
+        for url in (
+            "http://127.0.0.1:9/",
+            "file:///etc/passwd",
+            "nowhere",
+            "http://",
+            "http://a b/",
+        ):
+            with self.subTest(url), self.assertRaises(OSError):
+                await workflows.fetch(url)
+
+    async def test_it_blocks_neither_the_loop_nor_the_end_of_it(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+            with self.assertRaises(TimeoutError):
+                await asyncio.wait_for(workflows.fetch(url), 0.02)
 
 
 class Binding:

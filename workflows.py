@@ -108,13 +108,13 @@ from collections.abc import (
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     ClassVar,
     Generic,
     NamedTuple,
     NoReturn,
     Self,
-    TypeVar,
     cast,
     dataclass_transform,
     overload,
@@ -132,7 +132,14 @@ __all__ = [
 
 log = logging.getLogger("workflows")
 
-Params = TypeVar("Params")
+if TYPE_CHECKING:  # so that `WorkflowEntrypoint` alone is one of any params, for type checkers
+    from typing_extensions import TypeVar
+
+    Params = TypeVar("Params", default=Any)
+else:
+    from typing import TypeVar
+
+    Params = TypeVar("Params")
 Result = TypeVar("Result")
 AsyncFunction = Callable[..., Awaitable[Result]]
 Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up on `gather`)
@@ -2384,6 +2391,9 @@ class Engine:
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
         self._ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
+        if tokens_with_timers(self.loop) is None:
+            what = "a timer that `run` sets (asyncio.timeout) is lost when an instance hibernates"
+            log.info("%s does not show its timers: %s", type(self.loop).__name__, what)
         # What the engine does it does in this context, not in that of whoever caused it.
         self._context = contextvars.copy_context()
         self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
@@ -2405,6 +2415,7 @@ class Engine:
     async def __aexit__(self, *_: object) -> None:
         if self._state != "open" or self.scheduler.closing or self.loop.is_closed():
             return  # it was never entered, or is left already, or the thread notices
+        self.scheduler.closing = True
         leaving = self.loop.create_task(self._leave())
         try:
             await asyncio.shield(leaving)
@@ -2414,7 +2425,6 @@ class Engine:
             )  # also when that is cancelled: it takes a second more than `drain` at most
 
     async def _leave(self) -> None:
-        self.scheduler.closing = True
         runs, patience = self.lives.runs, self.loop.time() + self.drain / 1000
         while (
             any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < patience
@@ -4705,9 +4715,9 @@ def usage_of(totals: list[Any]) -> Usage:
 
 
 # --------------------------------------------------------------------------------------------------
-# Cloudflare's Python dialect: the decorator form of `step.do`, and the package `workers`, from which
-# a workflow written for Cloudflare's SDK imports. The code of that SDK (on PyPI:
-# `workers-runtime-sdk`) decides what is right here.
+# Cloudflare's Python dialect: the decorator form of `step.do`, and the package `workers`, which a
+# workflow written for Cloudflare's SDK imports. The code of that SDK (`workers-runtime-sdk` on PyPI)
+# decides what is right here.
 #
 # developers.cloudflare.com/workflows/python/
 
@@ -4718,8 +4728,9 @@ class StepDecorator(StepCall):
 
     def __init__(self, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]) -> None:
         if callable(name):
-            forms = "to decorate it `@step.do()`, to call it `await step.do('name', function)`"
-            raise fatal("step.invalid_callback", f"step.do got nothing but a function: use {forms}")
+            what = "step.do needs a name or parentheses: to call a function, write"
+            forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
+            raise fatal("step.invalid_callback", f"{what} {forms}")
         self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
         self._declared = step, name, args, options
 
@@ -4801,7 +4812,6 @@ class StepFunction(Generic[Result]):
 
     def plan(self, call: DecoratedCall) -> DoPlan:
         """Reads a call that has no result yet: each attempt gets copies of its own."""
-
         name, copied = call.name, functools.partial(self._with_copies, call.results)
         return plan_do(call)._replace(bind=lambda attempt: bind_context(name, copied())(attempt))
 
@@ -4879,9 +4889,9 @@ class FetchResponse:
 async def fetch(
     url: str, *, method: str = "GET", headers: Any = (), body: Any = None, **_: Any
 ) -> FetchResponse:
-    """`from workers import fetch`: makes an HTTP request, in a thread. Whatever the status is, it
-    is a response; without a response, it is an `OSError`. `body` is text or bytes. What else the SDK
-    takes has no effect here."""
+    """`from workers import fetch`: makes an HTTP request, in a thread. Whatever its status, an
+    answer is a response; without an answer, there is an `OSError`. `body` is text or bytes. What
+    else the SDK's `fetch` takes has no effect here."""
     threads = Threads(asyncio.get_running_loop())
     request = functools.partial(_request, str(url), method.upper(), dict(headers or ()), body)
     reply = threads.execute(request)
@@ -4910,8 +4920,8 @@ def _request(url: str, method: str, headers: dict[str, str], body: Any) -> Fetch
 
 
 class _Inert(type):
-    """The kind of a name that means nothing here. A Worker's module may extend it, call it, decorate
-    with it and ask it for attributes, without effect; a workflow that calls it is told so."""
+    """The kind of a name that means nothing here. A Worker's module may extend it, call it,
+    decorate with it and ask it for attributes, without effect; a workflow that calls it is told."""
 
     def __getattr__(cls, name: str) -> Any:
         return _any_name(f"{cls.__name__}.{name}")
@@ -5229,6 +5239,7 @@ class _Timer:
 
     def cancel(self) -> None:
         self.clock.timers.pop(self, None)
+        self.clock.limits.pop(self, None)
 
 
 class ManualClock(Clock):
@@ -5248,7 +5259,7 @@ class ManualClock(Clock):
         self._patience = parse_duration(patience) / 1000
         self.timers: dict[_Timer, None] = {}  # a set in the order in which they were made
         # Those for callbacks, and since when, in real time, we are patient with these.
-        self._limits: dict[_Timer, float] = {}
+        self.limits: dict[_Timer, float] = {}
         self._lock = asyncio.Lock()  # one `advance` after the other
 
     def now(self) -> int:
@@ -5261,7 +5272,7 @@ class ManualClock(Clock):
 
     def limit(self, ms: float, callback: Callable[[], object]) -> Any:
         timer = self.call_later(ms, callback)
-        self._limits[timer] = time.monotonic()
+        self.limits[timer] = time.monotonic()
         return timer
 
     async def advance(self, duration: Duration) -> None:
@@ -5271,7 +5282,7 @@ class ManualClock(Clock):
             raise RuntimeError("advance() inside a step's callback would wait for itself")
         async with self._lock:
             target = self._now + ms
-            self._limits = dict.fromkeys(self._limits.keys() & self.timers, time.monotonic())
+            self.limits = dict.fromkeys(self.limits, time.monotonic())
             await self.settle()
             while True:
                 due = min((timer.due for timer in self.timers), default=math.inf)
@@ -5289,7 +5300,7 @@ class ManualClock(Clock):
     def _may_end_before(self, moment: float) -> bool:
         """Whether a callback whose time will be up at that moment may yet end by itself."""
         over = time.monotonic() - self._patience
-        return any(self._limits.get(t, over) > over for t in self.timers if t.due <= moment)
+        return any(t.due <= moment and began > over for t, began in self.limits.items())
 
     def _fire(self) -> None:
         for timer in sorted(self.timers, key=lambda timer: timer.due):
