@@ -2850,7 +2850,7 @@ class Unloading(Lives):
         with hidden, self.assertLogs("workflows", "INFO") as logged:
             await self.outcome(run)
         (line,) = logged.output
-        self.assertIn("EventLoop does not show its timers: a timer that `run` sets", line)
+        self.assertIn("EventLoop'> does not show its timers: a timer that `run` sets", line)
 
 
 # What every child process begins with: `main(engine)` is given by the script.
@@ -3138,7 +3138,7 @@ class Creating(Case):
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_step))
             one = await bound.create(id="a", locationHint="weur")
-            entries = [{"id": "b", "locationHint": "apac"}]
+            entries = [{"id": "b", "location_hint": "apac"}]
             (two,) = await bound.create_batch(entries)
             self.assertEqual([await self.finish(one), await self.finish(two)], [{}, {}])
 

@@ -2393,7 +2393,7 @@ class Engine:
         self._ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
         if tokens_with_timers(self.loop) is None:
             what = "a timer that `run` sets (asyncio.timeout) is lost when an instance hibernates"
-            log.info("%s does not show its timers: %s", type(self.loop).__name__, what)
+            log.info("%r does not show its timers: %s", type(self.loop), what)
         # What the engine does it does in this context, not in that of whoever caused it.
         self._context = contextvars.copy_context()
         self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
@@ -3820,7 +3820,8 @@ Instances = list["WorkflowInstance"]
 Created = dict[str, list[Any]]
 Deleted = dict[str, list[dict[str, Any]]]
 # Options and their defaults. (A hint where to run has no effect in one process.)
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None, "locationHint": None}
+_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}
+_CREATE |= dict.fromkeys(("locationHint", "location_hint"))
 _SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
