@@ -4161,7 +4161,7 @@ class CleanStop(Case):
             async def callback() -> None:
                 await gate.pass_through(event.instance_id)
                 await engine.env.TEST.create(id="other")  # it can still use the engine
-                seen.append((await engine.usage()).requests)
+                seen.append(await step.do("inside", lambda: "inside"))
 
             await step.do("one", callback)
             await step.do("two", lambda: seen.append("two"))
@@ -4174,9 +4174,10 @@ class CleanStop(Case):
             self.assertFalse(leaving.done())
             gate.open.set()
             await leaving
-        self.assertEqual((seen, gate.begun, gate.cancelled), ([2], ["i"], 0))
+        self.assertEqual((seen, gate.begun, gate.cancelled), (["inside"], ["i"], 0))
         ends = "SELECT step, type FROM journal WHERE step IS NOT NULL AND type != 'start'"
-        self.assertEqual(self.rows(ends), [("do\none\n1", "done")])
+        steps = ["do\none\n1\ndo\ninside\n1", "do\none\n1"]
+        self.assertEqual(self.rows(ends), [(step, "done") for step in steps])
         self.assertEqual(self.rows("SELECT id, status FROM instances")[1], ("other", "queued"))
 
     async def test_what_has_not_ended_when_the_drain_is_over_is_cancelled(self) -> None:

@@ -1442,20 +1442,22 @@ class WorkflowStep:
             return StepCall(self._run, "do", plan_do, name, args, options)
         return StepDecorator(self, name, args, options)
 
-    def sleep(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+    def sleep(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
         """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
 
         developers.cloudflare.com/workflows/build/sleeping-and-retrying/
         Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
         return StepCall(self._run, "sleep", plan_sleep, name, args, options)
 
-    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
         """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
         milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
         counts of a name, and the errors."""
         return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
 
-    def wait_for_event(self, name: Any = None, *args: Any, **options: Any) -> StepCall:
+    def wait_for_event(
+        self, name: Any = None, *args: Any, **options: Any
+    ) -> Pending[WorkflowStepEvent]:
         """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
         takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
         days) it raises `WorkflowTimeoutError`.
@@ -1754,13 +1756,15 @@ class Run(Life):
 
     async def _gate(self, attempt: Attempt, plain: bool) -> None:
         """Returns when an attempt may begin: its retry delay is over, the instance is running, and
-        a plain callback has a thread. (A nested one may begin while the instance pauses, because
-        the callback around it could not end otherwise.) From then on a pause waits for it."""
+        a plain callback has a thread. (A nested one may begin while the instance pauses or the
+        engine is left, because the callback around it could not end otherwise.) From then on a
+        pause waits for it."""
         call = attempt.call
         call.attempt = None
         while True:
             runs = self.status == "running" or (call.outer and self.status == "waitingForPause")
-            if call.step.asleep or not runs or self.engine.scheduler.closing:
+            leaving = self.engine.scheduler.closing and not call.outer
+            if call.step.asleep or not runs or leaving:
                 attempt.free_slot()
                 if self.status in ("idling", "waiting") and not call.step.asleep:
                     self.post(wake_up)  # `run` goes on by itself

@@ -10,6 +10,7 @@ from workflows import (
     WorkflowRollbackContext,
     WorkflowStep,
     WorkflowStepContext,
+    WorkflowStepEvent,
 )
 
 
@@ -54,9 +55,11 @@ class Pay(WorkflowEntrypoint[Order]):
 
         assert_type(await fetch(), list[int])
         assert_type(await total(), int)
-        await step.sleep("nap", "1 hour")
         await step.sleep_until("then", event.timestamp)
-        await step.wait_for_event("approval", "approved", timeout="7 days")
+        nap = step.sleep("nap", "1 hour")
+        _, approval = await asyncio.gather(nap, step.wait_for_event("approval", "approved"))
+        assert_type(approval, WorkflowStepEvent)
+        print(approval.approved, approval.payload["by"])
         return await step.do("charge again", charge)
 
 
