@@ -3869,12 +3869,14 @@ class Sigkill(Real):
                         ((count,),) = db.execute(sql, (f"%{ctx.step.name}%",)).fetchall()
                     note(f"{ctx.step.name}={count}")
                     if ctx.step.name == "two" and not count: die()
-                for name in ("one", "two", "three"): await step.do(name, look)
+                soon = {"retries": {"delay": 1}}
+                for name in ("one", "two", "three"): await step.do(name, soon, look)
             async def main(w): await (await get(w)).result()
             go()
             """
         )
-        self.assertEqual(self.log(), ["one=0", "two=0", "two=1", "three=0"])
+        # (On Python 3.11 each start is a row, and may be on disk in time.)
+        self.assertRegex(" ".join(self.log()), r"^one=[01] two=0 two=[12] three=[01]$")
 
     async def test_an_event_is_consumed_in_the_commit_that_ends_its_wait(self) -> None:
         async with self.engine() as engine:

@@ -1263,8 +1263,14 @@ class Scheduler:
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
 
-_life: contextvars.ContextVar[object] = contextvars.ContextVar("life", default=None)
-_attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)
+# Whose code this is: that of an attempt's callback, or (then it is the token of a life) of `run`.
+_scope: contextvars.ContextVar[Any] = contextvars.ContextVar("scope", default=None)
+
+
+def current_attempt() -> Attempt | None:
+    """The attempt whose callback this code belongs to."""
+    scope = _scope.get()
+    return scope if isinstance(scope, Attempt) else None
 
 
 class Unload(asyncio.CancelledError):
@@ -1297,7 +1303,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.run, self.kind, self.plan = run, kind, plan
         self.name, self.args, self.options = name, args, options
         self._coroutine: Coroutine[Any, Any, Any] | None = None
-        outer = _attempt.get()
+        outer = current_attempt()
         # The attempt in whose callback it is made, if that belongs to this run.
         self.outer = outer if outer is not None and outer.run is run else None
         counts = (self.outer or run).counts
@@ -1481,7 +1487,7 @@ class Life:
         """Ends code that calls a step in a dead run. Code that catches that and goes on is told
         more plainly, and slowed down if it never stops: a loop that catches everything does no
         harm."""
-        attempt, task = _attempt.get(), asyncio.current_task()
+        attempt, task = current_attempt(), asyncio.current_task()
         if attempt is not None and attempt.run is not self:
             raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
         self._refused[task] += 1
@@ -1519,7 +1525,7 @@ class Run(Life):
 
     async def main(self) -> Any:
         """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
-        _life.set(self.token)
+        _scope.set(self.token)
         try:
             info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.workflow.name)
             output = self.workflow.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
@@ -1680,7 +1686,8 @@ class Run(Life):
         """Ends an attempt during which the process died; says whether another one follows."""
         attempt = call.attempt = Attempt(self, call, plan.config)
         attempt.number, attempt.recorded = call.step.attempts, True
-        await attempt.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        died = WorkflowInternalError("attempt failed: the engine stopped")
+        await self.end_attempt(attempt, None, died)
         return attempt.again
 
     def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
@@ -1760,7 +1767,7 @@ class Run(Life):
         if given_up or attempt.number > config.limit:
             return None, error
         try:
-            delay = await config.delay_after(attempt, error)
+            delay = await attempt.delay_after(error)
         except WorkflowFatalError as failure:
             return None, failure
         delay = min(delay, 0 if self.is_skipped("retry", call) else self.engine.limits.max_sleep)
@@ -2393,7 +2400,7 @@ class Engine:
     async def call(self, operation: Operation, *args: Any) -> Any:
         """The result of an operation, once it is committed."""
         self.check_open()
-        if (attempt := _attempt.get()) is not None:
+        if (attempt := current_attempt()) is not None:
             attempt.run.post_start(attempt)  # comes before what its callback does
         future: asyncio.Future[Any] = self.loop.create_future()
         self.writer.post(operation, *args, then=functools.partial(resolve, future))
@@ -3415,29 +3422,6 @@ class StepConfig:
             raw["retries"]["delay"] = _gone if given is None else cls(given).delay
         return cls(raw)
 
-    async def delay_after(self, attempt: Attempt, error: BaseException) -> int:
-        """How long to wait after a failed attempt; a function may say that, within five seconds.
-        Its failure is that of the step."""
-        delay = self.delay
-        if callable(delay):
-            asked = Execution(attempt.run, ASKING)
-            if not is_async(delay):
-                asked.slot = await attempt.run.engine.threads.slots.acquire()
-            info = WorkflowDelayContext(attempt.context(), error)
-            try:
-                await asked.execute(functools.partial(delay, info))
-            finally:
-                asked.free_slot()
-            delay, failure = asked.outcome
-            try:
-                delay = parse_duration(delay) if failure is None else 0
-            except ValueError as wrong:
-                failure = wrong
-            if failure is not None:
-                message = f"the delay function of {attempt} failed: {show_error(failure)}"
-                raise WorkflowFatalError(message, name="NonRetryableDelayError")
-        return int(delay * self.backoff(attempt.number))
-
 
 def _bad_key(what: str, key: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{what} key {key!r}: {show(value)}: expected {expected}")
@@ -3514,50 +3498,52 @@ class Threads:
             self._jobs.put(None)
 
 
-class Execution:
-    """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches it and nothing else."""
+class Attempt:
+    """One attempt of a step. It calls the callback in a task of its own, so that a timeout or a
+    cancellation reaches that and nothing else. It is also the scope of the step calls that the
+    callback makes."""
 
-    outer: Attempt | None = None  # in whose callback it was asked for
-
-    def __init__(self, run: Run, timeout: int) -> None:
-        self.run, self.timeout = run, timeout
+    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
+        self.run, self.call, self.config = run, call, config
+        self.number = self.began = 0
         self.cpu = 0  # ns
         self.slot = False  # it has one of the threads' slots
+        self.recorded = False  # a row says that it has begun
+        self.again = True  # another attempt follows
+        self.counts: dict[str, int] = {}
         self.task: asyncio.Task[None] | None = None
-        self.outcome: tuple[Any, BaseException | None] = (None, None)
-        self._over: asyncio.Future[None] | None = (
-            None  # done when its task has ended or is abandoned
-        )
+        self._patience = config.timeout
+        self._asking = False  # how long to wait
+        self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
+        self._dropped = False  # what the task still does concerns nobody
         self._timer: Any = None
-        self._verdict: BaseException | None = None  # what it fails with, whatever it still does
-        self._dropped = False  # what its task still does concerns nobody
+        self._verdict: BaseException | None = None  # what it fails with, whatever happens now
 
-    def begins(self) -> None:
-        """Called by its task, right before the function."""
+    def __str__(self) -> str:
+        return f"step {self.call.name!r}"
 
-    def goes_on(self) -> None:
-        """Called when the function has not ended at once."""
+    def context(self) -> WorkflowStepContext:
+        """What the callback gets."""
+        info = WorkflowStepInfo(self.call.name, self.call.count)
+        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
 
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Called by its task, right after the function."""
-        self.outcome = value, error
+    def timeout_error(self) -> WorkflowError:
+        """What it fails with when its time is up."""
+        return WorkflowTimeoutError(f"Execution timed out after {self._patience}ms")
 
-    async def execute(self, function: Callable[[], Any]) -> None:
-        """Calls the function, and `ends`."""
-        run = self.run
-        self.caller: Any = asyncio.current_task(run.loop)
-        self.task = task = start_task(self._perform(function), run.loop)
-        if self.outer is not None and self.outer.task is self.caller:
-            self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
+    async def execute(self, callback: Callable[[], Any]) -> None:
+        """Calls the callback, and records how that ends."""
+        run, outer = self.run, self.call.outer
+        self._caller: Any = asyncio.current_task(run.loop)
+        self.task = task = start_task(self._perform(callback), run.loop)
+        if outer is not None and outer.task is self._caller:
+            outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                if self._timer is None:
-                    self._timer = run.engine.clock.call_later(self.timeout, self._time_out)
-                self.goes_on()
+                run.post_start(self)
                 await self._over
         except asyncio.CancelledError:
             self._dropped = True
@@ -3565,12 +3551,11 @@ class Execution:
                 task.cancel()
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
             run.engine.cpu_ns += self.cpu
-            self.task = self._timer = None  # both lead back to here
+            self.task = None  # whose context leads back to here
         if self._dropped:
-            await self.ends(None, self._verdict)
+            late: Any = self._verdict
+            await run.end_attempt(self, None, self._no_delay(late) if self._asking else late)
         elif not task.cancelled():
             task.result()  # KeyboardInterrupt, at most
 
@@ -3578,22 +3563,52 @@ class Execution:
         self.run.callbacks.discard(task)
         resolve(self._over)
 
-    async def _perform(self, function: Callable[[], Any]) -> None:
+    async def _perform(self, callback: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        _life.set(None)  # a timer that the function leaves behind is not one of `run`
+        _scope.set(self)
+        value, error = await self._ask(callback)
+        # Whoever tears down the loop cancels the caller, too.
+        torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
+        if not (self._dropped or self.run.dead or torn_down):
+            await self.run.end_attempt(self, value, error)
+
+    async def delay_after(self, error: BaseException) -> int:
+        """How long to wait after this error. A function may say that, within five seconds; its
+        failure is that of the step."""
+        delay = self.config.delay
+        if callable(delay):
+            self._asking, self._patience = True, ASKING
+            if not is_async(delay):
+                self.slot = await self.run.engine.threads.slots.acquire()
+            info = WorkflowDelayContext(self.context(), error)
+            delay, failure = await self._ask(functools.partial(delay, info))
+            try:
+                delay = parse_duration(delay) if failure is None else 0
+            except ValueError as wrong:
+                failure = wrong
+            if failure is not None:
+                raise self._no_delay(failure)
+        return int(delay * self.config.backoff(self.number))
+
+    def _no_delay(self, failure: BaseException) -> WorkflowError:
+        message = f"the delay function of {self} failed: {show_error(failure)}"
+        return WorkflowFatalError(message, name="NonRetryableDelayError")
+
+    async def _ask(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """What a function of the user returns or raises, or what stands for that if it takes too
+        long."""
         value, error = None, None
         try:
-            self.begins()
-            value = await self._metered(self._in_thread(function) if self.slot else function())
+            coroutine: Any = self._in_thread(function) if self.slot else function()
+            value = await self._metered(coroutine)
         except KeyboardInterrupt:
             raise
         except BaseException as raised:
             error = raised
-        error = self._verdict or self._excess() or error
-        # Whoever tears down the loop cancels the caller, too.
-        torn_down = isinstance(error, asyncio.CancelledError) and self.caller.cancelling() > 0
-        if not (self._dropped or self.run.dead or torn_down):
-            await self.ends(value, error)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return value, self._verdict or self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         threads = self.run.engine.threads
@@ -3615,7 +3630,7 @@ class Execution:
 
     @types.coroutine
     def _metered(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
-        """Awaits it, and adds up its CPU time."""
+        """Awaits it, and adds up its CPU time. Its time runs from when it first waits."""
         resume, given = coroutine.send, None
         while True:
             self.run.engine.activity += 1
@@ -3626,6 +3641,8 @@ class Execution:
                 return stop.value
             finally:
                 self.cpu += time.thread_time_ns() - began
+            if self._timer is None:
+                self._timer = self.run.engine.clock.call_later(self._patience, self._time_out)
             self._decide(self._excess())
             try:
                 resume, given = coroutine.send, (yield awaited)
@@ -3637,10 +3654,6 @@ class Execution:
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
-
-    def timeout_error(self) -> WorkflowTimeoutError:
-        """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self.timeout}ms")
 
     def _time_out(self) -> None:
         self._decide(self.timeout_error())
@@ -3656,50 +3669,16 @@ class Execution:
         if verdict is not None and self._verdict is None and self.task is not None:
             self._verdict = verdict
             self.task.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
+            self._timer.cancel()
             self._timer = self.run.loop.call_later(GRACE, self._abandon)
 
     def _abandon(self) -> None:
         log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
         self._dropped = True
         resolve(self._over)
-
-
-class Attempt(Execution):
-    """One attempt of a step, and the scope of the step calls that its callback makes."""
-
-    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
-        super().__init__(run, config.timeout)
-        self.call, self.config, self.outer = call, config, call.outer
-        self.number = 0
-        self.began = 0
-        self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
-        self.counts: dict[str, int] = {}
-
-    def __str__(self) -> str:
-        return f"step {self.call.name!r}"
-
-    def begins(self) -> None:
-        _attempt.set(self)
-
-    def goes_on(self) -> None:
-        self.run.post_start(self)
-
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        await self.run.end_attempt(self, value, error)
-
-    def _abandon(self) -> None:
-        super()._abandon()
         for key, call in self.run.active.items():
             if call.task is not None and key.startswith(self.call.key + SEPARATOR):
                 call.task.cancel()
-
-    def context(self) -> WorkflowStepContext:
-        """What its callback gets."""
-        info = WorkflowStepInfo(self.call.name, self.call.count)
-        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
 
 
 def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
@@ -3721,7 +3700,7 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
     timers = getattr(loop, "_scheduled", None)
     if timers is None:
         return None
-    return {timer._context.get(_life) for timer in timers if not timer.cancelled()}
+    return {timer._context.get(_scope) for timer in timers if not timer.cancelled()}
 
 
 # ==================================================================================================
@@ -5017,7 +4996,7 @@ class ManualClock(Clock):
     async def advance(self, duration: float | str | timedelta) -> None:
         """Moves the time on; returns when nothing more happens by itself."""
         ms = parse_duration(duration)
-        if _attempt.get() is not None:
+        if current_attempt() is not None:
             raise RuntimeError("advance() inside a step's callback would wait for itself")
         async with self._lock:
             target = self._now + ms
