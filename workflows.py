@@ -662,7 +662,7 @@ class Transaction:
         self.touched: set[Topic] = set()
         self.requeued: list[Instance] = []
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
-        self.wrote = False
+        self.written = 0  # rows
         self._instances: dict[int, Instance] = {}
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
@@ -784,10 +784,10 @@ class Transaction:
             self.db.executemany(
                 "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
             )
+            self.written += len(self._rows)
             self._rows.clear()
-            self.wrote = True
         if self._changed:
-            self.wrote = True
+            self.written += len(self._changed)
             changed = [_values_of(self._instances[key]) for key in self._changed]
             self.db.executemany(_UPSERT, changed)
             self._changed.clear()
@@ -807,8 +807,8 @@ class Transaction:
 # second whether the file is still there. What it finds it tells the loop, which posts.
 
 TICK = 0.05  # seconds
-QUICK = 0.0005  # seconds that a commit on the loop may take
-TRUST = 8  # quick commits in the thread until the next one is tried on the loop
+QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit on the loop may take
+TRUST = 3  # quick commits in the thread until the next one is made on the loop
 BATCH = 256  # operations, and due or queued instances, that one transaction takes at most
 
 Operation = Callable[..., Any]
@@ -983,8 +983,8 @@ class Writer:
         began = time.perf_counter()
         self.database.execute("COMMIT")
         self._cpu_counted = cpu_ns
-        if tx.wrote:
-            quick = time.perf_counter() - began < QUICK
+        if tx.written:
+            quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
             self._doubts = max(0, self._doubts - 1) if quick else TRUST
         return Answer(results, tx.news, None if outside else tx.touched)
 
@@ -2472,7 +2472,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
              RETURNING key"""
     described = (workflow.name, workflow.binding, workflow.cls.__name__, workflow.steps)
     (key,) = tx.db.one(sql, *described, tx.now, tx.now)
-    tx.wrote = True
+    tx.written += 1
     tx.scheduler.take_up(key, workflow)
 
 
@@ -3594,22 +3594,6 @@ class Attempt:
         message = f"the delay function of {self} failed: {show_error(failure)}"
         return WorkflowFatalError(message, name="NonRetryableDelayError")
 
-    async def _ask(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """What a function of the user returns or raises, or what stands for that if it takes too
-        long."""
-        value, error = None, None
-        try:
-            coroutine: Any = self._in_thread(function) if self.slot else function()
-            value = await self._metered(coroutine)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as raised:
-            error = raised
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return value, self._verdict or self._excess() or error
-
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         threads = self.run.engine.threads
         reply = threads.execute(functools.partial(contextvars.copy_context().run, function))
@@ -3629,25 +3613,39 @@ class Attempt:
         return await value if inspect.isawaitable(value) else value
 
     @types.coroutine
-    def _metered(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
-        """Awaits it, and adds up its CPU time. Its time runs from when it first waits."""
-        resume, given = coroutine.send, None
-        while True:
-            self.run.engine.activity += 1
-            began = time.thread_time_ns()
-            try:
-                awaited = resume(given)
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                self.cpu += time.thread_time_ns() - began
-            if self._timer is None:
-                self._timer = self.run.engine.clock.call_later(self._patience, self._time_out)
-            self._decide(self._excess())
-            try:
-                resume, given = coroutine.send, (yield awaited)
-            except BaseException as raised:
-                resume, given = coroutine.throw, raised
+    def _ask(
+        self, function: Callable[[], Any]
+    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
+        """What a function of the user returns or raises, or what it fails with instead. Its CPU time
+        is measured while its code runs; its patience begins when it first waits."""
+        value, error, given = None, None, None
+        try:
+            coroutine: Any = self._in_thread(function) if self.slot else function()
+            resume = coroutine.send
+            while True:
+                self.run.engine.activity += 1
+                began = time.thread_time_ns()
+                try:
+                    awaited = resume(given)
+                finally:
+                    self.cpu += time.thread_time_ns() - began
+                if self._timer is None:
+                    self._timer = self.run.engine.clock.call_later(self._patience, self._time_out)
+                self._decide(self._excess())
+                try:
+                    resume, given = coroutine.send, (yield awaited)
+                except BaseException as raised:
+                    resume, given = coroutine.throw, raised
+        except StopIteration as stop:
+            value = stop.value
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:
+            error = raised
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return value, self._verdict or self._excess() or error
 
     def free_slot(self) -> None:
         """Gives its thread's place to the next, if it has one."""
