@@ -99,7 +99,7 @@ __all__ = [
     "Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent",
     "WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance",
     "WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError",
-    "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext",
+    "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowSchedule", "WorkflowStep", "WorkflowStepContext",
     "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowTimeoutError", "install_workers_shim",
     "parse_duration",
 ]  # fmt: skip
@@ -427,6 +427,9 @@ CREATE TABLE events (              -- the buffer: sent, and not consumed
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
+CREATE TABLE schedules (
+    workflow INTEGER NOT NULL, cron TEXT NOT NULL, next INTEGER NOT NULL,
+    PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
 CREATE TABLE usage (
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
     storage_bytes INTEGER) WITHOUT ROWID;
@@ -1096,9 +1099,10 @@ class Scheduler:
                 due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
+            due_next = fire_schedules(tx)
             self.stirred = self._admit(tx)
-            earliest = [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
-            self.next_wake = min((wake for wake in earliest if wake is not None), default=math.inf)
+            due_next += [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
+            self.next_wake = min((at for at in due_next if at is not None), default=math.inf)
         for inst in tx.requeued:
             if inst.status == "queued":  # it found no free slot
                 tx.append(inst, Row("queued"))
@@ -1106,8 +1110,9 @@ class Scheduler:
     def _inherit(self, tx: Transaction) -> None:
         """What ran when its process died is queued again."""
         inherited, self._inherited = self._inherited, []
-        for workflow in inherited:
-            for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", workflow):
+        for key in inherited:
+            keep_schedules(tx, key, self.bound[key])
+            for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", key):
                 tx.change(inst, careful=1)
                 tx.requeue(inst)
 
@@ -1511,7 +1516,8 @@ class Run(Life):
         self.seq = inst.seq  # of the newest row that it knows of
         self.steps, self.inbox = fold(rows)
         payload = freeze(decode(rows[0].data or "null"))
-        self.event = WorkflowEvent(payload, to_datetime(inst.created), self.id, workflow.name)
+        about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
+        self.event = WorkflowEvent(payload, *about)
         self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
         self.unawaited: set[StepCall] = set()  # of these
         self.active: dict[str, StepCall] = {}  # the calls that are under way
@@ -2607,14 +2613,29 @@ class _Record(Mapping[str, Any]):
         return len(self._keys)
 
 
+class WorkflowSchedule(_Record):
+    """What a scheduled instance was created for: the cron expression, and its time in ms since the
+    epoch."""
+
+    cron: str
+    scheduled_time: int
+
+
 class WorkflowEvent(_Record, Generic[Params]):
     """What `run` gets: the params that the instance was created with (read-only, all the way down),
-    the time of its creation, its id, and the name of its workflow."""
+    the time of its creation, its id, the name of its workflow, and its schedule, if it has one."""
 
     payload: Params
     timestamp: datetime
     instance_id: str
     workflow_name: str
+    schedule: WorkflowSchedule | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self._keys if key != "schedule" or self.schedule is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class WorkflowStepEvent(_Record):
@@ -3784,6 +3805,39 @@ class Workflow:
                     yield WorkflowInstance(self, id)
             left = left - len(page) if page else 0
 
+    async def replay(self, id: str) -> WorkflowReplay:
+        """Whether an instance would go on as recorded, with the class that this process has bound:
+        calls `run` with what is recorded, up to where it would do something new. No callback runs,
+        and nothing is written, so that this is safe beside the process that runs the instance.
+
+        Error: `instance.not_found`."""
+        loaded = await self.engine.call(load_for_replay, self.name, id)
+        inst = loaded.instance
+        has_failed = inst.status == "errored" or (
+            inst.rollback is not None and not inst.termination
+        )
+        return await ReplayRun(self.engine, self, loaded).report(has_failed)
+
+    async def replay_all(self) -> collections.abc.AsyncGenerator[WorkflowReplay, None]:
+        """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
+        for status in (*LIVE, "paused"):
+            page: Ids = []
+            async for instance in self.list(status):
+                page.append(instance.id)
+                if len(page) == 100:
+                    for report in await self._replay(page):
+                        yield report
+                    page = []
+            for report in await self._replay(page):
+                yield report
+
+    async def _replay(self, ids: Ids) -> Sequence[WorkflowReplay]:
+        found = await asyncio.gather(*map(self.replay, ids), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, WorkflowError):
+                raise error  # one that was deleted meanwhile is left out
+        return [report for report in found if isinstance(report, WorkflowReplay)]
+
     async def delete_batch(self, ids: Iterable[str]) -> Deleted:
         """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
         [{"id", "code", "message"}]}`, with one entry for each id.
@@ -3923,7 +3977,8 @@ def create_instances(
     for _, params, *_ in entries:
         check_state(tx, 0, size_of(params), refusal)
     taken = {*tx.find(workflow, [entry[0] for entry in entries])}
-    tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
+    if trigger != "cron":  # nobody would hear of the refusal
+        tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
     made = []
     for id, params, success, error in entries:
         if id not in taken:
@@ -3988,7 +4043,7 @@ class WorkflowInstance:
         name, told = self.workflow.name, History(self.id)
         inst, rows = await self.workflow.engine.call(read_journal, name, self.id, 0, 0)
         if inst is None:
-            raise _not_found(name, self.id)
+            raise not_found(name, self.id)
         return [event for row in rows for event in told.events(row)]
 
     async def pause(self) -> None:
@@ -4050,7 +4105,7 @@ class WorkflowInstance:
                 ended = engine.watchers.watch(key)
                 present, status, data = await self._call(read_status)
                 if present != key:  # deleted, and its id is used again
-                    raise _not_found(self.workflow.name, self.id)
+                    raise not_found(self.workflow.name, self.id)
                 if status not in FINISHED and late.done():
                     raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
@@ -4082,7 +4137,7 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    raise _not_found(self.workflow.name, self.id)
+                    raise not_found(self.workflow.name, self.id)
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
@@ -4106,7 +4161,7 @@ class WorkflowInstance:
             await asyncio.wait({changed})
 
 
-def _not_found(workflow: str, id: str) -> WorkflowError:
+def not_found(workflow: str, id: str) -> WorkflowError:
     return refusal("instance.not_found", f"workflow {workflow!r} has no instance {id!r}")
 
 
@@ -4114,7 +4169,7 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     """Carries out one of the operations below on the instance with that id."""
     inst = tx.find(workflow, [id]).get(id)
     if inst is None:
-        raise _not_found(workflow, id)
+        raise not_found(workflow, id)
     return operation(tx, inst, *args)
 
 
@@ -4416,6 +4471,101 @@ def plan_undo(call: UndoCall) -> DoPlan:
     info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
     return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay reports: would an instance go on as recorded, with the code of now? `run` is replayed, as at
+# the beginning of a life, until it would do something new. Nothing is written and no callback runs.
+
+SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
+
+
+class WorkflowReplay(_Record):
+    """What a replay has found: the recorded steps that `run` has `reached`, and those that it has
+    not (`unreached`); the `new` steps that it would begin, and which of these it called while there
+    were unreached ones (`early`); what it came to (`outcome`: "waiting", "complete" or "errored"),
+    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has not failed
+    where it had not."""
+
+    instance_id: str
+    reached: list[str]
+    unreached: list[str]
+    new: list[str]
+    early: list[str]
+    outcome: str
+    error: dict[str, str] | None
+    safe: bool
+
+
+class ReplayRun(Run):
+    """A life that only looks. The engine knows nothing of it."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.status = "running"
+        self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
+        self._reached: list[str] = []
+        self._new: list[str] = []
+        self._early: list[str] = []
+        self._moved = self.loop.time()
+
+    def _note(self, call: StepCall) -> None:
+        super()._note(call)
+        self._moved = self.loop.time()
+        label = step_label(call.key)
+        if call.key in self._unreached:
+            del self._unreached[call.key]
+            self._reached.append(label)
+        else:
+            self._new.append(label)
+            self._early += [label] if self._unreached else []
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Nothing begins here: the call stays pending."""
+
+    def _on_cancellation(self, call: StepCall) -> None:
+        """Nothing is recorded here."""
+
+    def conclude(self, result: Any) -> None:
+        """Nor here."""
+
+    def _is_idle(self) -> bool:
+        return False
+
+    async def report(self, has_failed: bool) -> WorkflowReplay:
+        """Replays `run`, as far as it comes by itself."""
+        self.begin()
+        while not self.task.done() and self.loop.time() < self._moved + self._patience():
+            await asyncio.sleep(0.005)
+        outcome, error = "waiting", None
+        if self.task.done():
+            result: Any = None if self.task.cancelled() else self.task.result()
+            outcome = "errored" if isinstance(result, BaseException) else "complete"
+            error = brief(json.loads(encode_error(result))) if outcome == "errored" else None
+        elif not self.active:
+            what = f"run awaits something of its own; given up after {SILENCE:.0f} s"
+            error = {"name": "WorkflowTimeoutError", "message": what}
+        self.unload()
+        await asyncio.shield(self.ended)
+        unreached = [step_label(key) for key in self._unreached]
+        safe = not (unreached or self._early or (outcome == "errored" and not has_failed))
+        found = (self._reached, unreached, self._new, self._early)
+        return WorkflowReplay(self.id, *found, outcome, error, safe)
+
+    def _patience(self) -> float:
+        """How long without a step call it may be, in seconds: not long if it waits for a step."""
+        timers = tokens_with_timers(self.loop) or ()
+        if not self.active or self.token in timers:
+            return SILENCE
+        return 0.1 if self._unreached else 0.02
+
+
+def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
+    """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
+    for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
+        if not inst.is_over(tx.now):
+            return Loaded(copy.copy(inst), tx.journal(inst))
+    raise not_found(workflow, id)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5040,8 +5190,8 @@ WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[att
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: the times at which a workflow begins by itself, as cron expressions. This part only
-# computes: it reads no clock and starts nothing.
+# Schedules: the times at which a workflow begins by itself, as cron expressions. Each time fires
+# once: the instance and the next time of the schedule are stored in one transaction of the owner.
 
 # Of each field: what it is called, its least and its greatest number, and names for its numbers.
 _CRON_FIELDS = (
@@ -5139,6 +5289,40 @@ def read_schedules(given: str | Iterable[str]) -> tuple[Cron, ...]:
         raise TypeError(f"{show(given)} is not a cron expression, and no list of these")
     crons = [Cron(text) for text in ([given] if isinstance(given, str) else given)]
     return tuple({cron.text: cron for cron in crons}.values())
+
+
+def keep_schedules(tx: Transaction, key: int, workflow: Workflow) -> None:
+    """Stores when each schedule of a workflow comes next, and forgets those that are bound no more.
+    A time that has passed was missed. (One beyond the next is of a clock that was set back.)"""
+    known = dict(tx.db.rows("SELECT cron, next FROM schedules WHERE workflow = ?", key))
+    tx.db.execute("DELETE FROM schedules WHERE workflow = ?", (key,))
+    for cron in workflow.schedules:
+        comes = cron.next(tx.now)
+        comes = min(comes, known.get(cron.text, comes))
+        tx.db.execute("INSERT INTO schedules VALUES (?, ?, ?)", (key, cron.text, comes))
+
+
+def fire_schedules(tx: Transaction) -> list[int]:
+    """Creates an instance for each schedule whose time has come, in the transaction that stores its
+    next time; returns these. Of the times that were missed it makes up for the last."""
+    next_times = []
+    for key, workflow in tx.scheduler.bound.items():
+        for cron in workflow.schedules:
+            where = "WHERE workflow = ? AND cron = ?"
+            (due,) = tx.db.one(f"SELECT next FROM schedules {where}", key, cron.text)
+            if due <= tx.now:
+                at, due = cron.last(tx.now), cron.next(tx.now)
+                tx.db.execute(f"UPDATE schedules SET next = ? {where}", (due, key, cron.text))
+                entry = (f"{cron.text}-{at}", "{}", *workflow.retention)
+                create_instances(tx, workflow.name, [entry], "cron")
+            next_times.append(due)
+    return next_times
+
+
+def schedule_of(inst: Instance) -> WorkflowSchedule | None:
+    """What an instance was scheduled for: its id says so, which begins with the expression."""
+    cron, _, at = (inst.id or "").rpartition("-")
+    return WorkflowSchedule(cron, int(at)) if " " in cron else None
 
 
 # --------------------------------------------------------------------------------------------------
