@@ -1626,7 +1626,7 @@ class Run(Life):
         if call.outer is None:
             self._record_cancelled()
         else:
-            self.post_start(call.outer)  # comes first in the history
+            call.outer.post_start()  # comes first in the history
         plan = call.plan(call)
         if isinstance(plan, DoPlan):
             await self._attempts(call, plan)
@@ -1670,31 +1670,20 @@ class Run(Life):
             return fresh
         return step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
 
-    # -- attempts
-
     async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
         """The attempts of a step, until the end of the last one is posted."""
         again = True
-        if call.step.open:
-            again = await self._record_death(call, plan)
+        if call.step.open:  # the process died during this one
+            attempt = Attempt(self, call, plan.config)
+            again = await attempt.end_as_dead()
         while again:
             attempt = Attempt(self, call, plan.config)
             try:
-                await self._gate(attempt, plan.plain)
-                while self.careful and not await self._store_start(attempt):
-                    await self._gate(attempt, plan.plain)
+                await attempt.pass_gate(plan.plain)
                 await attempt.execute(self._callback(attempt, plan))
             finally:
                 attempt.free_slot()
             again = attempt.again
-
-    async def _record_death(self, call: StepCall, plan: DoPlan) -> bool:
-        """Ends an attempt during which the process died; says whether another one follows."""
-        attempt = call.attempt = Attempt(self, call, plan.config)
-        attempt.number, attempt.recorded = call.step.attempts, True
-        died = WorkflowInternalError("attempt failed: the engine stopped")
-        await self.end_attempt(attempt, None, died)
-        return attempt.again
 
     def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
         """What an attempt calls: the callback, or what a test has put in its place."""
@@ -1703,122 +1692,9 @@ class Run(Life):
                 return mock
         return plan.bind(attempt)
 
-    async def _gate(self, attempt: Attempt, plain: bool) -> None:
-        """Returns when an attempt may begin: its retry delay is over, the instance is running, and
-        a plain callback has a thread. (A nested one may begin while the instance pauses, because
-        the callback around it could not end otherwise.) From then on a pause waits for it."""
-        call = attempt.call
-        call.attempt = None
-        while True:
-            runs = self.status == "running" or (call.outer and self.status == "waitingForPause")
-            if call.step.asleep or not runs or self.engine.scheduler.closing:
-                attempt.free_slot()
-                if self.status in ("idling", "waiting") and not call.step.asleep:
-                    self.post(wake_up)  # `run` goes on by itself
-                await self.wait(call)
-            elif plain and not attempt.slot:
-                attempt.slot = await self.engine.threads.slots.acquire()
-            else:
-                break
-        call.attempt, attempt.number = attempt, call.step.attempts + 1
-        attempt.began = self.engine.clock.now()
-
-    def _first_row(self, attempt: Attempt, type: str, data: str | None = None) -> Row:
-        """The first row of an attempt: its start, or its end if that stands for both."""
-        step = attempt.call.step
-        config = attempt.config.text if step.config is None else None
-        return Row(type, step.key, attempt.number, data, config, attempt.began)
-
-    def post_start(self, attempt: Attempt) -> None:
-        """Records that an attempt has begun, unless that was done."""
-        if not attempt.recorded:
-            attempt.recorded = True
-            row = self._first_row(attempt, "start")
-            apply(self.steps, row)
-            self.engine.writer.post(record, self.lease, row)  # its end will have an answer
-
-    async def _store_start(self, attempt: Attempt) -> bool:
-        """Waits until an attempt's start is stored; False if a pause was stored before it."""
-        stored, row = self.loop.create_future(), self._first_row(attempt, "start")
-        step, nested = attempt.call.step, attempt.call.outer is not None
-        step.open = True
-        self.post(record_start, row, nested, then=functools.partial(resolve, stored))
-        attempt.recorded = step.open = bool(await stored)
-        if attempt.recorded:
-            apply(self.steps, row)
-        return attempt.recorded
-
-    async def end_attempt(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        """Posts the end of an attempt, and decides whether another one follows."""
-        call, delay = attempt.call, None
-        result: tuple[str | None, Any] = (None, None)
-        if error is None and call.kind == "do":  # what a rollback handler returns is ignored
-            what, code = f"the result of step {call.name!r}", "step.not_serializable"
-            try:
-                result = checked(value, what, code, self.engine.limits, "step_bytes", fatal)
-            except (WorkflowFatalError, MemoryError) as refused:
-                error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(attempt, error)
-        attempt.again = delay is not None
-        self._post_end(attempt, result, error, delay)
-
-    async def _retry_delay(
-        self, attempt: Attempt, error: BaseException
-    ) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        call, config = attempt.call, attempt.config
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or attempt.number > config.limit:
-            return None, error
-        try:
-            delay = await attempt.delay_after(error)
-        except WorkflowFatalError as failure:
-            return None, failure
-        delay = min(delay, 0 if self.is_skipped("retry", call) else self.engine.limits.max_sleep)
-        what = f"{self}: step {call.name!r}: attempt {attempt.number} of {config.limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay, error
-
-    def _post_end(
-        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None
-    ) -> None:
-        step, size, wait = attempt.call.step, 0, None
-        if error is None:
-            type, (text, fresh) = "done", result
-            size = size_of(text or "")
-        elif delay is None:
-            type, text, fresh = "error", encode_error(error), error
-        else:
-            type, text, fresh = "failed", encode_error(error, retry_delay_ms=delay), None
-            wait = Wait("retry", step.key, None, self.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        if attempt.recorded:
-            row = Row(type, step.key, attempt.number, text)
-        else:
-            row = self._first_row(attempt, type, text)
-        then = functools.partial(self._end_stored, attempt, row, fresh)
-        self.post(record, row, size, wait, then=then)
-
-    def _end_stored(
-        self, attempt: Attempt, row: Row, fresh: Any, _: Any, refused: BaseException | None
-    ) -> None:
-        """The end of an attempt is committed; or refused, because its result is beyond a limit."""
-        if refused is not None:
-            self._post_end(attempt, None, refused, None)
-            return
-        if attempt.call.attempt is attempt:
-            attempt.call.attempt = None
-        attempt.call.fresh = fresh
-        self.careful = self.careful and row.type == "failed"
-        self._take(row)
-
     # -- results, one at a time
 
-    def _take(self, row: Row) -> None:
+    def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
         step, call = apply(self.steps, row), self.active.get(row.step or "")
         if step is not None and not step.nested:
@@ -1917,7 +1793,7 @@ class Run(Life):
         self.seq = max(self.seq, inst.seq)
         for row in news.rows:
             if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
-                self._take(row)
+                self.take(row)
         # What was committed before it asked to be idle says nothing; the answer to that will.
         if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
@@ -2407,7 +2283,7 @@ class Engine:
         """The result of an operation, once it is committed."""
         self.check_open()
         if (attempt := current_attempt()) is not None:
-            attempt.run.post_start(attempt)  # comes before what its callback does
+            attempt.post_start()  # comes before what its callback does
         future: asyncio.Future[Any] = self.loop.create_future()
         self.writer.post(operation, *args, then=functools.partial(resolve, future))
         return await future
@@ -3519,52 +3395,46 @@ class Threads:
             self._jobs.put(None)
 
 
-class Attempt:
-    """One attempt of a step. It calls the callback in a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else. It is also the scope of the step calls that the
-    callback makes."""
+class Execution:
+    """One call of a function of the user. It has a task of its own, so that a timeout or a
+    cancellation reaches that and nothing else."""
 
-    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
-        self.run, self.call, self.config = run, call, config
-        self.number = self.began = 0
+    outer: Attempt | None = None  # in whose callback it was asked for
+
+    def __init__(self, run: Run, patience: int) -> None:
+        self.run, self.patience = run, patience
         self.cpu = 0  # ns
         self.slot = False  # it has one of the threads' slots
-        self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
-        self.counts: dict[str, int] = {}
         self.task: asyncio.Task[None] | None = None
-        self._patience = config.timeout
-        self._asking = False  # how long to wait
+        self.outcome: tuple[Any, BaseException | None] = (None, None)
         self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
         self._dropped = False  # what the task still does concerns nobody
         self._timer: Any = None
         self._verdict: BaseException | None = None  # what it fails with, whatever happens now
 
-    def __str__(self) -> str:
-        return f"step {self.call.name!r}"
+    def begins(self) -> None:
+        """Called by its task, right before the function."""
 
-    def context(self) -> WorkflowStepContext:
-        """What the callback gets."""
-        info = WorkflowStepInfo(self.call.name, self.call.count)
-        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
+    def goes_on(self) -> None:
+        """Called when the function has not ended at once."""
 
-    def timeout_error(self) -> WorkflowError:
-        """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self._patience}ms")
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        """Called by its task, right after the function."""
+        self.outcome = value, error
 
-    async def execute(self, callback: Callable[[], Any]) -> None:
-        """Calls the callback, and records how that ends."""
-        run, outer = self.run, self.call.outer
+    async def execute(self, function: Callable[[], Any]) -> None:
+        """Calls the function, and `ends`."""
+        run = self.run
         self._caller: Any = asyncio.current_task(run.loop)
-        self.task = task = start_task(self._perform(callback), run.loop)
-        if outer is not None and outer.task is self._caller:
-            outer.cpu -= self.cpu  # the first step of the task was taken inside that
+        self.task = task = start_task(self._perform(function), run.loop)
+        if self.outer is not None and self.outer.task is self._caller:
+            self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                run.post_start(self)
+                self.goes_on()
                 await self._over
         except asyncio.CancelledError:
             self._dropped = True
@@ -3575,8 +3445,7 @@ class Attempt:
             run.engine.cpu_ns += self.cpu
             self.task = None  # whose context leads back to here
         if self._dropped:
-            late: Any = self._verdict
-            await run.end_attempt(self, None, self._no_delay(late) if self._asking else late)
+            await self.ends(None, self._verdict)
         elif not task.cancelled():
             task.result()  # KeyboardInterrupt, at most
 
@@ -3584,36 +3453,49 @@ class Attempt:
         self.run.callbacks.discard(task)
         resolve(self._over)
 
-    async def _perform(self, callback: Callable[[], Any]) -> None:
+    async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        _scope.set(self)
-        value, error = await self._ask(callback)
+        self.begins()
+        value, error = await self._call(function)
         # Whoever tears down the loop cancels the caller, too.
         torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
         if not (self._dropped or self.run.dead or torn_down):
-            await self.run.end_attempt(self, value, error)
+            await self.ends(value, error)
 
-    async def delay_after(self, error: BaseException) -> int:
-        """How long to wait after this error. A function may say that, within five seconds; its
-        failure is that of the step."""
-        delay = self.config.delay
-        if callable(delay):
-            self._asking, self._patience = True, ASKING
-            if not is_async(delay):
-                self.slot = await self.run.engine.threads.slots.acquire()
-            info = WorkflowDelayContext(self.context(), error)
-            delay, failure = await self._ask(functools.partial(delay, info))
-            try:
-                delay = parse_duration(delay) if failure is None else 0
-            except ValueError as wrong:
-                failure = wrong
-            if failure is not None:
-                raise self._no_delay(failure)
-        return int(delay * self.config.backoff(self.number))
-
-    def _no_delay(self, failure: BaseException) -> WorkflowError:
-        message = f"the delay function of {self} failed: {show_error(failure)}"
-        return WorkflowFatalError(message, name="NonRetryableDelayError")
+    @types.coroutine
+    def _call(
+        self, function: Callable[[], Any]
+    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
+        """What the function returns or raises, or what it fails with instead. Its CPU time is
+        measured while its code runs; its patience begins when it first waits."""
+        value, error, given = None, None, None
+        try:
+            coroutine: Any = self._in_thread(function) if self.slot else function()
+            resume = coroutine.send
+            while True:
+                self.run.engine.activity += 1
+                began = time.thread_time_ns()
+                try:
+                    awaited = resume(given)
+                finally:
+                    self.cpu += time.thread_time_ns() - began
+                if self._timer is None:
+                    self._timer = self.run.engine.clock.call_later(self.patience, self._time_out)
+                self._decide(self._excess())
+                try:
+                    resume, given = coroutine.send, (yield awaited)
+                except BaseException as raised:
+                    resume, given = coroutine.throw, raised
+        except StopIteration as stop:
+            value = stop.value
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:
+            error = raised
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return value, self._verdict or self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         threads = self.run.engine.threads
@@ -3633,46 +3515,15 @@ class Attempt:
             raise error
         return await value if inspect.isawaitable(value) else value
 
-    @types.coroutine
-    def _ask(
-        self, function: Callable[[], Any]
-    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
-        """What a function of the user returns or raises, or what it fails with instead. Its CPU time
-        is measured while its code runs; its patience begins when it first waits."""
-        value, error, given = None, None, None
-        try:
-            coroutine: Any = self._in_thread(function) if self.slot else function()
-            resume = coroutine.send
-            while True:
-                self.run.engine.activity += 1
-                began = time.thread_time_ns()
-                try:
-                    awaited = resume(given)
-                finally:
-                    self.cpu += time.thread_time_ns() - began
-                if self._timer is None:
-                    self._timer = self.run.engine.clock.call_later(self._patience, self._time_out)
-                self._decide(self._excess())
-                try:
-                    resume, given = coroutine.send, (yield awaited)
-                except BaseException as raised:
-                    resume, given = coroutine.throw, raised
-        except StopIteration as stop:
-            value = stop.value
-        except KeyboardInterrupt:
-            raise
-        except BaseException as raised:
-            error = raised
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return value, self._verdict or self._excess() or error
-
     def free_slot(self) -> None:
         """Gives its thread's place to the next, if it has one."""
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
+
+    def timeout_error(self) -> WorkflowError:
+        """What it fails with when its time is up."""
+        return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
 
     def _time_out(self) -> None:
         self._decide(self.timeout_error())
@@ -3689,12 +3540,185 @@ class Attempt:
             self._verdict = verdict
             self.task.cancel()
             self._timer.cancel()
-            self._timer = self.run.loop.call_later(GRACE, self._abandon)
+            self._timer = self.run.loop.call_later(GRACE, self._drop)
 
-    def _abandon(self) -> None:
+    def _drop(self) -> None:
         log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
         self._dropped = True
         resolve(self._over)
+
+
+class Attempt(Execution):
+    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
+    the step calls that the callback makes."""
+
+    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
+        super().__init__(run, config.timeout)
+        self.call, self.config, self.outer = call, config, call.outer
+        self.number = self.began = 0
+        self.recorded = False  # a row says that it has begun
+        self.again = True  # another attempt follows
+        self.counts: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        return f"step {self.call.name!r}"
+
+    def context(self) -> WorkflowStepContext:
+        """What the callback gets."""
+        info = WorkflowStepInfo(self.call.name, self.call.count)
+        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
+
+    # -- its beginning
+
+    async def pass_gate(self, plain: bool) -> None:
+        """Returns when it may begin: the retry delay is over, the instance is running, and a plain
+        callback has a thread. (A nested one may begin while the instance pauses, because the
+        callback around it could not end otherwise.) From then on a pause waits for it."""
+        run, call, step = self.run, self.call, self.call.step
+        while True:
+            runs = run.status == "running" or (call.outer and run.status == "waitingForPause")
+            if step.asleep or not runs or run.engine.scheduler.closing:
+                self.free_slot()
+                if run.status in ("idling", "waiting") and not step.asleep:
+                    run.post(wake_up)  # `run` goes on by itself
+                await run.wait(call)
+            elif plain and not self.slot:
+                self.slot = await run.engine.threads.slots.acquire()
+            else:
+                call.attempt, self.number = self, step.attempts + 1
+                self.began = run.engine.clock.now()
+                if not run.careful or await self._store_start():
+                    return
+                call.attempt = None
+
+    def _first_row(self, type: str, data: str | None = None) -> Row:
+        """Its start; or its end, if that stands for both."""
+        config = self.config.text if self.call.step.config is None else None
+        return Row(type, self.call.key, self.number, data, config, self.began)
+
+    def post_start(self) -> None:
+        """Records that it has begun, unless that was done."""
+        if not self.recorded:
+            self.recorded = True
+            row = self._first_row("start")
+            apply(self.run.steps, row)
+            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
+
+    async def _store_start(self) -> bool:
+        """Waits until its start is stored; False if a pause was stored before."""
+        run, step = self.run, self.call.step
+        stored, row = run.loop.create_future(), self._first_row("start")
+        step.open = True
+        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
+        self.recorded = step.open = bool(await stored)
+        if self.recorded:
+            apply(run.steps, row)
+        return self.recorded
+
+    def begins(self) -> None:
+        _scope.set(self)
+
+    def goes_on(self) -> None:
+        self.post_start()
+
+    # -- its end
+
+    async def end_as_dead(self) -> bool:
+        """Ends it, whose process has died; says whether another one follows."""
+        self.call.attempt, self.recorded = self, True
+        self.number = self.call.step.attempts
+        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        return self.again
+
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        """Posts its end, and decides whether another one follows."""
+        delay, result = None, None
+        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
+            what, code = f"the result of {self}", "step.not_serializable"
+            try:
+                limits = self.run.engine.limits
+                result = checked(value, what, code, limits, "step_bytes", fatal)
+            except (WorkflowFatalError, MemoryError) as refused:
+                error = refused
+        if error is not None:
+            delay, error = await self._retry_delay(error)
+        self.again = delay is not None
+        self._post_end(result, error, delay)
+
+    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
+        """How long to wait before the next attempt, or None if there is none; and the error that
+        counts."""
+        run, limit = self.run, self.config.limit
+        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if given_up or self.number > limit:
+            return None, error
+        try:
+            delay = await self._delay_after(error)
+        except WorkflowFatalError as failure:
+            return None, failure
+        delay *= self.config.backoff(self.number)
+        delay = min(delay, 0 if run.is_skipped("retry", self.call) else run.engine.limits.max_sleep)
+        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        return delay, error
+
+    async def _delay_after(self, error: BaseException) -> int:
+        """The delay after this error. A function may say it, within five seconds; its failure is
+        that of the step."""
+        delay = self.config.delay
+        if not callable(delay):
+            return int(delay)
+        asked = Execution(self.run, ASKING)
+        if not is_async(delay):
+            asked.slot = await self.run.engine.threads.slots.acquire()
+        try:
+            await asked.execute(
+                functools.partial(delay, WorkflowDelayContext(self.context(), error))
+            )
+        finally:
+            asked.free_slot()
+        answer, failure = asked.outcome
+        try:
+            if failure is None:
+                return parse_duration(answer)
+        except ValueError as wrong:
+            failure = wrong
+        message = f"the delay function of {self} failed: {show_error(failure)}"
+        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+
+    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
+        run, step = self.run, self.call.step
+        fresh: Any = error
+        size, wait = 0, None
+        if error is None:
+            type, (text, fresh) = "done", result or (None, None)
+            size = size_of(text or "")
+        elif delay is None:
+            type, text = "error", encode_error(error)
+        else:
+            type, text = "failed", encode_error(error, retry_delay_ms=delay)
+            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
+            step.asleep = True
+        step.open = False
+        row = self._first_row(type, text)
+        if self.recorded:
+            row = Row(type, step.key, self.number, text)
+        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+
+    def _end_stored(self, row: Row, fresh: Any, _: Any, refused: BaseException | None) -> None:
+        """Its end is committed; or refused, because the result is beyond a limit."""
+        if refused is not None:
+            self._post_end(None, refused, None)
+            return
+        if self.call.attempt is self:
+            self.call.attempt = None
+        self.call.fresh = None if row.type == "failed" else fresh
+        self.run.careful = self.run.careful and row.type == "failed"
+        self.run.take(row)
+
+    def _drop(self) -> None:
+        super()._drop()
         for key, call in self.run.active.items():
             if call.task is not None and key.startswith(self.call.key + SEPARATOR):
                 call.task.cancel()
