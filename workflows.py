@@ -884,7 +884,7 @@ class Writer:
         """Runs what is posted, and lets the thread close the database."""
         posted, self._posted = self._posted, []
         self._closed = True
-        self._hand_over(posted)
+        self._give_to_thread(posted)
         self._batches.put(None)
         if self._timer is not None:
             self._timer.cancel()
@@ -913,9 +913,9 @@ class Writer:
             if answer is not None:
                 self._take(answer)
                 return
-        self._hand_over(batch)
+        self._give_to_thread(batch)
 
-    def _hand_over(self, batch: list[Posted]) -> None:
+    def _give_to_thread(self, batch: list[Posted]) -> None:
         self._handed += 1
         self._batches.put(batch)
 
@@ -1722,7 +1722,7 @@ class Run(Life):
         elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
             call = self.active.get(next(iter(self.inbox), ""))
             if call and call.waiter and call.alone and len(self.active) == 1:
-                self._hand_over(call)
+                self._deliver(call)
             else:
                 self._settling = True
                 self.last_move = self.engine.turns.now
@@ -1741,14 +1741,14 @@ class Run(Life):
             if call is not None and call.waiter is not None:
                 for key in skipped:
                     del self.inbox[key]  # its call never came
-                self._hand_over(call)
+                self._deliver(call)
                 return
             skipped.append(key)
         if self._is_idle():
             self.status = "idling"  # until the answer comes, no attempt may begin
             self.post(go_idle, self.seq, then=self._idled)
 
-    def _hand_over(self, call: StepCall) -> None:
+    def _deliver(self, call: StepCall) -> None:
         """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
         if call.step.ended:
             del self.inbox[call.key]
@@ -2040,10 +2040,10 @@ class Lives:
 
     def _load(self, instances: list[Instance], previous: Run | None = None) -> None:
         if not self.engine.scheduler.closing:
-            begin = functools.partial(self._begin, previous)
+            begin = functools.partial(self._begin_lives, previous)
             self.engine.writer.post(load, instances, then=begin)
 
-    def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
+    def _begin_lives(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
         for found in loaded or ():
             inst = found.instance
             if not self.engine.scheduler.closing and inst.key not in self.runs:
@@ -3358,11 +3358,11 @@ class Threads:
         self._began[reply] = time.monotonic()
         if len(self._began) > self._threads:
             self._threads += 1
-            threading.Thread(target=self._work, daemon=True, name="workflows-callback").start()
+            threading.Thread(target=self._serve, daemon=True, name="workflows-callback").start()
         self._jobs.put((function, reply))
         return reply
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             function, reply = job
             began = time.thread_time_ns()
@@ -3456,14 +3456,14 @@ class Execution:
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
         self.begins()
-        value, error = await self._call(function)
+        value, error = await self._outcome_of(function)
         # Whoever tears down the loop cancels the caller, too.
         torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
         if not (self._dropped or self.run.dead or torn_down):
             await self.ends(value, error)
 
     @types.coroutine
-    def _call(
+    def _outcome_of(
         self, function: Callable[[], Any]
     ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
         """What the function returns or raises, or what it fails with instead. Its CPU time is
@@ -4340,6 +4340,27 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Looking without touching: a life that only replays `run`. What is recorded it hears again; what it
+# would do beyond that never begins.
+
+
+class PassiveRun(Run):
+    """A life in which no callback runs, and which writes nothing."""
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Nothing begins: the call stays pending."""
+
+    def _on_cancellation(self, call: StepCall) -> None:
+        """Nothing is recorded."""
+
+    def conclude(self, result: Any) -> None:
+        """Nothing is recorded."""
+
+    def _is_idle(self) -> bool:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
 # Rollback: what steps have done is undone, the last step first, by the handlers that they were
 # given, when an error leaves `run` or somebody terminates the instance like that.
 #
@@ -4407,9 +4428,9 @@ def next_life(engine: Engine, workflow: Workflow, loaded: Loaded, previous: Run 
     return run
 
 
-class SearchRun(Run):
-    """A life that only replays `run`, to find rollback handlers: until it has found them all, `run`
-    has ended, or nothing has happened for a while."""
+class SearchRun(PassiveRun):
+    """A life that looks for rollback handlers: until it has found them all, `run` has ended, or
+    nothing has happened for a while."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
@@ -4434,17 +4455,8 @@ class SearchRun(Run):
         if self._wanted <= self.handlers.keys():
             self.unload()
 
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
+    def conclude(self, result: Any) -> None:
         self.unload()
-
-    async def carry_out(self, call: StepCall) -> None:
-        """Nothing begins here: the call stays pending."""
-
-    def _on_cancellation(self, call: StepCall) -> None:
-        """Nothing is recorded here."""
-
-    def _is_idle(self) -> bool:
-        return False
 
 
 class UndoRun(Run):
@@ -4521,7 +4533,7 @@ class WorkflowReplay(_Record):
     safe: bool
 
 
-class ReplayRun(Run):
+class ReplayRun(PassiveRun):
     """A life that only looks. The engine knows nothing of it."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
@@ -4543,18 +4555,6 @@ class ReplayRun(Run):
         else:
             self._new.append(label)
             self._early += [label] if self._unreached else []
-
-    async def carry_out(self, call: StepCall) -> None:
-        """Nothing begins here: the call stays pending."""
-
-    def _on_cancellation(self, call: StepCall) -> None:
-        """Nothing is recorded here."""
-
-    def conclude(self, result: Any) -> None:
-        """Nor here."""
-
-    def _is_idle(self) -> bool:
-        return False
 
     async def report(self, has_failed: bool) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
