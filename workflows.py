@@ -99,9 +99,9 @@ __all__ = [
     "Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent",
     "WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance",
     "WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError",
-    "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowSchedule", "WorkflowStep", "WorkflowStepContext",
-    "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowTimeoutError", "install_workers_shim",
-    "parse_duration",
+    "WorkflowIntrospector", "WorkflowReplay", "WorkflowRollbackContext", "WorkflowSchedule",
+    "WorkflowStep", "WorkflowStepContext", "WorkflowStepEvent", "WorkflowStepInfo",
+    "WorkflowTimeoutError", "install_workers_shim", "parse_duration",
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
@@ -123,8 +123,8 @@ Params = TypeVar("Params")
 #       └───── waiting
 #
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
-# (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued, from
-# anywhere). All other moves are the engine's. What ran when its process ended is queued again.
+# (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued,
+# from anywhere). All other moves are the engine's. What ran when its process ended is queued again.
 
 FINISHED = ("complete", "errored", "terminated")
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -617,8 +617,9 @@ _CHANGING = _COLUMNS[_COLUMNS.index("status") :]
 _values_of = operator.attrgetter(*_COLUMNS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
+_NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
 _UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
-    ON CONFLICT (key) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _CHANGING)}"""
+    ON CONFLICT (key) DO UPDATE SET {_NEW_VALUES}"""
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 
@@ -656,7 +657,7 @@ Topic = int | str  # what is watched: a key for the end of that instance, an id 
 
 
 class Transaction:
-    """The instances that it has read; what it changes, which is written in bulk, before a query and
+    """The instances that it has read; what it changes, which is written in bulk before a query and
     before the commit; and what the engine must be told after that."""
 
     def __init__(self, database: Database, scheduler: Scheduler) -> None:
@@ -751,9 +752,9 @@ class Transaction:
         self.change(inst, status=row.type, **columns)
 
     def requeue(self, inst: Instance) -> None:
-        """Puts an instance that has run at its place in the queue: ahead of those that have not, and
-        among its like by when it fell due, however late that was noticed. One that was about to
-        pause goes there when it is resumed."""
+        """Puts an instance that has run at its place in the queue: ahead of those that have not run
+        yet, and among its like by when it fell due, however late that was noticed. One that was
+        about to pause goes there when it is resumed."""
         place = inst.place
         if place is None:
             place = WOKEN + min(inst.wake or self.now, self.now)
@@ -1058,8 +1059,8 @@ class Writer:
 # transaction that may have made something due, and its cost depends on what is due, not on what is
 # there. Only `queued` instances are found otherwise: by their place in the queue.
 #
-# An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it wakes
-# up it goes through the queue again, ahead of those that have never started.
+# An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
+# wakes up it goes through the queue again, ahead of those that have never started.
 
 WOKEN = -(2**53)  # added to a place in the queue: ahead of those that have never started
 
@@ -1150,7 +1151,7 @@ class Scheduler:
         return {type: tx.db.rows(sql, inst.key, type, len(waits)) for type in types}
 
     def _end_wait(self, tx: Transaction, inst: Instance, end: WaitEnd) -> Row:
-        """Records the end of a wait; the event that ended it is consumed in the same transaction."""
+        """Records the end of a wait; the event that ended it is consumed with that."""
         wait, event = end.wait, end.event
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         row = Row("due" if wait.kind == "retry" else "slept", wait.step)
@@ -1240,8 +1241,9 @@ class Scheduler:
 # if the journal has its result, it gets that, and nothing else happens; otherwise the step begins,
 # or goes on, for real.
 #
-# Results reach `run` one at a time, in the order in which they were recorded, each only when the run
-# has settled down from the one before: when ten turns of the loop went by without a step call. So
+# Results reach `run` one at a time, in the order in which they were recorded, each only when the
+# run has settled down from the one before: when ten turns of the loop went by without a step call.
+# So
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
@@ -1250,20 +1252,20 @@ class Scheduler:
 # `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
 # of them may see two results at once in one life, and one after the other in another.)
 #
-# An attempt's start is a row of its own as soon as the callback waits for anything, or does anything
-# to the history itself: on disk at the end of that turn. Most callbacks don't: then one row, written
-# with one commit, stands for the start and the end. (That saves a seventh of a step's time, and half
-# of the journal.) An attempt that has a start and no end was cut off by the death of its process,
-# and counts as failed. That leaves the callback that kills its process before its first await, which
-# would do so for ever. Therefore an instance that was running when its process died is `careful`:
-# until one more of its steps has ended, it waits for the commit of a start before it calls the
-# callback.
+# An attempt's start is a row of its own as soon as the callback waits for anything, or does
+# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
+# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
+# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
+# its process, and counts as failed. That leaves the callback that kills its process before its
+# first await, which would do so for ever. Therefore an instance that was running when its process
+# died is `careful`: until one more of its steps has ended, it waits for the commit of a start
+# before it calls the callback.
 #
-# When all that is under way waits for a moment or an event, the instance is `waiting`, and some time
-# later its life ends; only rows remain, and the scheduler begins another life when it is due. A life
-# also ends because `run` has ended, because the instance was paused, restarted, terminated or
-# deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and nothing
-# in memory is worth keeping.
+# When all that is under way waits for a moment or an event, the instance is `waiting`, and some
+# time later its life ends; only rows remain, and the scheduler begins another life when it is due.
+# A life also ends because `run` has ended, because the instance was paused, restarted, terminated
+# or deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and
+# nothing in memory is worth keeping.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
@@ -1769,7 +1771,7 @@ class Run(Life):
             self._become("running")
 
     def still_waits(self) -> bool:
-        """Whether it may be unloaded: a call that `run` has made meanwhile waits for nothing yet."""
+        """Whether it may be unloaded: not if `run` has made a call meanwhile."""
         return self.status == "waiting" and all(c.step.asleep for c in self.active.values())
 
     def attempts_in_flight(self) -> bool:
@@ -1824,10 +1826,10 @@ class Run(Life):
 
     # -- cancelled calls
     #
-    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so that
-    # a run which is being torn down records nothing. In a later life that call does not begin again:
-    # it stays pending until `run` cancels it again, and what was recorded after the cancellation
-    # waits for that.
+    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so
+    # that a run which is being torn down records nothing. In a later life that call does not begin
+    # again: it stays pending until `run` cancels it again, and what was recorded after the
+    # cancellation waits for that.
 
     def _on_cancellation(self, call: StepCall) -> None:
         """`run`, or the callback around it, has cancelled a call."""
@@ -3336,8 +3338,8 @@ NO_CONFIG = StepConfig()
 # thread.
 #
 # A plain function runs in a thread, so that it never blocks the loop. A thread cannot be cancelled;
-# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of our
-# own, because those of an executor would hold up the interpreter's exit.
+# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of
+# our own, because those of an executor would hold up the interpreter's exit.
 
 
 class Threads:
@@ -3824,9 +3826,10 @@ class Workflow:
         before, left = 2**62, math.inf if limit is None else limit
         while left > 0:
             page = await self.engine.call(list_instances, self.name, status, before, min(left, 100))
-            for before, id in page:
+            for _, id in page:
                 if id is not None:
                     yield WorkflowInstance(self, id)
+            before = page[-1][0] if page else 0
             left = left - len(page) if page else 0
 
     async def replay(self, id: str) -> WorkflowReplay:
@@ -4366,9 +4369,9 @@ class PassiveRun(Run):
 #
 # A row says that it has begun, and the instance's generation is raised: so the run that was there
 # writes nothing more, and what follows are lives of another kind. One that undoes needs handlers,
-# which are functions and can't be stored. The life before it, in the same process, has met them all;
-# after the death of a process, a life that only searches comes first: it replays `run`, and no call
-# begins anything new.
+# which are functions and can't be stored. The life before it, in the same process, has met them
+# all; after the death of a process, a life that only searches comes first: it replays `run`, and no
+# call begins anything new.
 #
 # developers.cloudflare.com/workflows/build/rollback/
 
@@ -4510,8 +4513,9 @@ def plan_undo(call: UndoCall) -> DoPlan:
 
 
 # --------------------------------------------------------------------------------------------------
-# Replay reports: would an instance go on as recorded, with the code of now? `run` is replayed, as at
-# the beginning of a life, until it would do something new. Nothing is written and no callback runs.
+# Replay reports: would an instance go on as recorded, with the code of now? `run` is replayed, as
+# at the beginning of a life, until it would do something new. Nothing is written and no callback
+# runs.
 
 SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
 
@@ -4520,8 +4524,8 @@ class WorkflowReplay(_Record):
     """What a replay has found: the recorded steps that `run` has `reached`, and those that it has
     not (`unreached`); the `new` steps that it would begin, and which of these it called while there
     were unreached ones (`early`); what it came to (`outcome`: "waiting", "complete" or "errored"),
-    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has not failed
-    where it had not."""
+    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has failed only
+    if it had failed before."""
 
     instance_id: str
     reached: list[str]
