@@ -3241,11 +3241,19 @@ def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
     return True
 
 
+_VARIABLE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS  # it takes *args or **kwargs
+
+
 def bind_context(name: str, callback: Any) -> Bind:
     """How a callback gets the step context: as `ctx`, if it has a parameter of that name, or as its
     one argument, or not at all."""
-    if type(callback) is types.FunctionType and not callback.__code__.co_varnames:
-        return lambda attempt: callback  # this costs least, too
+    if type(callback) is types.FunctionType and not callback.__defaults__:
+        code = callback.__code__  # this costs least, too
+        others = code.co_kwonlyargcount or code.co_flags & _VARIABLE
+        if code.co_argcount == 0 and not others:
+            return lambda attempt: callback
+        if code.co_argcount == 1 and not others:
+            return lambda attempt: functools.partial(callback, attempt.context())
     if _takes(callback, ctx=None) and "ctx" in inspect.signature(callback).parameters:
         return lambda attempt: functools.partial(callback, ctx=attempt.context())
     if _takes(callback):
@@ -3636,7 +3644,7 @@ class Attempt(Execution):
         """Posts its end, and decides whether another one follows."""
         delay, result = None, None
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
-            what, code = f"the result of {self}", "step.not_serializable"
+            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
                 limits = self.run.engine.limits
                 result = checked(value, what, code, limits, "step_bytes", fatal)
