@@ -610,8 +610,13 @@ class Instance:
         expiry = self.expiry()
         return self.id is None or (expiry is not None and expiry <= now)
 
+    def as_of_now(self) -> Instance:
+        """A copy, which nothing changes that is still to come in this transaction."""
+        return Instance(*_all_of(self))
+
 
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
+_all_of = operator.attrgetter(*_FIELDS)
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]
 _values_of = operator.attrgetter(*_COLUMNS)
@@ -1879,7 +1884,7 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     tx.prefetch(leases)
     for lease in leases:
         if inst := tx.mine(lease, "running", "waitingForPause"):
-            loaded.append(Loaded(copy.copy(inst), tx.journal(inst)))  # as it is at this point
+            loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
     return loaded
 
 
@@ -1964,7 +1969,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
-        return copy.copy(inst)
+        return inst.as_of_now()
     tx.move(inst, row, size)
     return None
 
@@ -4223,7 +4228,7 @@ def read_journal(
     if inst is None:
         return None, []
     rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
-    return copy.copy(inst), rows  # as it is at this point of the transaction
+    return inst.as_of_now(), rows
 
 
 def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
@@ -4600,7 +4605,7 @@ def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
     """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
     for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
         if not inst.is_over(tx.now):
-            return Loaded(copy.copy(inst), tx.journal(inst))
+            return Loaded(inst.as_of_now(), tx.journal(inst))
     raise not_found(workflow, id)
 
 
