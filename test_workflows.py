@@ -2279,6 +2279,34 @@ class Replay(Lives):
                 await self.finish(instance), ["WorkflowFatalError", "limit.steps", True]
             )
 
+    async def test_a_branch_that_wakes_up_by_itself_gets_its_recorded_result(self):
+        """… also if the run was waiting, and nothing else would wake it."""
+        lives, go = [], asyncio.Event()
+
+        async def run(event, step):
+            lives.append(1)
+
+            async def branch():
+                if len(lives) > 1:
+                    await go.wait()
+                await step.do("recorded", returns(1))
+                await step.do("begun", asyncio.Event().wait if len(lives) == 1 else returns(2))
+
+            await asyncio.gather(branch(), step.sleep("long", "1 day"))
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "waiting")
+            go.set()
+            await self.clock.settle()
+            done = "SELECT count(*) FROM journal WHERE type = 'done'"
+            self.assertEqual(self.rows(done), [(2,)])
+
 
 class RandomPrograms(Lives):
     """Programs made by chance, of concurrent strands that share step names and cancel each other:
@@ -3504,6 +3532,21 @@ class Deleting(Case):
                 await until(lambda: not engine.lives.runs)
                 self.assertEqual(await (await self.bound.get("i")).result(), "new")
         self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(1,)])
+
+    async def test_a_deleted_instance_whose_wait_is_over_leaves_no_row(self) -> None:
+        limits = dataclasses.replace(FOREVER, running=1)
+        gate = Gate()
+        async with self.engine(limits=limits) as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            await self.clock.settle()
+            await engine.bind(workflow(gate.run, "Other")).create()
+            await self.clock.settle()
+            self.clock._now += 3_600_000
+            await instance.delete()
+            await self.clock.settle()
+            gate.open.set()
+        kept = "SELECT count(*) FROM journal WHERE instance NOT IN (SELECT key FROM instances)"
+        self.assertEqual(self.rows(kept), [(0,)])
 
 
 class EndingForReal(Real):

@@ -1030,7 +1030,7 @@ class Writer:
                 batch = [posted for part in batches for posted in part or ()]
                 with self._lock:
                     answer = self._answer(batch, patient=True)
-                self.engine.call_from_thread(self._take, answer, len(batches))
+                self.engine.call_from_thread(self._take, answer, len(batches) - batches.count(None))
             if time.monotonic() > self._ticked + TICK:
                 self._tick()
 
@@ -1125,27 +1125,31 @@ class Scheduler:
     def _attend(self, tx: Transaction, inst: Instance) -> None:
         """Ends what an instance has waited for, or clears it away; and tells the engine."""
         rows: list[Row] = []
-        due = inst.expiry()
-        if inst.status in LIVE:
-            undoing = inst.rollback == "begun"  # then only its own waits count
-            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
-            found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
-            waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
-            ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
-            rows = [self._end_wait(tx, inst, end) for end in ended]
-            left = {wait.seq: wait.due for wait in waits}
-            for end in ended:
-                del left[end.wait.seq]
-            due = min(left.values(), default=None)
-            if rows and inst.status == "waiting":
-                tx.requeue(inst)
         if inst.is_over(tx.now):
             tx.purge(inst)
         else:
+            if inst.status in LIVE:
+                rows, due = self._end_waits(tx, inst)
+                if rows and inst.status == "waiting":
+                    tx.requeue(inst)
+            else:
+                due = inst.expiry()
             tx.change(inst, wake=due)
-        # A rollback is another life, of an instance that goes on running.
+        # A rollback begins a new life without leaving its slot.
         begun = inst.status == "running" and inst.rollback == "begun"
         tx.news.append(News(inst, rows, admitted=begun))
+
+    def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
+        """Ends the waits of an instance that are over; returns the rows that say so, and when the
+        next one is over."""
+        sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
+        undoing = inst.rollback == "begun"  # then only the waits of handlers count
+        found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
+        waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
+        ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
+        over = {end.wait for end in ended}
+        rows = [self._end_wait(tx, inst, end) for end in ended]
+        return rows, min((wait.due for wait in waits if wait not in over), default=None)
 
     def _buffered(
         self, tx: Transaction, inst: Instance, waits: list[Wait]
@@ -1720,6 +1724,9 @@ class Run(Life):
 
     def move_on(self) -> None:
         """Does what comes next by itself. Called after whatever has happened."""
+        if self.status == "waiting" and not (self.dead or self.still_waits()):
+            self.status = "waking"
+            self.post(wake_up)  # `run` has gone on by itself
         if self.dead or self.status not in ("running", "waitingForPause"):
             return
         if self.status == "waitingForPause" and not self.attempts_in_flight():
@@ -1794,8 +1801,8 @@ class Run(Life):
         inst = news.instance
         outdated = inst.generation != self.lease.generation
         if self.dead or outdated or inst.status in (*FINISHED, "paused"):
-            self.unload()
             self.successor = inst if news.admitted else self.successor
+            self.unload()
             return
         self.seq = max(self.seq, inst.seq)
         for row in news.rows:
@@ -3594,8 +3601,6 @@ class Attempt(Execution):
             runs = run.status == "running" or (call.outer and run.status == "waitingForPause")
             if step.asleep or not runs or run.engine.scheduler.closing:
                 self.free_slot()
-                if run.status in ("idling", "waiting") and not step.asleep:
-                    run.post(wake_up)  # `run` goes on by itself
                 await run.wait(call)
             elif plain and not self.slot:
                 self.slot = await run.engine.threads.slots.acquire()
