@@ -2308,6 +2308,34 @@ class Replay(Lives):
                 await self.finish(instance), ["WorkflowFatalError", "limit.steps", True]
             )
 
+    async def test_a_branch_that_wakes_up_by_itself_gets_its_recorded_result(self):
+        """… also if the run was waiting, and nothing else would wake it."""
+        lives, go = [], asyncio.Event()
+
+        async def run(event, step):
+            lives.append(1)
+
+            async def branch():
+                if len(lives) > 1:
+                    await go.wait()
+                await step.do("recorded", returns(1))
+                await step.do("begun", asyncio.Event().wait if len(lives) == 1 else returns(2))
+
+            await asyncio.gather(branch(), step.sleep("long", "1 day"))
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "waiting")
+            go.set()
+            await self.clock.settle()
+            done = "SELECT count(*) FROM journal WHERE type = 'done'"
+            self.assertEqual(self.rows(done), [(2,)])
+
 
 class RandomPrograms(Lives):
     """Programs made by chance, of concurrent strands that share step names and cancel each other:
@@ -3633,6 +3661,21 @@ class Deleting(Case):
                 self.assertEqual(await (await self.bound.get("i")).result(), "new")
         self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(1,)])
 
+    async def test_a_deleted_instance_whose_wait_is_over_leaves_no_row(self) -> None:
+        limits = dataclasses.replace(FOREVER, running=1)
+        gate = Gate()
+        async with self.engine(limits=limits) as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            await self.clock.settle()
+            await engine.bind(workflow(gate.run, "Other")).create()
+            await self.clock.settle()
+            self.clock._now += 3_600_000
+            await instance.delete()
+            await self.clock.settle()
+            gate.open.set()
+        kept = "SELECT count(*) FROM journal WHERE instance NOT IN (SELECT key FROM instances)"
+        self.assertEqual(self.rows(kept), [(0,)])
+
 
 class EndingForReal(Real):
     async def test_an_event_right_after_a_restart_does_not_stop_the_new_life(self) -> None:
@@ -3997,12 +4040,14 @@ class Sigkill(Real):
                         ((count,),) = db.execute(sql, (f"%{ctx.step.name}%",)).fetchall()
                     note(f"{ctx.step.name}={count}")
                     if ctx.step.name == "two" and not count: die()
-                for name in ("one", "two", "three"): await step.do(name, look)
+                soon = {"retries": {"delay": 1}}
+                for name in ("one", "two", "three"): await step.do(name, soon, look)
             async def main(w): await (await get(w)).result()
             go()
             """
         )
-        self.assertEqual(self.log(), ["one=0", "two=0", "two=1", "three=0"])
+        # (On Python 3.11 each start is a row, and may be on disk in time.)
+        self.assertRegex(" ".join(self.log()), r"^one=[01] two=0 two=[12] three=[01]$")
 
     async def test_an_event_is_consumed_in_the_commit_that_ends_its_wait(self) -> None:
         async with self.engine() as engine:
@@ -9491,7 +9536,8 @@ class Shim(Real):
             class App(asgi.entrypoint("app")): pass
             @handler
             async def on_fetch(request, env): pass
-            asyncio.run(Default(1, 2).fetch(None)), Counter(None, None), App(), new.anything(env["X"])
+            asyncio.run(Default(1, 2).fetch(None))
+            Counter(None, None), App(), new.anything(env["X"])
             assert Default(1, 2).mine == 3 and issubclass(Default, WorkerEntrypoint)
             assert Response is __import__("workers").Response
             say("fine")
@@ -9509,7 +9555,8 @@ class Shim(Real):
                     def plain(): env.BUCKET.put("x")
                     async def answer(): return Response.json({})
                     errors = []
-                    for call in (lambda: step.do("a", plain), lambda: step.do("b", answer), Response):
+                    a, b = lambda: step.do("a", plain), lambda: step.do("b", answer)
+                    for call in (a, b, Response):
                         try: await call()
                         except workflows.WorkflowFatalError as error: errors.append(str(error))
                     return errors
@@ -10332,6 +10379,239 @@ schedules = ["0 9 * * MON", "0 0 1 * *"]
 success_retention = "3 days"
 error_retention = 5000
 """
+
+
+class Replaying(Case):
+    """13.3: would an instance go on as recorded, with the code of now?"""
+
+    async def report(self, old: Callable[..., Any], new: Callable[..., Any], **options: Any) -> Any:
+        """The report on an instance that `old` has begun, by a process that has `new`."""
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(old)).create(id="i")
+            await self.clock.advance(options.pop("advance", "2 seconds"))
+            for act in options.pop("acts", ()):
+                await act(instance)
+                await self.clock.settle()
+        before = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM instances")
+        async with self.engine() as engine:
+            bound = await engine.workflow("test")
+            bound.cls = workflow(new)
+            report = await bound.replay("i")
+            self.assertEqual([each.safe async for each in bound.replay_all()], [report.safe])
+        after = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM instances")
+        self.assertEqual(before, after)
+        return report
+
+    def found(self, report: Any) -> list[Any]:
+        return [report.reached, report.unreached, report.new, report.early, report.outcome]
+
+    @staticmethod
+    def steps(*names: str, ran: bool = True) -> Callable[..., Any]:
+        """A `run` that does these steps; "zzz" is a sleep."""
+
+        async def fails() -> None:
+            raise AssertionError("a callback runs")
+
+        async def run(event: Any, step: Any) -> None:
+            for name in names:
+                if name == "zzz":
+                    await step.sleep(name, "1 day")
+                else:
+                    await step.do(name, returns(1) if ran else fails)
+
+        return run
+
+    async def check(self, old: str, new: str, *expected: Any) -> Any:
+        report = await self.report(self.steps(*old.split()), self.steps(*new.split(), ran=False))
+        self.assertEqual(self.found(report), [e.split() for e in expected[:4]] + ["waiting"])
+        self.assertEqual(report.safe, not (expected[1] or expected[3]))
+        return report
+
+    async def test_the_same_code_is_safe_and_no_callback_runs(self) -> None:
+        await self.check("a b zzz c", "a b zzz c", "a-1 b-1 zzz-1", "", "", "")
+
+    async def test_a_step_behind_what_is_recorded_is_safe(self) -> None:
+        await self.check("a zzz", "a zzz b", "a-1 zzz-1", "", "", "")
+
+    async def test_a_step_before_what_is_recorded_is_not(self) -> None:
+        await self.check("a zzz", "new a zzz", "", "a-1 zzz-1", "new-1", "new-1")
+
+    async def test_a_renamed_step_is_a_new_one(self) -> None:
+        await self.check("a zzz", "b zzz", "", "a-1 zzz-1", "b-1", "b-1")
+
+    async def test_a_removed_step_is_not_reached(self) -> None:
+        await self.check("a b zzz", "a zzz", "a-1 zzz-1", "b-1", "", "")
+
+    async def test_the_order_of_parallel_steps_may_change(self) -> None:
+        def together(*names: str) -> Callable[..., Any]:
+            async def run(event: Any, step: Any) -> None:
+                await asyncio.gather(*(step.do(name, returns(1)) for name in names))
+                await step.sleep("zzz", "1 day")
+
+            return run
+
+        report = await self.report(together("a", "b"), together("b", "a"))
+        self.assertEqual(self.found(report), [["b-1", "a-1", "zzz-1"], [], [], [], "waiting"])
+        self.assertTrue(report.safe)
+
+    async def test_another_branch_and_an_error_are_told(self) -> None:
+        async def broken(event: Any, step: Any) -> None:
+            await step.do("a", returns(1))
+            raise LookupError("no such branch")
+
+        report = await self.report(self.steps("a", "zzz"), broken)
+        self.assertEqual(self.found(report), [["a-1"], ["zzz-1"], [], [], "errored"])
+        self.assertEqual(report.error, {"name": "LookupError", "message": "no such branch"})
+        self.assertFalse(report.safe)
+
+    async def test_a_changed_configuration_is_safe(self) -> None:
+        def configured(limit: int) -> Callable[..., Any]:
+            async def run(event: Any, step: Any) -> None:
+                await step.do("a", constant(limit, "1 day"), raises(ValueError()))
+
+            return run
+
+        report = await self.report(configured(1), configured(2))
+        self.assertEqual((self.found(report)[0], report.safe), (["a-1"], True))
+
+    async def test_a_failed_instance_may_fail_again_also_in_its_rollback(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            slow = constant(3, "1 day")
+            undo = raises(ValueError())
+            handler = {"rollback": lambda info: undo(), "rollbackConfig": slow}
+            await step.do("a", returns(1), handler)
+            raise KeyError("k")
+
+        report = await self.report(run, run)
+        self.assertEqual((report.outcome, report.reached, report.safe), ("errored", ["a-1"], True))
+
+    async def test_a_call_that_run_has_cancelled_is_cancelled_again(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await step.do("slow", asyncio.Event().wait)
+            await step.do("after", returns(1))
+            await step.sleep("zzz", "1 day")
+
+        async def wait(instance: Any) -> None:
+            await asyncio.sleep(0.1)
+
+        report = await self.report(run, run, acts=[wait])
+        self.assertEqual(report.reached, ["slow-1", "after-1", "zzz-1"])
+        self.assertTrue(report.safe)
+
+    async def test_a_run_that_awaits_something_of_its_own_is_given_up(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", returns(1))
+            await asyncio.Event().wait()
+
+        with unittest.mock.patch.object(workflows, "SILENCE", 0.1):
+            report = await self.report(run, run)
+        self.assertEqual((report.outcome, report.safe), ("waiting", True))
+        self.assertIn("something of its own", report.error["message"])
+
+    async def test_an_unknown_instance_is_not_found(self) -> None:
+        async with self.engine() as engine:
+            await self.assertCode("instance.not_found", engine.bind(workflow(one_step)).replay("i"))
+
+
+class Scheduled(Case):
+    """12.6: instances that begin at their times, each once."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = ManualClock(datetime(2026, 3, 2, 12, 0, tzinfo=UTC))  # a Monday
+
+    async def ids(self, bound: Any) -> list[str]:
+        return [instance.id async for instance in bound.list()]
+
+    @contextlib.asynccontextmanager
+    async def scheduled(self, *crons: str, run: Any = one_step, **options: Any) -> Any:
+        async with self.engine(**options) as engine:
+            yield engine.bind(workflow(run), schedules=crons)
+
+    def times(self, cron: str, *days: int) -> list[str]:
+        """The ids of 9 o'clock on these days of March, newest first."""
+        moments = [datetime(2026, 3, day, 9, tzinfo=UTC) for day in days]
+        return [f"{cron}-{int(moment.timestamp() * 1000)}" for moment in moments]
+
+    async def test_an_instance_begins_at_each_time_and_knows_its_schedule(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return [event.payload, event.schedule.cron, event["schedule"]["scheduledTime"]]
+
+        async with self.scheduled("0 9 * * *", run=run) as bound:
+            await self.clock.advance("3 days")
+            ids = await self.ids(bound)
+            self.assertEqual(ids, self.times("0 9 * * *", 5, 4, 3))
+            at = int(ids[0].rpartition("-")[2])
+            instance = workflows.WorkflowInstance(bound, ids[0])
+            self.assertEqual(await instance.result(), [{}, "0 9 * * *", at])
+            await instance.restart()
+            await self.clock.settle()
+            self.assertEqual(await instance.result(), [{}, "0 9 * * *", at])
+        self.assertEqual({(t,) for (t,) in self.rows("SELECT trigger FROM instances")}, {("cron",)})
+
+    async def test_others_have_no_schedule(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return [event.schedule, event.get("schedule"), [*event], len(event)]
+
+        keys = ["payload", "timestamp", "instanceId", "workflowName"]
+        self.assertEqual(await self.outcome(run), [None, None, keys, 4])
+
+    async def test_times_that_passed_while_nothing_ran_are_made_up_for_once(self) -> None:
+        async with self.scheduled("0 9 * * *"):
+            await self.clock.settle()
+        self.clock._now += 10 * 86_400_000
+        for _ in range(2):
+            async with self.scheduled("0 9 * * *") as bound:
+                await self.clock.settle()
+                self.assertEqual(await self.ids(bound), self.times("0 9 * * *", 12))
+
+    async def test_a_schedule_that_is_bound_no_more_is_forgotten(self) -> None:
+        async with self.scheduled("0 9 * * *", "0 9 * * MON"):
+            await self.clock.settle()
+        async with self.scheduled("0 9 * * *"):
+            await self.clock.advance("8 days")
+        async with self.scheduled("0 9 * * *", "0 9 * * MON") as bound:
+            await self.clock.settle()
+            self.assertEqual(
+                [id for id in await self.ids(bound) if "MON" in id], [], "nothing is made up for"
+            )
+            await self.clock.advance("7 days")
+            mondays = [id for id in await self.ids(bound) if "MON" in id]
+        self.assertEqual(mondays, self.times("0 9 * * MON", 16))
+
+    async def test_only_the_owner_fires(self) -> None:
+        async with self.scheduled("0 9 * * *") as bound, self.scheduled("0 9 * * *"):
+            await self.clock.advance("2 days")
+            self.assertEqual(await self.ids(bound), self.times("0 9 * * *", 4, 3))
+
+    async def test_a_clock_that_is_set_back_silences_no_schedule(self) -> None:
+        self.clock._now += 365 * 86_400_000
+        async with self.scheduled("0 9 * * *"):
+            await self.clock.settle()
+        self.clock._now -= 365 * 86_400_000
+        async with self.scheduled("0 9 * * *") as bound:
+            await self.clock.advance("1 day")
+            self.assertEqual(await self.ids(bound), self.times("0 9 * * *", 3))
+
+    async def test_no_limit_of_the_queue_stops_it(self) -> None:
+        limits = dataclasses.replace(FOREVER, queued=0, running=0)
+        async with self.scheduled("0 9 * * *", limits=limits) as bound:
+            await self.clock.advance("1 day")
+            self.assertEqual(len(await self.ids(bound)), 1)
+
+    async def test_running_bounds_the_instances_of_one_workflow(self) -> None:
+        gate = Gate()
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(gate.run), running=2)
+            other = engine.bind(workflow(one_step, "Other"))
+            await bound.create_batch([{"id": f"i{n}"} for n in range(4)])
+            await (await other.create(params=1)).result()
+            self.assertEqual(gate.begun, ["i0", "i1"])
+            gate.open.set()
+            await self.clock.settle()
+            self.assertEqual(len(gate.begun), 4)
 
 
 class Configuration(Case):

@@ -125,9 +125,9 @@ __all__ = [
     "Workflow", "WorkflowDelayContext", "WorkflowEntrypoint", "WorkflowError", "WorkflowEvent",
     "WorkflowFatalError", "WorkflowHistoryEvent", "WorkflowInstance",
     "WorkflowInstanceIntrospector", "WorkflowInstanceModifier", "WorkflowInternalError",
-    "WorkflowIntrospector", "WorkflowRollbackContext", "WorkflowStep", "WorkflowStepContext",
-    "WorkflowStepEvent", "WorkflowStepInfo", "WorkflowSubscription", "WorkflowTimeoutError",
-    "install_workers_shim", "parse_duration",
+    "WorkflowIntrospector", "WorkflowReplay", "WorkflowRollbackContext", "WorkflowSchedule",
+    "WorkflowStep", "WorkflowStepContext", "WorkflowStepEvent", "WorkflowStepInfo",
+    "WorkflowSubscription", "WorkflowTimeoutError", "install_workers_shim", "parse_duration",
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
@@ -159,8 +159,8 @@ Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up
 #       └───── waiting
 #
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
-# (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued, from
-# anywhere). All other moves are the engine's. What ran when its process ended is queued again.
+# (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued,
+# from anywhere). All other moves are the engine's. What ran when its process ended is queued again.
 
 FINISHED = ("complete", "errored", "terminated")
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -463,6 +463,9 @@ CREATE TABLE events (              -- the buffer: sent, and not consumed
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
+CREATE TABLE schedules (
+    workflow INTEGER NOT NULL, cron TEXT NOT NULL, next INTEGER NOT NULL,
+    PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
 CREATE TABLE usage (
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
     storage_bytes INTEGER) WITHOUT ROWID;
@@ -648,15 +651,21 @@ class Instance:
         expiry = self.expiry()
         return self.id is None or (expiry is not None and expiry <= now)
 
+    def as_of_now(self) -> Instance:
+        """A copy, which nothing changes that is still to come in this transaction."""
+        return Instance(*_all_of(self))
+
 
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
+_all_of = operator.attrgetter(*_FIELDS)
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]
 _values_of = operator.attrgetter(*_COLUMNS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
+_NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
 _UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
-    ON CONFLICT (key) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _CHANGING)}"""
+    ON CONFLICT (key) DO UPDATE SET {_NEW_VALUES}"""
 _AMONG = "IN (SELECT value FROM json_each(?))"
 _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 
@@ -694,7 +703,7 @@ Topic = int | str  # what is watched: a key for the end of that instance, an id 
 
 
 class Transaction:
-    """The instances that it has read; what it changes, which is written in bulk, before a query and
+    """The instances that it has read; what it changes, which is written in bulk before a query and
     before the commit; and what the engine must be told after that."""
 
     def __init__(self, database: Database, scheduler: Scheduler) -> None:
@@ -703,7 +712,7 @@ class Transaction:
         self.touched: set[Topic] = set()
         self.requeued: list[Instance] = []
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
-        self.wrote = False
+        self.written = 0  # rows
         self._instances: dict[int, Instance] = {}
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
@@ -789,9 +798,9 @@ class Transaction:
         self.change(inst, status=row.type, **columns)
 
     def requeue(self, inst: Instance) -> None:
-        """Puts an instance that has run at its place in the queue: ahead of those that have not, and
-        among its like by when it fell due, however late that was noticed. One that was about to
-        pause goes there when it is resumed."""
+        """Puts an instance that has run at its place in the queue: ahead of those that have not run
+        yet, and among its like by when it fell due, however late that was noticed. One that was
+        about to pause goes there when it is resumed."""
         place = inst.place
         if place is None:
             place = WOKEN + min(inst.wake or self.now, self.now)
@@ -825,10 +834,10 @@ class Transaction:
             self.db.executemany(
                 "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
             )
+            self.written += len(self._rows)
             self._rows.clear()
-            self.wrote = True
         if self._changed:
-            self.wrote = True
+            self.written += len(self._changed)
             changed = [_values_of(self._instances[key]) for key in self._changed]
             self.db.executemany(_UPSERT, changed)
             self._changed.clear()
@@ -848,8 +857,8 @@ class Transaction:
 # second whether the file is still there. What it finds it tells the loop, which posts.
 
 TICK = 0.05  # seconds
-QUICK = 0.0005  # seconds that a commit on the loop may take
-TRUST = 8  # quick commits in the thread until the next one is tried on the loop
+QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit on the loop may take
+TRUST = 3  # quick commits in the thread until the next one is made on the loop
 BATCH = 256  # operations, and due or queued instances, that one transaction takes at most
 
 Operation = Callable[..., Any]
@@ -922,7 +931,7 @@ class Writer:
         """Runs what is posted, and lets the thread close the database."""
         posted, self._posted = self._posted, []
         self._closed = True
-        self._hand_over(posted)
+        self._give_to_thread(posted)
         self._batches.put(None)
         if self._timer is not None:
             self._timer.cancel()
@@ -951,9 +960,9 @@ class Writer:
             if answer is not None:
                 self._take(answer)
                 return
-        self._hand_over(batch)
+        self._give_to_thread(batch)
 
-    def _hand_over(self, batch: list[Posted]) -> None:
+    def _give_to_thread(self, batch: list[Posted]) -> None:
         self._handed += 1
         self._batches.put(batch)
 
@@ -1024,8 +1033,8 @@ class Writer:
         began = time.perf_counter()
         self.database.execute("COMMIT")
         self._cpu_counted = cpu_ns
-        if tx.wrote:
-            quick = time.perf_counter() - began < QUICK
+        if tx.written:
+            quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
             self._doubts = max(0, self._doubts - 1) if quick else TRUST
         return Answer(results, tx.news, None if outside else tx.touched)
 
@@ -1062,7 +1071,7 @@ class Writer:
                 batch = [posted for part in batches for posted in part or ()]
                 with self._lock:
                     answer = self._answer(batch, patient=True)
-                self.engine.call_from_thread(self._take, answer, len(batches))
+                self.engine.call_from_thread(self._take, answer, len(batches) - batches.count(None))
             if time.monotonic() > self._ticked + TICK:
                 self._tick()
 
@@ -1096,8 +1105,8 @@ class Writer:
 # transaction that may have made something due, and its cost depends on what is due, not on what is
 # there. Only `queued` instances are found otherwise: by their place in the queue.
 #
-# An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it wakes
-# up it goes through the queue again, ahead of those that have never started.
+# An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
+# wakes up it goes through the queue again, ahead of those that have never started.
 
 WOKEN = -(2**53)  # added to a place in the queue: ahead of those that have never started
 
@@ -1139,9 +1148,10 @@ class Scheduler:
                 due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
+            due_next = fire_schedules(tx)
             self.stirred = self._admit(tx)
-            earliest = [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
-            self.next_wake = min((wake for wake in earliest if wake is not None), default=math.inf)
+            due_next += [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
+            self.next_wake = min((at for at in due_next if at is not None), default=math.inf)
         for inst in tx.requeued:
             if inst.status == "queued":  # it found no free slot
                 tx.append(inst, Row("queued"))
@@ -1149,35 +1159,40 @@ class Scheduler:
     def _inherit(self, tx: Transaction) -> None:
         """What ran when its process died is queued again."""
         inherited, self._inherited = self._inherited, []
-        for workflow in inherited:
-            for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", workflow):
+        for key in inherited:
+            keep_schedules(tx, key, self.bound[key])
+            for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", key):
                 tx.change(inst, careful=1)
                 tx.requeue(inst)
 
     def _attend(self, tx: Transaction, inst: Instance) -> None:
         """Ends what an instance has waited for, or clears it away; and tells the engine."""
         rows: list[Row] = []
-        due = inst.expiry()
-        if inst.status in LIVE:
-            undoing = inst.rollback == "begun"  # then only its own waits count
-            sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
-            found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
-            waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
-            ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
-            rows = [self._end_wait(tx, inst, end) for end in ended]
-            left = {wait.seq: wait.due for wait in waits}
-            for end in ended:
-                del left[end.wait.seq]
-            due = min(left.values(), default=None)
-            if rows and inst.status == "waiting":
-                tx.requeue(inst)
         if inst.is_over(tx.now):
             tx.purge(inst)
         else:
+            if inst.status in LIVE:
+                rows, due = self._end_waits(tx, inst)
+                if rows and inst.status == "waiting":
+                    tx.requeue(inst)
+            else:
+                due = inst.expiry()
             tx.change(inst, wake=due)
-        # A rollback is another life, of an instance that goes on running.
+        # A rollback begins a new life without leaving its slot.
         begun = inst.status == "running" and inst.rollback == "begun"
         tx.news.append(News(inst, rows, admitted=begun))
+
+    def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
+        """Ends the waits of an instance that are over; returns the rows that say so, and when the
+        next one is over."""
+        sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
+        undoing = inst.rollback == "begun"  # then only the waits of handlers count
+        found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
+        waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
+        ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
+        over = {end.wait for end in ended}
+        rows = [self._end_wait(tx, inst, end) for end in ended]
+        return rows, min((wait.due for wait in waits if wait not in over), default=None)
 
     def _buffered(
         self, tx: Transaction, inst: Instance, waits: list[Wait]
@@ -1188,7 +1203,7 @@ class Scheduler:
         return {type: tx.db.rows(sql, inst.key, type, len(waits)) for type in types}
 
     def _end_wait(self, tx: Transaction, inst: Instance, end: WaitEnd) -> Row:
-        """Records the end of a wait; the event that ended it is consumed in the same transaction."""
+        """Records the end of a wait; the event that ended it is consumed with that."""
         wait, event = end.wait, end.event
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         row = Row("due" if wait.kind == "retry" else "slept", wait.step)
@@ -1278,8 +1293,9 @@ class Scheduler:
 # if the journal has its result, it gets that, and nothing else happens; otherwise the step begins,
 # or goes on, for real.
 #
-# Results reach `run` one at a time, in the order in which they were recorded, each only when the run
-# has settled down from the one before: when ten turns of the loop went by without a step call. So
+# Results reach `run` one at a time, in the order in which they were recorded, each only when the
+# run has settled down from the one before: when ten turns of the loop went by without a step call.
+# So
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
@@ -1288,26 +1304,32 @@ class Scheduler:
 # `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
 # of them may see two results at once in one life, and one after the other in another.)
 #
-# An attempt's start is a row of its own as soon as the callback waits for anything, or does anything
-# to the history itself: on disk at the end of that turn. Most callbacks don't: then one row, written
-# with one commit, stands for the start and the end. (That saves a seventh of a step's time, and half
-# of the journal.) An attempt that has a start and no end was cut off by the death of its process,
-# and counts as failed. That leaves the callback that kills its process before its first await, which
-# would do so for ever. Therefore an instance that was running when its process died is `careful`:
-# until one more of its steps has ended, it waits for the commit of a start before it calls the
-# callback.
+# An attempt's start is a row of its own as soon as the callback waits for anything, or does
+# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
+# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
+# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
+# its process, and counts as failed. That leaves the callback that kills its process before its
+# first await, which would do so for ever. Therefore an instance that was running when its process
+# died is `careful`: until one more of its steps has ended, it waits for the commit of a start
+# before it calls the callback.
 #
-# When all that is under way waits for a moment or an event, the instance is `waiting`, and some time
-# later its life ends; only rows remain, and the scheduler begins another life when it is due. A life
-# also ends because `run` has ended, because the instance was paused, restarted, terminated or
-# deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and nothing
-# in memory is worth keeping.
+# When all that is under way waits for a moment or an event, the instance is `waiting`, and some
+# time later its life ends; only rows remain, and the scheduler begins another life when it is due.
+# A life also ends because `run` has ended, because the instance was paused, restarted, terminated
+# or deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and
+# nothing in memory is worth keeping.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
 
-_life: contextvars.ContextVar[object] = contextvars.ContextVar("life", default=None)
-_attempt: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)
+# Whose code this is: that of an attempt's callback, or (then it is the token of a life) of `run`.
+_scope: contextvars.ContextVar[Any] = contextvars.ContextVar("scope", default=None)
+
+
+def current_attempt() -> Attempt | None:
+    """The attempt whose callback this code belongs to."""
+    scope = _scope.get()
+    return scope if isinstance(scope, Attempt) else None
 
 
 class Unload(asyncio.CancelledError):
@@ -1340,7 +1362,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.run, self.kind, self.plan = run, kind, plan
         self.name, self.args, self.options = name, args, options
         self._coroutine: Coroutine[Any, Any, Any] | None = None
-        outer = _attempt.get()
+        outer = current_attempt()
         # The attempt in whose callback it is made, if that belongs to this run.
         self.outer = outer if outer is not None and outer.run is run else None
         counts = (self.outer or run).counts
@@ -1545,7 +1567,7 @@ class Life:
         """Ends code that calls a step in a dead run. Code that catches that and goes on is told
         more plainly, and slowed down if it never stops: a loop that catches everything does no
         harm."""
-        attempt, task = _attempt.get(), asyncio.current_task()
+        attempt, task = current_attempt(), asyncio.current_task()
         if attempt is not None and attempt.run is not self:
             raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
         self._refused[task] += 1
@@ -1569,7 +1591,8 @@ class Run(Life):
         self.seq = inst.seq  # of the newest row that it knows of
         self.steps, self.inbox = fold(rows)
         payload = freeze(decode(rows[0].data or "null"))
-        self.event = WorkflowEvent(payload, to_datetime(inst.created), self.id, workflow.name)
+        about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
+        self.event = WorkflowEvent(payload, *about)
         self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
         self.unawaited: set[StepCall] = set()  # of these
         self.active: dict[str, StepCall] = {}  # the calls that are under way
@@ -1583,7 +1606,7 @@ class Run(Life):
 
     async def main(self) -> Any:
         """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
-        _life.set(self.token)
+        _scope.set(self.token)
         try:
             info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.workflow.name)
             output = self.workflow.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
@@ -1678,7 +1701,7 @@ class Run(Life):
         if call.outer is None:
             self._record_cancelled()
         else:
-            self.post_start(call.outer)  # comes first in the history
+            call.outer.post_start()  # comes first in the history
         plan = call.plan(call)
         if isinstance(plan, DoPlan):
             await self._attempts(call, plan)
@@ -1722,30 +1745,20 @@ class Run(Life):
             return fresh
         return step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
 
-    # -- attempts
-
     async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
         """The attempts of a step, until the end of the last one is posted."""
         again = True
-        if call.step.open:
-            again = await self._record_death(call, plan)
+        if call.step.open:  # the process died during this one
+            attempt = Attempt(self, call, plan.config)
+            again = await attempt.end_as_dead()
         while again:
             attempt = Attempt(self, call, plan.config)
             try:
-                await self._gate(attempt, plan.plain)
-                while self.careful and not await self._store_start(attempt):
-                    await self._gate(attempt, plan.plain)
+                await attempt.pass_gate(plan.plain)
                 await attempt.execute(self._callback(attempt, plan))
             finally:
                 attempt.free_slot()
             again = attempt.again
-
-    async def _record_death(self, call: StepCall, plan: DoPlan) -> bool:
-        """Ends an attempt during which the process died; says whether another one follows."""
-        attempt = call.attempt = Attempt(self, call, plan.config)
-        attempt.number, attempt.recorded = call.step.attempts, True
-        await attempt.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return attempt.again
 
     def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
         """What an attempt calls: the callback, or what a test has put in its place."""
@@ -1754,124 +1767,9 @@ class Run(Life):
                 return mock
         return plan.bind(attempt)
 
-    async def _gate(self, attempt: Attempt, plain: bool) -> None:
-        """Returns when an attempt may begin: its retry delay is over, the instance is running, and
-        a plain callback has a thread. (A nested one may begin while the instance pauses or the
-        engine is left, because the callback around it could not end otherwise.) From then on a
-        pause waits for it."""
-        call = attempt.call
-        call.attempt = None
-        while True:
-            runs = self.status == "running" or (call.outer and self.status == "waitingForPause")
-            leaving = self.engine.scheduler.closing and not call.outer
-            if call.step.asleep or not runs or leaving:
-                attempt.free_slot()
-                if self.status in ("idling", "waiting") and not call.step.asleep:
-                    self.post(wake_up)  # `run` goes on by itself
-                await self.wait(call)
-            elif plain and not attempt.slot:
-                attempt.slot = await self.engine.threads.slots.acquire()
-            else:
-                break
-        call.attempt, attempt.number = attempt, call.step.attempts + 1
-        attempt.began = self.engine.clock.now()
-
-    def _first_row(self, attempt: Attempt, type: str, data: str | None = None) -> Row:
-        """The first row of an attempt: its start, or its end if that stands for both."""
-        step = attempt.call.step
-        config = attempt.config.text if step.config is None else None
-        return Row(type, step.key, attempt.number, data, config, attempt.began)
-
-    def post_start(self, attempt: Attempt) -> None:
-        """Records that an attempt has begun, unless that was done."""
-        if not attempt.recorded:
-            attempt.recorded = True
-            row = self._first_row(attempt, "start")
-            apply(self.steps, row)
-            self.engine.writer.post(record, self.lease, row)  # its end will have an answer
-
-    async def _store_start(self, attempt: Attempt) -> bool:
-        """Waits until an attempt's start is stored; False if a pause was stored before it."""
-        stored, row = self.loop.create_future(), self._first_row(attempt, "start")
-        step, nested = attempt.call.step, attempt.call.outer is not None
-        step.open = True
-        self.post(record_start, row, nested, then=functools.partial(resolve, stored))
-        attempt.recorded = step.open = bool(await stored)
-        if attempt.recorded:
-            apply(self.steps, row)
-        return attempt.recorded
-
-    async def end_attempt(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        """Posts the end of an attempt, and decides whether another one follows."""
-        call, delay = attempt.call, None
-        result: tuple[str | None, Any] = (None, None)
-        if error is None and call.kind == "do":  # what a rollback handler returns is ignored
-            what, code = f"the result of step {call.name!r}", "step.not_serializable"
-            try:
-                result = checked(value, what, code, self.engine.limits, "step_bytes", fatal)
-            except (WorkflowFatalError, MemoryError) as refused:
-                error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(attempt, error)
-        attempt.again = delay is not None
-        self._post_end(attempt, result, error, delay)
-
-    async def _retry_delay(
-        self, attempt: Attempt, error: BaseException
-    ) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        call, config = attempt.call, attempt.config
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or attempt.number > config.limit:
-            return None, error
-        try:
-            delay = await config.delay_after(attempt, error)
-        except WorkflowFatalError as failure:
-            return None, failure
-        delay = min(delay, 0 if self.is_skipped("retry", call) else self.engine.limits.max_sleep)
-        what = f"{self}: step {call.name!r}: attempt {attempt.number} of {config.limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay, error
-
-    def _post_end(
-        self, attempt: Attempt, result: Any, error: BaseException | None, delay: int | None
-    ) -> None:
-        step, size, wait = attempt.call.step, 0, None
-        if error is None:
-            type, (text, fresh) = "done", result
-            size = size_of(text or "")
-        elif delay is None:
-            type, text, fresh = "error", encode_error(error), error
-        else:
-            type, text, fresh = "failed", encode_error(error, retry_delay_ms=delay), None
-            wait = Wait("retry", step.key, None, self.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        if attempt.recorded:
-            row = Row(type, step.key, attempt.number, text)
-        else:
-            row = self._first_row(attempt, type, text)
-        then = functools.partial(self._end_stored, attempt, row, fresh)
-        self.post(record, row, size, wait, then=then)
-
-    def _end_stored(
-        self, attempt: Attempt, row: Row, fresh: Any, _: Any, refused: BaseException | None
-    ) -> None:
-        """The end of an attempt is committed; or refused, because its result is beyond a limit."""
-        if refused is not None:
-            self._post_end(attempt, None, refused, None)
-            return
-        if attempt.call.attempt is attempt:
-            attempt.call.attempt = None
-        attempt.call.fresh = fresh
-        self.careful = self.careful and row.type == "failed"
-        self._take(row)
-
     # -- results, one at a time
 
-    def _take(self, row: Row) -> None:
+    def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
         step, call = apply(self.steps, row), self.active.get(row.step or "")
         if step is not None and not step.nested:
@@ -1890,6 +1788,9 @@ class Run(Life):
 
     def move_on(self) -> None:
         """Does what comes next by itself. Called after whatever has happened."""
+        if self.status == "waiting" and not (self.dead or self.still_waits()):
+            self.status = "waking"
+            self.post(wake_up)  # `run` has gone on by itself
         if self.dead or self.status not in ("running", "waitingForPause"):
             return
         if self.status == "waitingForPause" and not self.attempts_in_flight():
@@ -1899,7 +1800,7 @@ class Run(Life):
         elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
             call = self.active.get(next(iter(self.inbox), ""))
             if call and call.waiter and call.alone and len(self.active) == 1:
-                self._hand_over(call)
+                self._deliver(call)
             else:
                 self._settling = True
                 self.last_move = self.engine.turns.now
@@ -1918,14 +1819,14 @@ class Run(Life):
             if call is not None and call.waiter is not None:
                 for key in skipped:
                     del self.inbox[key]  # its call never came
-                self._hand_over(call)
+                self._deliver(call)
                 return
             skipped.append(key)
         if self._is_idle():
             self.status = "idling"  # until the answer comes, no attempt may begin
             self.post(go_idle, self.seq, then=self._idled)
 
-    def _hand_over(self, call: StepCall) -> None:
+    def _deliver(self, call: StepCall) -> None:
         """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
         if call.step.ended:
             del self.inbox[call.key]
@@ -1946,7 +1847,7 @@ class Run(Life):
             self._become("running")
 
     def still_waits(self) -> bool:
-        """Whether it may be unloaded: a call that `run` has made meanwhile waits for nothing yet."""
+        """Whether it may be unloaded: not if `run` has made a call meanwhile."""
         return self.status == "waiting" and all(c.step.asleep for c in self.active.values())
 
     def attempts_in_flight(self) -> bool:
@@ -1964,13 +1865,13 @@ class Run(Life):
         inst = news.instance
         outdated = inst.generation != self.lease.generation
         if self.dead or outdated or inst.status in (*FINISHED, "paused"):
-            self.unload()
             self.successor = inst if news.admitted else self.successor
+            self.unload()
             return
         self.seq = max(self.seq, inst.seq)
         for row in news.rows:
             if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
-                self._take(row)
+                self.take(row)
         # What was committed before it asked to be idle says nothing; the answer to that will.
         if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
             self._become(inst.status)
@@ -2001,10 +1902,10 @@ class Run(Life):
 
     # -- cancelled calls
     #
-    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so that
-    # a run which is being torn down records nothing. In a later life that call does not begin again:
-    # it stays pending until `run` cancels it again, and what was recorded after the cancellation
-    # waits for that.
+    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so
+    # that a run which is being torn down records nothing. In a later life that call does not begin
+    # again: it stays pending until `run` cancels it again, and what was recorded after the
+    # cancellation waits for that.
 
     def _on_cancellation(self, call: StepCall) -> None:
         """`run`, or the callback around it, has cancelled a call."""
@@ -2054,7 +1955,7 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     tx.prefetch(leases)
     for lease in leases:
         if inst := tx.mine(lease, "running", "waitingForPause"):
-            loaded.append(Loaded(copy.copy(inst), tx.journal(inst)))  # as it is at this point
+            loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
     return loaded
 
 
@@ -2139,7 +2040,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
-        return copy.copy(inst)
+        return inst.as_of_now()
     tx.move(inst, row, size)
     return None
 
@@ -2217,10 +2118,10 @@ class Lives:
 
     def _load(self, instances: list[Instance], previous: Run | None = None) -> None:
         if not self.engine.scheduler.closing:
-            begin = functools.partial(self._begin, previous)
+            begin = functools.partial(self._begin_lives, previous)
             self.engine.writer.post(load, instances, then=begin)
 
-    def _begin(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
+    def _begin_lives(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
         for found in loaded or ():
             inst = found.instance
             if not self.engine.scheduler.closing and inst.key not in self.runs:
@@ -2462,8 +2363,8 @@ class Engine:
     async def call(self, operation: Operation, *args: Any) -> Any:
         """The result of an operation, once it is committed."""
         self.check_open()
-        if (attempt := _attempt.get()) is not None:
-            attempt.run.post_start(attempt)  # comes before what its callback does
+        if (attempt := current_attempt()) is not None:
+            attempt.post_start()  # comes before what its callback does
         future: asyncio.Future[Any] = self.loop.create_future()
         self.writer.post(operation, *args, then=functools.partial(resolve, future))
         return await future
@@ -2534,7 +2435,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
              RETURNING key"""
     described = (workflow.name, workflow.binding, workflow.cls.__name__, workflow.steps)
     (key,) = tx.db.one(sql, *described, tx.now, tx.now)
-    tx.wrote = True
+    tx.written += 1
     tx.scheduler.take_up(key, workflow)
 
 
@@ -2673,14 +2574,29 @@ class _Record(Mapping[str, Any]):
         return len(self._keys)
 
 
+class WorkflowSchedule(_Record):
+    """What a scheduled instance was created for: the cron expression, and its time in ms since the
+    epoch."""
+
+    cron: str
+    scheduled_time: int
+
+
 class WorkflowEvent(_Record, Generic[Params]):
     """What `run` gets: the params that the instance was created with (read-only, all the way down),
-    the time of its creation, its id, and the name of its workflow."""
+    the time of its creation, its id, the name of its workflow, and its schedule, if it has one."""
 
     payload: Params
     timestamp: datetime
     instance_id: str
     workflow_name: str
+    schedule: WorkflowSchedule | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self._keys if key != "schedule" or self.schedule is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class WorkflowStepEvent(_Record):
@@ -3417,11 +3333,19 @@ def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
     return True
 
 
+_VARIABLE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS  # it takes *args or **kwargs
+
+
 def bind_context(name: str, callback: Any) -> Bind:
     """How a callback gets the step context: as `ctx`, if it has a parameter of that name, or as its
     one argument, or not at all."""
-    if type(callback) is types.FunctionType and not callback.__code__.co_varnames:
-        return lambda attempt: callback  # this costs least, too
+    if type(callback) is types.FunctionType and not callback.__defaults__:
+        code = callback.__code__  # this costs least, too
+        others = code.co_kwonlyargcount or code.co_flags & _VARIABLE
+        if code.co_argcount == 0 and not others:
+            return lambda attempt: callback
+        if code.co_argcount == 1 and not others:
+            return lambda attempt: functools.partial(callback, attempt.context())
     if _takes(callback, ctx=None) and "ctx" in inspect.signature(callback).parameters:
         return lambda attempt: functools.partial(callback, ctx=attempt.context())
     if _takes(callback):
@@ -3497,29 +3421,6 @@ class StepConfig:
             raw["retries"]["delay"] = _gone if given is None else cls(given).delay
         return cls(raw)
 
-    async def delay_after(self, attempt: Attempt, error: BaseException) -> int:
-        """How long to wait after a failed attempt; a function may say that, within five seconds.
-        Its failure is that of the step."""
-        delay = self.delay
-        if callable(delay):
-            asked = Execution(attempt.run, ASKING)
-            if not is_async(delay):
-                asked.slot = await attempt.run.engine.threads.slots.acquire()
-            info = WorkflowDelayContext(attempt.context(), error)
-            try:
-                await asked.execute(functools.partial(delay, info))
-            finally:
-                asked.free_slot()
-            delay, failure = asked.outcome
-            try:
-                delay = parse_duration(delay) if failure is None else 0
-            except ValueError as wrong:
-                failure = wrong
-            if failure is not None:
-                message = f"the delay function of {attempt} failed: {show_error(failure)}"
-                raise WorkflowFatalError(message, name="NonRetryableDelayError")
-        return int(delay * self.backoff(attempt.number))
-
 
 def _bad_key(what: str, key: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{what} key {key!r}: {show(value)}: expected {expected}")
@@ -3537,8 +3438,8 @@ NO_CONFIG = StepConfig()
 # thread.
 #
 # A plain function runs in a thread, so that it never blocks the loop. A thread cannot be cancelled;
-# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of our
-# own, because those of an executor would hold up the interpreter's exit.
+# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of
+# our own, because those of an executor would hold up the interpreter's exit.
 
 
 class Threads:
@@ -3559,11 +3460,11 @@ class Threads:
         self._began[reply] = time.monotonic()
         if len(self._began) > self._threads:
             self._threads += 1
-            threading.Thread(target=self._work, daemon=True, name="workflows-callback").start()
+            threading.Thread(target=self._serve, daemon=True, name="workflows-callback").start()
         self._jobs.put((function, reply))
         return reply
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             function, reply = job
             began = time.thread_time_ns()
@@ -3598,22 +3499,20 @@ class Threads:
 
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches it and nothing else."""
+    cancellation reaches that and nothing else."""
 
     outer: Attempt | None = None  # in whose callback it was asked for
 
-    def __init__(self, run: Run, timeout: int) -> None:
-        self.run, self.timeout = run, timeout
+    def __init__(self, run: Run, patience: int) -> None:
+        self.run, self.patience = run, patience
         self.cpu = 0  # ns
         self.slot = False  # it has one of the threads' slots
         self.task: asyncio.Task[None] | None = None
         self.outcome: tuple[Any, BaseException | None] = (None, None)
-        self._over: asyncio.Future[None] | None = (
-            None  # done when its task has ended or is abandoned
-        )
+        self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
+        self._dropped = False  # what the task still does concerns nobody
         self._timer: Any = None
-        self._verdict: BaseException | None = None  # what it fails with, whatever it still does
-        self._dropped = False  # what its task still does concerns nobody
+        self._verdict: BaseException | None = None  # what it fails with, whatever happens now
 
     def begins(self) -> None:
         """Called by its task, right before the function."""
@@ -3628,17 +3527,15 @@ class Execution:
     async def execute(self, function: Callable[[], Any]) -> None:
         """Calls the function, and `ends`."""
         run = self.run
-        self.caller: Any = asyncio.current_task(run.loop)
+        self._caller: Any = asyncio.current_task(run.loop)
         self.task = task = start_task(self._perform(function), run.loop)
-        if self.outer is not None and self.outer.task is self.caller:
+        if self.outer is not None and self.outer.task is self._caller:
             self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                if self._timer is None:
-                    self._timer = run.engine.clock.limit(self.timeout, self._time_out)
                 self.goes_on()
                 await self._over
         except asyncio.CancelledError:
@@ -3647,10 +3544,8 @@ class Execution:
                 task.cancel()
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
             run.engine.cpu_ns += self.cpu
-            self.task = self._timer = None  # both lead back to here
+            self.task = None  # whose context leads back to here
         if self._dropped:
             await self.ends(None, self._verdict)
         elif not task.cancelled():
@@ -3662,20 +3557,47 @@ class Execution:
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        _life.set(None)  # a timer that the function leaves behind is not one of `run`
-        value, error = None, None
+        self.begins()
+        value, error = await self._outcome_of(function)
+        # Whoever tears down the loop cancels the caller, too.
+        torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
+        if not (self._dropped or self.run.dead or torn_down):
+            await self.ends(value, error)
+
+    @types.coroutine
+    def _outcome_of(
+        self, function: Callable[[], Any]
+    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
+        """What the function returns or raises, or what it fails with instead. Its CPU time is
+        measured while its code runs; its patience begins when it first waits."""
+        value, error, given = None, None, None
         try:
-            self.begins()
-            value = await self._metered(self._in_thread(function) if self.slot else function())
+            coroutine: Any = self._in_thread(function) if self.slot else function()
+            resume = coroutine.send
+            while True:
+                self.run.engine.activity += 1
+                began = time.thread_time_ns()
+                try:
+                    awaited = resume(given)
+                finally:
+                    self.cpu += time.thread_time_ns() - began
+                if self._timer is None:
+                    self._timer = self.run.engine.clock.limit(self.patience, self._time_out)
+                self._decide(self._excess())
+                try:
+                    resume, given = coroutine.send, (yield awaited)
+                except BaseException as raised:
+                    resume, given = coroutine.throw, raised
+        except StopIteration as stop:
+            value = stop.value
         except KeyboardInterrupt:
             raise
         except BaseException as raised:
             error = raised
-        error = self._verdict or self._excess() or error
-        # Whoever tears down the loop cancels the caller, too.
-        torn_down = isinstance(error, asyncio.CancelledError) and self.caller.cancelling() > 0
-        if not (self._dropped or self.run.dead or torn_down):
-            await self.ends(value, error)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return value, self._verdict or self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         threads = self.run.engine.threads
@@ -3695,34 +3617,15 @@ class Execution:
             raise error
         return await value if inspect.isawaitable(value) else value
 
-    @types.coroutine
-    def _metered(self, coroutine: Any) -> collections.abc.Generator[Any, Any, Any]:
-        """Awaits it, and adds up its CPU time."""
-        resume, given = coroutine.send, None
-        while True:
-            self.run.engine.activity += 1
-            began = time.thread_time_ns()
-            try:
-                awaited = resume(given)
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                self.cpu += time.thread_time_ns() - began
-            self._decide(self._excess())
-            try:
-                resume, given = coroutine.send, (yield awaited)
-            except BaseException as raised:
-                resume, given = coroutine.throw, raised
-
     def free_slot(self) -> None:
         """Gives its thread's place to the next, if it has one."""
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
 
-    def timeout_error(self) -> WorkflowTimeoutError:
+    def timeout_error(self) -> WorkflowError:
         """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self.timeout}ms")
+        return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
 
     def _time_out(self) -> None:
         self._decide(self.timeout_error())
@@ -3738,24 +3641,23 @@ class Execution:
         if verdict is not None and self._verdict is None and self.task is not None:
             self._verdict = verdict
             self.task.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.run.loop.call_later(GRACE, self._abandon)
+            self._timer.cancel()
+            self._timer = self.run.loop.call_later(GRACE, self._drop)
 
-    def _abandon(self) -> None:
+    def _drop(self) -> None:
         log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
         self._dropped = True
         resolve(self._over)
 
 
 class Attempt(Execution):
-    """One attempt of a step, and the scope of the step calls that its callback makes."""
+    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
+    the step calls that the callback makes."""
 
     def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
         super().__init__(run, config.timeout)
         self.call, self.config, self.outer = call, config, call.outer
-        self.number = 0
-        self.began = 0
+        self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
         self.again = True  # another attempt follows
         self.counts: dict[str, int] = {}
@@ -3763,25 +3665,165 @@ class Attempt(Execution):
     def __str__(self) -> str:
         return f"step {self.call.name!r}"
 
+    def context(self) -> WorkflowStepContext:
+        """What the callback gets."""
+        info = WorkflowStepInfo(self.call.name, self.call.count)
+        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
+
+    # -- its beginning
+
+    async def pass_gate(self, plain: bool) -> None:
+        """Returns when it may begin: the retry delay is over, the instance is running, and a plain
+        callback has a thread. (A nested one may begin while the instance pauses or the engine is
+        left, because the callback around it could not end otherwise.) From then on a pause waits
+        for it."""
+        run, call, step = self.run, self.call, self.call.step
+        while True:
+            runs = run.status == "running" or (call.outer and run.status == "waitingForPause")
+            leaving = run.engine.scheduler.closing and not call.outer
+            if step.asleep or not runs or leaving:
+                self.free_slot()
+                await run.wait(call)
+            elif plain and not self.slot:
+                self.slot = await run.engine.threads.slots.acquire()
+            else:
+                call.attempt, self.number = self, step.attempts + 1
+                self.began = run.engine.clock.now()
+                if not run.careful or await self._store_start():
+                    return
+                call.attempt = None
+
+    def _first_row(self, type: str, data: str | None = None) -> Row:
+        """Its start; or its end, if that stands for both."""
+        config = self.config.text if self.call.step.config is None else None
+        return Row(type, self.call.key, self.number, data, config, self.began)
+
+    def post_start(self) -> None:
+        """Records that it has begun, unless that was done."""
+        if not self.recorded:
+            self.recorded = True
+            row = self._first_row("start")
+            apply(self.run.steps, row)
+            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
+
+    async def _store_start(self) -> bool:
+        """Waits until its start is stored; False if a pause was stored before."""
+        run, step = self.run, self.call.step
+        stored, row = run.loop.create_future(), self._first_row("start")
+        step.open = True
+        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
+        self.recorded = step.open = bool(await stored)
+        if self.recorded:
+            apply(run.steps, row)
+        return self.recorded
+
     def begins(self) -> None:
-        _attempt.set(self)
+        _scope.set(self)
 
     def goes_on(self) -> None:
-        self.run.post_start(self)
+        self.post_start()
+
+    # -- its end
+
+    async def end_as_dead(self) -> bool:
+        """Ends it, whose process has died; says whether another one follows."""
+        self.call.attempt, self.recorded = self, True
+        self.number = self.call.step.attempts
+        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        return self.again
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
-        await self.run.end_attempt(self, value, error)
+        """Posts its end, and decides whether another one follows."""
+        delay, result = None, None
+        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
+            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
+            try:
+                limits = self.run.engine.limits
+                result = checked(value, what, code, limits, "step_bytes", fatal)
+            except (WorkflowFatalError, MemoryError) as refused:
+                error = refused
+        if error is not None:
+            delay, error = await self._retry_delay(error)
+        self.again = delay is not None
+        self._post_end(result, error, delay)
 
-    def _abandon(self) -> None:
-        super()._abandon()
+    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
+        """How long to wait before the next attempt, or None if there is none; and the error that
+        counts."""
+        run, limit = self.run, self.config.limit
+        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if given_up or self.number > limit:
+            return None, error
+        try:
+            delay = await self._delay_after(error)
+        except WorkflowFatalError as failure:
+            return None, failure
+        delay *= self.config.backoff(self.number)
+        delay = min(delay, 0 if run.is_skipped("retry", self.call) else run.engine.limits.max_sleep)
+        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        return delay, error
+
+    async def _delay_after(self, error: BaseException) -> int:
+        """The delay after this error. A function may say it, within five seconds; its failure is
+        that of the step."""
+        delay = self.config.delay
+        if not callable(delay):
+            return int(delay)
+        asked = Execution(self.run, ASKING)
+        if not is_async(delay):
+            asked.slot = await self.run.engine.threads.slots.acquire()
+        try:
+            await asked.execute(
+                functools.partial(delay, WorkflowDelayContext(self.context(), error))
+            )
+        finally:
+            asked.free_slot()
+        answer, failure = asked.outcome
+        try:
+            if failure is None:
+                return parse_duration(answer)
+        except ValueError as wrong:
+            failure = wrong
+        message = f"the delay function of {self} failed: {show_error(failure)}"
+        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+
+    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
+        run, step = self.run, self.call.step
+        fresh: Any = error
+        size, wait = 0, None
+        if error is None:
+            type, (text, fresh) = "done", result or (None, None)
+            size = size_of(text or "")
+        elif delay is None:
+            type, text = "error", encode_error(error)
+        else:
+            type, text = "failed", encode_error(error, retry_delay_ms=delay)
+            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
+            step.asleep = True
+        step.open = False
+        row = self._first_row(type, text)
+        if self.recorded:
+            row = Row(type, step.key, self.number, text)
+        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+
+    def _end_stored(self, row: Row, fresh: Any, _: Any, refused: BaseException | None) -> None:
+        """Its end is committed; or refused, because the result is beyond a limit."""
+        if refused is not None:
+            self._post_end(None, refused, None)
+            return
+        if self.call.attempt is self:
+            self.call.attempt = None
+        self.call.fresh = None if row.type == "failed" else fresh
+        self.run.careful = self.run.careful and row.type == "failed"
+        self.run.take(row)
+
+    def _drop(self) -> None:
+        super()._drop()
         for key, call in self.run.active.items():
             if call.task is not None and key.startswith(self.call.key + SEPARATOR):
                 call.task.cancel()
-
-    def context(self) -> WorkflowStepContext:
-        """What its callback gets."""
-        info = WorkflowStepInfo(self.call.name, self.call.count)
-        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
 
 
 def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
@@ -3803,7 +3845,7 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
     timers = getattr(loop, "_scheduled", None)
     if timers is None:
         return None
-    return {timer._context.get(_life) for timer in timers if not timer.cancelled()}
+    return {timer._context.get(_scope) for timer in timers if not timer.cancelled()}
 
 
 # ==================================================================================================
@@ -3925,7 +3967,41 @@ class Workflow:
             for _, id in page:
                 if id is not None:
                     yield WorkflowInstance(self, id)
-            before, left = (page[-1][0], left - len(page)) if page else (0, 0)
+            before = page[-1][0] if page else 0
+            left = left - len(page) if page else 0
+
+    async def replay(self, id: str) -> WorkflowReplay:
+        """Whether an instance would go on as recorded, with the class that this process has bound:
+        calls `run` with what is recorded, up to where it would do something new. No callback runs,
+        and nothing is written, so that this is safe beside the process that runs the instance.
+
+        Error: `instance.not_found`."""
+        loaded = await self.engine.call(load_for_replay, self.name, id)
+        inst = loaded.instance
+        has_failed = inst.status == "errored" or (
+            inst.rollback is not None and not inst.termination
+        )
+        return await ReplayRun(self.engine, self, loaded).report(has_failed)
+
+    async def replay_all(self) -> collections.abc.AsyncGenerator[WorkflowReplay, None]:
+        """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
+        for status in (*LIVE, "paused"):
+            page: Ids = []
+            async for instance in self.list(status):
+                page.append(instance.id)
+                if len(page) == 100:
+                    for report in await self._replay(page):
+                        yield report
+                    page = []
+            for report in await self._replay(page):
+                yield report
+
+    async def _replay(self, ids: Ids) -> Sequence[WorkflowReplay]:
+        found = await asyncio.gather(*map(self.replay, ids), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, WorkflowError):
+                raise error  # one that was deleted meanwhile is left out
+        return [report for report in found if isinstance(report, WorkflowReplay)]
 
     async def delete_batch(self, ids: Iterable[str]) -> Deleted:
         """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
@@ -4072,7 +4148,8 @@ def create_instances(
     for _, params, *_ in entries:
         check_state(tx, 0, size_of(params), refusal)
     taken = {*tx.find(workflow, [entry[0] for entry in entries])}
-    tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
+    if trigger != "cron":  # nobody would hear of the refusal
+        tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
     made = []
     for id, params, success, error in entries:
         if id not in taken:
@@ -4141,7 +4218,7 @@ class WorkflowInstance:
         name, told = self.workflow.name, History(self.id)
         inst, rows = await self.workflow.engine.call(read_journal, name, self.id, 0, 0)
         if inst is None:
-            raise _not_found(name, self.id)
+            raise not_found(name, self.id)
         return [event for row in rows for event in told.events(row)]
 
     async def pause(self) -> None:
@@ -4203,7 +4280,7 @@ class WorkflowInstance:
                 ended = engine.watchers.watch(key)
                 present, status, data, *_ = await self._call(read_status)
                 if present != key:  # deleted, and its id is used again
-                    raise _not_found(self.workflow.name, self.id)
+                    raise not_found(self.workflow.name, self.id)
                 if status not in FINISHED and late.done():
                     raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
@@ -4240,7 +4317,7 @@ class WorkflowInstance:
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
                 if inst is None or key not in (None, inst.key):
-                    raise _not_found(self.workflow.name, self.id)
+                    raise not_found(self.workflow.name, self.id)
                 key = inst.key
                 for row in rows:
                     for event in history.events(row):
@@ -4288,7 +4365,7 @@ class WorkflowSubscription:
         await self._events.aclose()
 
 
-def _not_found(workflow: str, id: str) -> WorkflowError:
+def not_found(workflow: str, id: str) -> WorkflowError:
     # Cloudflare's Python SDK passes on nothing but the text.
     what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
     return refusal("instance.not_found", what)
@@ -4298,7 +4375,7 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     """Carries out one of the operations below on the instance with that id."""
     inst = tx.find(workflow, [id]).get(id)
     if inst is None:
-        raise _not_found(workflow, id)
+        raise not_found(workflow, id)
     return operation(tx, inst, *args)
 
 
@@ -4322,7 +4399,7 @@ def read_journal(
     if inst is None:
         return None, []
     rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
-    return copy.copy(inst), rows  # as it is at this point of the transaction
+    return inst.as_of_now(), rows
 
 
 def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
@@ -4450,14 +4527,35 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Looking without touching: a life that only replays `run`. What is recorded it hears again; what it
+# would do beyond that never begins.
+
+
+class PassiveRun(Run):
+    """A life in which no callback runs, and which writes nothing."""
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Nothing begins: the call stays pending."""
+
+    def _on_cancellation(self, call: StepCall) -> None:
+        """Nothing is recorded."""
+
+    def conclude(self, result: Any) -> None:
+        """Nothing is recorded."""
+
+    def _is_idle(self) -> bool:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
 # Rollback: what steps have done is undone, the last step first, by the handlers that they were
 # given, when an error leaves `run` or somebody terminates the instance like that.
 #
 # A row says that it has begun, and the instance's generation is raised: so the run that was there
 # writes nothing more, and what follows are lives of another kind. One that undoes needs handlers,
-# which are functions and can't be stored. The life before it, in the same process, has met them all;
-# after the death of a process, a life that only searches comes first: it replays `run`, and no call
-# begins anything new.
+# which are functions and can't be stored. The life before it, in the same process, has met them
+# all; after the death of a process, a life that only searches comes first: it replays `run`, and no
+# call begins anything new.
 #
 # developers.cloudflare.com/workflows/build/rollback/
 
@@ -4517,9 +4615,9 @@ def next_life(engine: Engine, workflow: Workflow, loaded: Loaded, previous: Run 
     return run
 
 
-class SearchRun(Run):
-    """A life that only replays `run`, to find rollback handlers: until it has found them all, `run`
-    has ended, or nothing has happened for a while."""
+class SearchRun(PassiveRun):
+    """A life that looks for rollback handlers: until it has found them all, `run` has ended, or
+    nothing has happened for a while."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
@@ -4544,17 +4642,8 @@ class SearchRun(Run):
         if self._wanted <= self.handlers.keys():
             self.unload()
 
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
+    def conclude(self, result: Any) -> None:
         self.unload()
-
-    async def carry_out(self, call: StepCall) -> None:
-        """Nothing begins here: the call stays pending."""
-
-    def _on_cancellation(self, call: StepCall) -> None:
-        """Nothing is recorded here."""
-
-    def _is_idle(self) -> bool:
-        return False
 
 
 class UndoRun(Run):
@@ -4605,6 +4694,90 @@ def plan_undo(call: UndoCall) -> DoPlan:
     info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
     return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay reports: would an instance go on as recorded, with the code of now? `run` is replayed, as
+# at the beginning of a life, until it would do something new. Nothing is written and no callback
+# runs.
+
+SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
+
+
+class WorkflowReplay(_Record):
+    """What a replay has found: the recorded steps that `run` has `reached`, and those that it has
+    not (`unreached`); the `new` steps that it would begin, and which of these it called while there
+    were unreached ones (`early`); what it came to (`outcome`: "waiting", "complete" or "errored"),
+    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has failed only
+    if it had failed before."""
+
+    instance_id: str
+    reached: list[str]
+    unreached: list[str]
+    new: list[str]
+    early: list[str]
+    outcome: str
+    error: dict[str, str] | None
+    safe: bool
+
+
+class ReplayRun(PassiveRun):
+    """A life that only looks. The engine knows nothing of it."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.status = "running"
+        self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
+        self._reached: list[str] = []
+        self._new: list[str] = []
+        self._early: list[str] = []
+        self._moved = self.loop.time()
+
+    def _note(self, call: StepCall) -> None:
+        super()._note(call)
+        self._moved = self.loop.time()
+        label = step_label(call.key)
+        if call.key in self._unreached:
+            del self._unreached[call.key]
+            self._reached.append(label)
+        else:
+            self._new.append(label)
+            self._early += [label] if self._unreached else []
+
+    async def report(self, has_failed: bool) -> WorkflowReplay:
+        """Replays `run`, as far as it comes by itself."""
+        self.begin()
+        while not self.task.done() and self.loop.time() < self._moved + self._patience():
+            await asyncio.sleep(0.005)
+        outcome, error = "waiting", None
+        if self.task.done():
+            result: Any = None if self.task.cancelled() else self.task.result()
+            outcome = "errored" if isinstance(result, BaseException) else "complete"
+            error = brief(json.loads(encode_error(result))) if outcome == "errored" else None
+        elif not self.active:
+            what = f"run awaits something of its own; given up after {SILENCE:.0f} s"
+            error = {"name": "WorkflowTimeoutError", "message": what}
+        self.unload()
+        await asyncio.shield(self.ended)
+        unreached = [step_label(key) for key in self._unreached]
+        safe = not (unreached or self._early or (outcome == "errored" and not has_failed))
+        found = (self._reached, unreached, self._new, self._early)
+        return WorkflowReplay(self.id, *found, outcome, error, safe)
+
+    def _patience(self) -> float:
+        """How long without a step call it may be, in seconds: not long if it waits for a step."""
+        timers = tokens_with_timers(self.loop) or ()
+        if not self.active or self.token in timers:
+            return SILENCE
+        return 0.1 if self._unreached else 0.02
+
+
+def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
+    """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
+    for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
+        if not inst.is_over(tx.now):
+            return Loaded(inst.as_of_now(), tx.journal(inst))
+    raise not_found(workflow, id)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4721,8 +4894,8 @@ def usage_of(totals: list[Any]) -> Usage:
 
 # --------------------------------------------------------------------------------------------------
 # Cloudflare's Python dialect: the decorator form of `step.do`, and the package `workers`, which a
-# workflow written for Cloudflare's SDK imports. The code of that SDK (`workers-runtime-sdk` on PyPI)
-# decides what is right here.
+# workflow written for Cloudflare's SDK imports. The code of that SDK (on PyPI:
+# `workers-runtime-sdk`) decides what is right here.
 #
 # developers.cloudflare.com/workflows/python/
 
@@ -4935,7 +5108,7 @@ class _Inert(type):
         return cls
 
     def __call__(cls, *args: Any, **named: Any) -> Any:
-        if _attempt.get() is not None or _life.get() is not None:
+        if _scope.get() is not None:
             what = f"`{cls.__name__}` of the package `workers` has no meaning here"
             raise fatal("workflow.fatal", f"{what}: it belongs to Cloudflare's runtime")
         users = cls.__base__ is not _Placeholder
@@ -5283,7 +5456,7 @@ class ManualClock(Clock):
     async def advance(self, duration: Duration) -> None:
         """Moves the time on; returns when nothing more happens by itself."""
         ms = parse_duration(duration)
-        if _attempt.get() is not None:
+        if current_attempt() is not None:
             raise RuntimeError("advance() inside a step's callback would wait for itself")
         async with self._lock:
             target = self._now + ms
@@ -5339,8 +5512,8 @@ WorkflowIntrospector.modifyAll = WorkflowIntrospector.modify  # type: ignore[att
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: the times at which a workflow begins by itself, as cron expressions. This part only
-# computes: it reads no clock and starts nothing.
+# Schedules: the times at which a workflow begins by itself, as cron expressions. Each time fires
+# once: the instance and the next time of the schedule are stored in one transaction of the owner.
 
 # Of each field: what it is called, its least and its greatest number, and names for its numbers.
 _CRON_FIELDS = (
@@ -5438,6 +5611,40 @@ def read_schedules(given: str | Iterable[str]) -> tuple[Cron, ...]:
         raise TypeError(f"{show(given)} is not a cron expression, and no list of these")
     crons = [Cron(text) for text in ([given] if isinstance(given, str) else given)]
     return tuple({cron.text: cron for cron in crons}.values())
+
+
+def keep_schedules(tx: Transaction, key: int, workflow: Workflow) -> None:
+    """Stores when each schedule of a workflow comes next, and forgets those that are bound no more.
+    A time that has passed was missed. (One beyond the next is of a clock that was set back.)"""
+    known = dict(tx.db.rows("SELECT cron, next FROM schedules WHERE workflow = ?", key))
+    tx.db.execute("DELETE FROM schedules WHERE workflow = ?", (key,))
+    for cron in workflow.schedules:
+        comes = cron.next(tx.now)
+        comes = min(comes, known.get(cron.text, comes))
+        tx.db.execute("INSERT INTO schedules VALUES (?, ?, ?)", (key, cron.text, comes))
+
+
+def fire_schedules(tx: Transaction) -> list[int]:
+    """Creates an instance for each schedule whose time has come, in the transaction that stores its
+    next time; returns these. Of the times that were missed it makes up for the last."""
+    next_times = []
+    for key, workflow in tx.scheduler.bound.items():
+        for cron in workflow.schedules:
+            where = "WHERE workflow = ? AND cron = ?"
+            (due,) = tx.db.one(f"SELECT next FROM schedules {where}", key, cron.text)
+            if due <= tx.now:
+                at, due = cron.last(tx.now), cron.next(tx.now)
+                tx.db.execute(f"UPDATE schedules SET next = ? {where}", (due, key, cron.text))
+                entry = (f"{cron.text}-{at}", "{}", *workflow.retention)
+                create_instances(tx, workflow.name, [entry], "cron")
+            next_times.append(due)
+    return next_times
+
+
+def schedule_of(inst: Instance) -> WorkflowSchedule | None:
+    """What an instance was scheduled for: its id says so, which begins with the expression."""
+    cron, _, at = (inst.id or "").rpartition("-")
+    return WorkflowSchedule(cron, int(at)) if " " in cron else None
 
 
 # --------------------------------------------------------------------------------------------------
