@@ -10308,6 +10308,33 @@ class Readme(unittest.TestCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Nothing is lost: what crashes, broken disks, wrong clocks and stubborn callers do to an instance.
+
+
+class SaidTwice(Undoing):
+    """A caller whose process dies does not know whether its call was stored, and says it again."""
+
+    async def test_terminate_with_rollback_said_twice_lets_the_rollback_go_on(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value, rollback=self.undo("a"))
+            await step.do("b", value, rollback=lambda info: gate.wait())
+            await step.sleep("nap", "1 day")
+
+        gate = asyncio.Event()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            self.assertEqual((await instance.status()).status, "running")
+            gate.set()
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "terminated")
+        self.assertEqual(self.log, ["undo a"])
+
+
+# --------------------------------------------------------------------------------------------------
 # The figures: `python3 test_workflows.py bench [--quick]`. Each is measured several times, and what
 # SQLite itself can do (single-row commits, as durable as the engine's) right before and right after
 # each time, on the same disk: a machine is not equally fast all the time. What counts is the ratio.

@@ -4278,8 +4278,8 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     if inst.status in FINISHED:
         what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
         raise refusal("instance.cannot_terminate", what)
-    if rollback and inst.rollback == "begun" and inst.termination is None:
-        tx.change(inst, termination=source)  # the one that is under way will do
+    if rollback and inst.rollback == "begun":  # the one that is under way will do
+        tx.change(inst, termination=inst.termination or source)
         return
     if rollback:
         message = f"instance {inst.id!r} was terminated"
