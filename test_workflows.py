@@ -4251,7 +4251,7 @@ class Storage(Real):
             except WorkflowInternalError as error: say(error)
             """
         )
-        self.assertRegex(child.end()[0], "readonly")
+        self.assertRegex(child.end()[0], "read-only")
 
     async def _make(self, **options: Any) -> None:
         async with self.engine() as engine:
@@ -10332,6 +10332,40 @@ class SaidTwice(Undoing):
             await self.clock.settle()
             self.assertEqual((await instance.status()).status, "terminated")
         self.assertEqual(self.log, ["undo a"])
+
+
+class Files(Real):
+    """What happens to the files while an engine uses them, and before."""
+
+    def test_a_read_only_file_is_refused_on_entering_and_nothing_is_left_beside_it(self) -> None:
+        for name in ("test.db", "test.db-owner"):
+            with self.subTest(name):
+                asyncio.run(self.make())
+                Path(self.path + "-owner").touch()
+                for path in self.folder.iterdir():
+                    path.chmod(0o444 if path.name == name else 0o666)
+                self.folder.chmod(0o777)
+                before = sorted(os.listdir(self.folder))
+                child = self.child(
+                    """
+                    async def main():
+                        async with Engine(PATH) as engine: say("entered")
+                    if os.getuid() == 0: os.setuid(65534)
+                    try: asyncio.run(main())
+                    except WorkflowInternalError as error: say(error)
+                    """
+                )
+                self.assertEqual(child.end()[0], f"{self.path}: {name} is read-only")
+                self.assertEqual(sorted(os.listdir(self.folder)), before)
+
+    async def make(self) -> None:
+        async with self.engine() as engine:
+            engine.bind(workflow(one_event))
+
+    async def test_a_directory_says_that_it_is_one(self) -> None:
+        with self.assertRaisesRegex(WorkflowInternalError, "is a directory"):
+            await Engine(self.folder).__aenter__()
+        self.assertEqual(os.listdir(self.folder), [])
 
 
 # --------------------------------------------------------------------------------------------------

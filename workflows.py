@@ -436,7 +436,7 @@ CREATE TABLE usage (
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
-WAL_PAGES = 1000  # from so many on, the log is written back into the database
+SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
 
 
 class Database:
@@ -454,7 +454,7 @@ class Database:
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         on_disk = self.path != ":memory:"
         if on_disk:
-            _refuse_foreign_file(self.path)
+            _refuse_what_is_not_ours(self.path)
         paths = [self.path, self.path + "-owner" if on_disk else self.path]
         self._db, self._lock = (
             sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -540,10 +540,15 @@ class Database:
                 raise WorkflowInternalError(f"{path} was removed or replaced")
 
 
-def _refuse_foreign_file(path: str) -> None:
-    """Refuses a file that isn't ours, before any lock or side file is made. It is read through
-    SQLite, because closing a plain file would drop the locks that another engine of this process
-    holds on it."""
+def _refuse_what_is_not_ours(path: str) -> None:
+    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made. It
+    is read through SQLite, because closing a plain file would drop the locks that another engine of
+    this process holds on it."""
+    if os.path.isdir(path):
+        raise WorkflowInternalError("is a directory")
+    for each in [path + side for side in ("", *SIDES)]:
+        if os.path.exists(each) and not os.access(each, os.W_OK):
+            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return
     uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
