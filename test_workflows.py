@@ -10337,6 +10337,59 @@ class SaidTwice(Undoing):
 class Files(Real):
     """What happens to the files while an engine uses them, and before."""
 
+    async def damage(self, harm: Callable[[str], None], seen: str | None) -> None:
+        """An engine on a file of its own sees the harm within about a second; or nothing, because
+        there is none."""
+        path = str(self.folder / f"{harm.__name__}.db")
+        async with Engine(path) as engine:
+            bound = engine.bind(workflow(one_event))
+            instance, _ = await bound.create_batch([{"id": "i"}, {"params": "x" * 100_000}])
+            await reach(instance, "waiting")
+            await asyncio.sleep(1.1)  # it has seen how large the files are
+            harm(path)
+            if seen is None:
+                await asyncio.sleep(1.2)
+                await instance.send_event(type="t", payload=5)
+                self.assertEqual(await instance.result("2 seconds"), 5)
+            else:
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await instance.result("1.6 seconds")
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await bound.create()
+    async def test_what_is_done_to_a_file_in_use_is_noticed_within_about_a_second(self) -> None:
+        def ask(path: str, *questions: str) -> None:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+                for question in questions:
+                    db.execute(question).fetchall()
+
+        def cut_the_file(path: str) -> None:
+            ask(path, "PRAGMA wal_checkpoint(PASSIVE)")
+            os.truncate(path, 8192)
+
+        def empty_the_file(path: str) -> None:
+            ask(path, "PRAGMA wal_checkpoint(PASSIVE)")
+            os.truncate(path, 0)
+
+        def cut_the_log(path: str) -> None:
+            os.truncate(path + "-wal", os.path.getsize(path + "-wal") // 2)
+
+        def lose_the_log(path: str) -> None:
+            os.remove(path + "-wal")
+
+        def lose_the_index(path: str) -> None:
+            os.remove(path + "-shm")
+
+        def use_it_well(path: str) -> None:
+            """What other programs may do, by way of SQLite, although it makes files shorter."""
+            ask(path, "DELETE FROM journal WHERE instance = 2", "PRAGMA wal_checkpoint(TRUNCATE)")
+            ask(path, "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
+
+        gone, cut = "removed or replaced", "truncated"
+        harms = {cut_the_file: cut, empty_the_file: cut, cut_the_log: cut, lose_the_log: gone}
+        harms |= {lose_the_index: gone, use_it_well: None}
+        with self.assertLogs("workflows", logging.CRITICAL):
+            await asyncio.gather(*(self.damage(harm, seen) for harm, seen in harms.items()))
+
     def test_a_read_only_file_is_refused_on_entering_and_nothing_is_left_beside_it(self) -> None:
         for name in ("test.db", "test.db-owner"):
             with self.subTest(name):

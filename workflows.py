@@ -475,7 +475,9 @@ class Database:
         if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
         if on_disk:
-            self._files = {path: os.stat(path) for path in paths}
+            self.others_wrote()  # the first question makes the log
+            files = [self.path + side for side in ("", *SIDES)]
+            self._files = {path: os.stat(path) for path in files}
 
     def close(self) -> None:
         """Closes the file, and lets go of the lock."""
@@ -533,11 +535,26 @@ class Database:
         return self._version != before
 
     def check_files(self) -> None:
-        """SQLite goes on writing into a file that was removed or replaced, where nobody would ever
-        read it: that is a failure of storage."""
+        """SQLite goes on writing into a file that was removed, replaced or cut short, where nobody
+        would ever read it: that is a failure of storage."""
+        shorter = False
         for path, was in self._files.items():
-            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
+            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
                 raise WorkflowInternalError(f"{path} was removed or replaced")
+            shorter = shorter or is_now.st_size < was.st_size
+            self._files[path] = is_now
+        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
+            raise WorkflowInternalError("the file, or its log beside it, was truncated")
+
+    def _is_whole(self) -> bool:
+        """Whether every page is there, for one who has seen none of them yet."""
+        if os.path.getsize(self.path) == 0:  # SQLite would now delete the log
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self.path)) as db:
+                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
 
 
 def _refuse_what_is_not_ours(path: str) -> None:
