@@ -10390,6 +10390,20 @@ class Files(Real):
         with self.assertLogs("workflows", logging.CRITICAL):
             await asyncio.gather(*(self.damage(harm, seen) for harm, seen in harms.items()))
 
+    async def test_a_long_log_is_cut_off_when_its_last_reader_is_gone(self) -> None:
+        size = functools.partial(os.path.getsize, self.path + "-wal")
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            with contextlib.closing(sqlite3.connect(self.path)) as reader:
+                reader.execute("BEGIN")
+                reader.execute("SELECT * FROM instances").fetchall()
+                for _ in range(3):
+                    await bound.create_batch([{"params": "x" * 100_000}] * 80)
+                self.assertGreater(size(), 24_000_000)
+            for _ in range(3):
+                await bound.create_batch([{"params": "x" * 100_000}] * 50)
+            self.assertLess(size(), 18_000_000)
+
     def test_a_read_only_file_is_refused_on_entering_and_nothing_is_left_beside_it(self) -> None:
         for name in ("test.db", "test.db-owner"):
             with self.subTest(name):

@@ -437,6 +437,7 @@ CREATE TABLE usage (
 )
 SCHEMA_VERSION = len(_SCHEMA)
 SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
+LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
 
 
 class Database:
@@ -475,6 +476,7 @@ class Database:
         if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
         if on_disk:
+            self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
             self.others_wrote()  # the first question makes the log
             files = [self.path + side for side in ("", *SIDES)]
             self._files = {path: os.stat(path) for path in files}
@@ -541,7 +543,8 @@ class Database:
         for path, was in self._files.items():
             if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
                 raise WorkflowInternalError(f"{path} was removed or replaced")
-            shorter = shorter or is_now.st_size < was.st_size
+            ours = LONG_LOG if path.endswith("-wal") else math.inf
+            shorter = shorter or is_now.st_size < min(was.st_size, ours)
             self._files[path] = is_now
         if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
             raise WorkflowInternalError("the file, or its log beside it, was truncated")
