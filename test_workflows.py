@@ -4465,7 +4465,7 @@ class Storage(Real):
             except WorkflowInternalError as error: say(error)
             """
         )
-        self.assertRegex(child.end()[0], "readonly")
+        self.assertRegex(child.end()[0], "read-only")
 
     async def _make(self, **options: Any) -> None:
         async with self.engine() as engine:
@@ -11029,6 +11029,262 @@ class Readme(unittest.TestCase):
         for link in re.findall(r"\]\(#([^)]*)\)", self.text):
             with self.subTest(link):
                 self.assertIn(link, anchors)
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing is lost: what crashes, broken disks, wrong clocks and stubborn callers do to an instance.
+
+
+class SaidTwice(Undoing):
+    """A caller whose process dies does not know whether its call was stored, and says it again."""
+
+    async def test_terminate_with_rollback_said_twice_lets_the_rollback_go_on(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value, rollback=self.undo("a"))
+            await step.do("b", value, rollback=lambda info: gate.wait())
+            await step.sleep("nap", "1 day")
+
+        gate = asyncio.Event()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            self.assertEqual((await instance.status()).status, "running")
+            gate.set()
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).status, "terminated")
+        self.assertEqual(self.log, ["undo a"])
+
+
+class Files(Real):
+    """What happens to the files while an engine uses them, and before."""
+
+    async def damage(self, harm: Callable[[str], None], seen: str | None) -> None:
+        """An engine on a file of its own sees the harm within about a second; or nothing, because
+        there is none."""
+        path = str(self.folder / f"{harm.__name__}.db")
+        async with Engine(path) as engine:
+            bound = engine.bind(workflow(one_event))
+            instance, _ = await bound.create_batch([{"id": "i"}, {"params": "x" * 100_000}])
+            await reach(instance, "waiting")
+            await asyncio.sleep(1.1)  # it has seen how large the files are
+            harm(path)
+            if seen is None:
+                await asyncio.sleep(1.2)
+                await instance.send_event(type="t", payload=5)
+                self.assertEqual(await instance.result("2 seconds"), 5)
+            else:
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await instance.result("1.6 seconds")
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await bound.create()
+
+    async def test_what_is_done_to_a_file_in_use_is_noticed_within_about_a_second(self) -> None:
+        def ask(path: str, *questions: str) -> None:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+                for question in questions:
+                    db.execute(question).fetchall()
+
+        def cut_the_file(path: str) -> None:
+            ask(path, "PRAGMA wal_checkpoint(PASSIVE)")
+            os.truncate(path, 8192)
+
+        def empty_the_file(path: str) -> None:
+            ask(path, "PRAGMA wal_checkpoint(PASSIVE)")
+            os.truncate(path, 0)
+
+        def cut_the_log(path: str) -> None:
+            os.truncate(path + "-wal", os.path.getsize(path + "-wal") // 2)
+
+        def lose_the_log(path: str) -> None:
+            os.remove(path + "-wal")
+
+        def lose_the_index(path: str) -> None:
+            os.remove(path + "-shm")
+
+        def use_it_well(path: str) -> None:
+            """What other programs may do, by way of SQLite, although it makes files shorter."""
+            ask(path, "DELETE FROM journal WHERE instance = 2", "PRAGMA wal_checkpoint(TRUNCATE)")
+            ask(path, "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
+
+        gone, cut = "removed or replaced", "truncated"
+        harms = {cut_the_file: cut, empty_the_file: cut, cut_the_log: cut, lose_the_log: gone}
+        harms |= {lose_the_index: gone, use_it_well: None}
+        with self.assertLogs("workflows", logging.CRITICAL):
+            await asyncio.gather(*(self.damage(harm, seen) for harm, seen in harms.items()))
+
+    async def test_a_long_log_is_cut_off_when_its_last_reader_is_gone(self) -> None:
+        size = functools.partial(os.path.getsize, self.path + "-wal")
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            with contextlib.closing(sqlite3.connect(self.path)) as reader:
+                reader.execute("BEGIN")
+                reader.execute("SELECT * FROM instances").fetchall()
+                for _ in range(3):
+                    await bound.create_batch([{"params": "x" * 100_000}] * 80)
+                self.assertGreater(size(), 24_000_000)
+            for _ in range(3):
+                await bound.create_batch([{"params": "x" * 100_000}] * 50)
+            self.assertLess(size(), 18_000_000)
+
+    def test_a_read_only_file_is_refused_on_entering_and_nothing_is_left_beside_it(self) -> None:
+        for name in ("test.db", "test.db-owner"):
+            with self.subTest(name):
+                asyncio.run(self.make())
+                Path(self.path + "-owner").touch()
+                for path in self.folder.iterdir():
+                    path.chmod(0o444 if path.name == name else 0o666)
+                self.folder.chmod(0o777)
+                before = sorted(os.listdir(self.folder))
+                child = self.child(
+                    """
+                    async def main():
+                        async with Engine(PATH) as engine: say("entered")
+                    if os.getuid() == 0: os.setuid(65534)
+                    try: asyncio.run(main())
+                    except WorkflowInternalError as error: say(error)
+                    """
+                )
+                self.assertEqual(child.end()[0], f"{self.path}: {name} is read-only")
+                self.assertEqual(sorted(os.listdir(self.folder)), before)
+
+    async def make(self) -> None:
+        async with self.engine() as engine:
+            engine.bind(workflow(one_event))
+
+    async def test_a_directory_says_that_it_is_one(self) -> None:
+        with self.assertRaisesRegex(WorkflowInternalError, "is a directory"):
+            await Engine(self.folder).__aenter__()
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+class Damaged(Undoing):
+    """A part of a stored text is lost, on a page where SQLite can't see it."""
+
+    RECORDS = {
+        "its params": ("data", "type = 'queued'"),
+        "step 'first-1': its result": ("data", "step LIKE '%first%'"),
+        "step 'fails-1': its error": ("data", "step LIKE '%fails%'"),
+        "step 'w-1': its event": ("data", "type = 'event'"),
+        "step 'last-1': its configuration": ("extra", "step LIKE '%last%' AND attempt = 1"),
+    }
+    LOST = {"zeros": "substr({0}, 1, 2) || char(0, 0)", "no text": "CAST(x'22ff22' AS TEXT)"}
+    REPAIR = """UPDATE journal SET (data, extra) = (SELECT data, extra FROM kept
+        WHERE kept.instance = journal.instance AND kept.seq = journal.seq)"""
+
+    async def program(self, event: Any, step: Any) -> Any:
+        async def last() -> str:
+            if self.fails:
+                raise ValueError
+            return "done"
+
+        got = [event.payload, await step.do("first", returns("x" * 9))]
+        got.append(str(await caught(step.do("fails", ONCE, raises(ValueError("fails"))))))
+        got.append((await step.wait_for_event("w", "t")).payload)
+        config = {"retries": {"delay": "1 hour"}}
+        return [*got, await step.do("last", config, last, rollback=self.undo("last"))]
+
+    async def prepare(self) -> Any:
+        """Two instances wait for their last attempt."""
+        self.setUp()
+        self.fails = True
+        made = workflow(self.program)
+        async with self.engine() as engine:
+            batch = [{"id": id, "params": "params"} for id in "ab"]
+            for instance in await engine.bind(made).create_batch(batch):
+                await instance.send_event(type="t", payload="event")
+            await self.clock.advance("1 minute")
+        self.fails = False
+        self.change("CREATE TABLE kept AS SELECT * FROM journal")
+        return made
+
+    def change(self, sql: str) -> None:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute(sql)
+            db.commit()
+
+    def lose(self, column: str, where: str, how: str = "zeros") -> None:
+        lost = self.LOST[how].format(column)
+        self.change(f"UPDATE journal SET {column} = {lost} WHERE instance = 1 AND {where}")
+
+    async def test_it_stops_its_instance_where_it_is_and_no_other(self) -> None:
+        for (record, where), how in itertools.product(self.RECORDS.items(), self.LOST):
+            with self.subTest(record, how=how):
+                made = await self.prepare()
+                self.lose(*where, how)
+                with self.assertLogs("workflows", logging.CRITICAL) as logs:
+                    async with self.engine() as engine:
+                        bad, good = [await engine.bind(made).get("a"), engine.env.TEST]
+                        waiting = asyncio.create_task(bad.result())
+                        self.assertEqual((await self.finish(await good.get("b")))[-1], "done")
+                        with self.assertRaises(WorkflowInternalError) as told:
+                            await waiting
+                        self.assertEqual((await bad.status()).status, "running")
+                what = f"test a: {record} can't" if how == "zeros" else "test a: a row of instance"
+                self.assertIn(what, str(told.exception))
+                self.assertIn(str(told.exception), logs.output[0])
+                self.change(self.REPAIR)
+                async with self.engine() as engine:
+                    result = await self.finish(await engine.bind(made).get("a"))
+                    self.assertEqual(result, ["params", "x" * 9, "fails", "event", "done"])
+
+    async def test_a_rollback_stops_too_and_nothing_counts_as_failed(self) -> None:
+        for record, (column, where) in self.RECORDS.items():
+            with self.subTest(record):
+                made = await self.prepare()
+                async with self.engine() as client:
+                    workflow = await client.workflow("test")
+                    if "configuration" not in record:  # without that, it would not begin
+                        await (await workflow.get("a")).terminate(rollback=True)
+                    self.change("DELETE FROM kept")
+                    self.change("INSERT INTO kept SELECT * FROM journal")
+                    self.lose(column, where)
+                    if "configuration" in record:
+                        with self.assertRaisesRegex(WorkflowInternalError, record):
+                            await (await workflow.get("a")).terminate(rollback=True)
+                with self.assertLogs("workflows", logging.CRITICAL):
+                    async with self.engine() as engine:
+                        instance = await engine.bind(made).get("a")
+                        await self.clock.advance("1 hour")
+                        self.assertEqual((await instance.status()).status, "running")
+                self.change(self.REPAIR)
+                async with self.engine() as engine:
+                    instance = await engine.bind(made).get("a")
+                    if "configuration" in record:
+                        self.fails = True
+                        await instance.terminate(rollback=True)
+                    await self.clock.settle()
+                    self.assertEqual((await instance.status()).status, "terminated")
+                self.assertEqual(self.log, ["undo last"])
+
+    async def test_who_asks_for_it_is_told_the_instance_and_the_row(self) -> None:
+        made = await self.prepare()
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(made).get("a"))
+        self.lose("data", "type = 'complete'")
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("a")
+            for call in (instance.status, instance.result, instance.history):
+                with self.assertRaisesRegex(WorkflowInternalError, "a.* can't be read") as told:
+                    await call()
+            self.assertRegex(str(told.exception), "'a': row [0-9]+ can't")
+
+    async def test_memory_that_is_short_while_a_result_is_encoded_fails_the_attempt(self) -> None:
+        results: list[Any] = ["too long", "short"]
+
+        def encode(value: Any, *more: Any) -> Any:
+            if value == "too long":
+                raise MemoryError
+            return encode_well(value, *more)
+
+        async def run(event: Any, step: Any) -> Any:
+            return await step.do("s", constant(1), lambda: value(results.pop(0)))
+
+        encode_well = workflows.encode
+        with unittest.mock.patch.object(workflows, "encode", encode):
+            self.assertEqual(await self.outcome(run), "short")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -210,6 +210,11 @@ class WorkflowInternalError(WorkflowError):
     code = "workflow.internal"
 
 
+class Unreadable(WorkflowInternalError):
+    """A stored record was damaged on the disk, where SQLite could not see it. Its instance stops
+    where it is, and nothing becomes an error by it."""
+
+
 Refuse = Callable[[str, str], WorkflowError]  # makes an error of a code and a message
 
 
@@ -472,7 +477,8 @@ CREATE TABLE usage (
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
-WAL_PAGES = 1000  # from so many on, the log is written back into the database
+SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
+LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
 
 
 class Database:
@@ -492,7 +498,7 @@ class Database:
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         on_disk = self.path != ":memory:"
         if on_disk:
-            _refuse_foreign_file(self.path)
+            _refuse_what_is_not_ours(self.path)
         paths = [self.path, self.path + "-owner" if on_disk else self.path]
         self._db, self._lock = (
             sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -513,7 +519,10 @@ class Database:
         if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
         if on_disk:
-            self._files = {path: os.stat(path) for path in paths}
+            self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
+            self.others_wrote()  # the first question makes the log
+            files = [self.path + side for side in ("", *SIDES)]
+            self._files = {path: os.stat(path) for path in files}
 
     def close(self) -> None:
         """Closes the file, and lets go of the lock."""
@@ -574,17 +583,38 @@ class Database:
         return self._version != before
 
     def check_files(self) -> None:
-        """SQLite goes on writing into a file that was removed or replaced, where nobody would ever
-        read it: that is a failure of storage."""
+        """SQLite goes on writing into a file that was removed, replaced or cut short, where nobody
+        would ever read it: that is a failure of storage."""
+        shorter = False
         for path, was in self._files.items():
-            if not (os.path.exists(path) and os.path.samestat(os.stat(path), was)):
+            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
                 raise WorkflowInternalError(f"{path} was removed or replaced")
+            ours = LONG_LOG if path.endswith("-wal") else math.inf
+            shorter = shorter or is_now.st_size < min(was.st_size, ours)
+            self._files[path] = is_now
+        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
+            raise WorkflowInternalError("the file, or its log beside it, was truncated")
+
+    def _is_whole(self) -> bool:
+        """Whether every page is there, for one who has seen none of them yet."""
+        if os.path.getsize(self.path) == 0:  # SQLite would now delete the log
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self.path)) as db:
+                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
 
 
-def _refuse_foreign_file(path: str) -> None:
-    """Refuses a file that isn't ours, before any lock or side file is made. It is read through
-    SQLite, because closing a plain file would drop the locks that another engine of this process
-    holds on it."""
+def _refuse_what_is_not_ours(path: str) -> None:
+    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made.
+    It is read through SQLite, because closing a plain file would drop the locks that another engine
+    of this process holds on it."""
+    if os.path.isdir(path):
+        raise WorkflowInternalError("is a directory")
+    for each in [path + side for side in ("", *SIDES)]:
+        if os.path.exists(each) and not os.access(each, os.W_OK):
+            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return
     uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
@@ -762,7 +792,12 @@ class Transaction:
         """The rows of an instance's journal, in order."""
         self.write()
         sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
-        return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
+        try:
+            return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
+        except sqlite3.OperationalError as error:
+            if hasattr(error, "sqlite_errorcode"):
+                raise
+            raise Unreadable(f"a row of instance {inst.id!r}: {error}") from None  # it's no UTF-8
 
     def next_number(self) -> int:
         """Keys and places in the queue are numbers of one sequence, and never given twice."""
@@ -1023,9 +1058,9 @@ class Writer:
         for operation, args, then in batch:
             try:
                 results.append((then, operation(tx, *args), None))
-            except WorkflowInternalError:
-                raise
             except WorkflowError as refused:
+                if type(refused) is WorkflowInternalError:
+                    raise
                 results.append((then, None, refused))
         self.scheduler.run(tx)
         count_usage(tx)
@@ -1495,6 +1530,7 @@ class Loaded(NamedTuple):
 
     instance: Instance
     rows: list[Row]
+    damage: Unreadable | None = None  # why there are no rows
 
 
 class Life:
@@ -1582,7 +1618,9 @@ class Run(Life):
     """One life of one instance: replays `run`, goes on, and records what happens."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
-        inst, rows = loaded
+        inst, rows, damage = loaded
+        if damage is not None:
+            raise damage
         super().__init__(engine, workflow, inst)
         self.careful = bool(inst.careful)
         # As recorded; or "idling" (it asks whether it may wait), "pausing" or "ended" (it has asked
@@ -1590,7 +1628,7 @@ class Run(Life):
         self.status = inst.status
         self.seq = inst.seq  # of the newest row that it knows of
         self.steps, self.inbox = fold(rows)
-        payload = freeze(decode(rows[0].data or "null"))
+        payload = freeze(read_back(rows[0].data or "null", "its params"))
         about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
         self.event = WorkflowEvent(payload, *about)
         self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
@@ -1643,8 +1681,10 @@ class Run(Life):
         else:
             self.post(finish, Row("complete", data=result), size_of(result), then=self._go_on_as)
 
-    def _go_on_as(self, successor: Instance, _: BaseException | None) -> None:
+    def _go_on_as(self, successor: Instance, damage: BaseException | None) -> None:
         """`run` has ended, but not the instance: its steps will be undone."""
+        if damage is not None:
+            self.stop_in_place(str(damage))
         self.successor = successor
         self.unload()
 
@@ -1679,6 +1719,9 @@ class Run(Life):
             if not self.dead:
                 self._on_cancellation(call)
             raise
+        except Unreadable as damage:
+            self.stop_in_place(f"step {step_label(call.key)!r}: {damage}")
+            raise Unload from None
         finally:
             del self.active[call.key]
             call.end()
@@ -1738,12 +1781,14 @@ class Run(Life):
         if not step.nested:
             step.data = None  # nobody asks again; the next attempt around a nested step does
         if step.state == "error":
-            error = rebuild_error(decode(data or "null"))
+            error = rebuild_error(read_back(data or "null", "its error"))
             trace = None if fresh is None else fresh.__traceback__
             raise BaseException.with_traceback(error, trace)
         if fresh is not None or data is None:
             return fresh
-        return step_event(data, step.extra) if call.kind == "wait_for_event" else decode(data)
+        if call.kind == "wait_for_event":
+            return step_event(data, step.extra)
+        return read_back(data, "its result")
 
     async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
         """The attempts of a step, until the end of the last one is posted."""
@@ -1927,6 +1972,12 @@ class Run(Life):
             cancelled, self.cancelled = self.cancelled, []
             self.post(break_off, "cancel", cancelled)
 
+    def stop_in_place(self, damage: str) -> None:
+        """A record can't be read back."""
+        self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
+        self.unload()
+        self.successor = None
+
     def unload(self) -> None:
         if not self.dead:
             cut_off = [call.key for call in self.active.values() if call.attempt]
@@ -1955,7 +2006,10 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     tx.prefetch(leases)
     for lease in leases:
         if inst := tx.mine(lease, "running", "waitingForPause"):
-            loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
+            try:
+                loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
+            except Unreadable as damage:
+                loaded.append(Loaded(inst.as_of_now(), [], damage))
     return loaded
 
 
@@ -2102,6 +2156,7 @@ class Lives:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.runs: dict[int, Run] = {}  # by the instance's key
+        self.damaged: dict[int, str] = {}  # those that can't be read back, and why
         self._drowsy: dict[Run, float] = {}  # those that wait, and when they are unloaded
         self._sweeping: Any = None  # the timer for that
 
@@ -2126,8 +2181,21 @@ class Lives:
             inst = found.instance
             if not self.engine.scheduler.closing and inst.key not in self.runs:
                 workflow = self.engine.scheduler.bound[inst.workflow]
-                run = self.runs[inst.key] = next_life(self.engine, workflow, found, previous)
+                try:
+                    run = next_life(self.engine, workflow, found, previous)
+                except Unreadable as damage:
+                    self.give_up(inst.key, f"{workflow.name} {inst.id}: {damage}")
+                    continue
+                self.runs[inst.key] = run
+                self.damaged.pop(inst.key, None)
                 run.begin()
+
+    def give_up(self, key: int, damage: str) -> None:
+        """An instance that can't be read back stays as it is stored, for the next owner to try; who
+        waits for it here is told."""
+        self.damaged[key] = f"{self.engine.path}: {damage}; the instance stops here"
+        log.critical(self.damaged[key])
+        self.engine.watchers.tell([key])
 
     def life_ended(self, run: Life) -> None:
         """The next life of its instance may begin."""
@@ -2708,10 +2776,9 @@ class Env(_Attributes):
 
 def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
     """What `wait_for_event` returns, of the row that ended it."""
-    origin = json.loads(extra or "")
-    return WorkflowStepEvent(
-        freeze(decode(data or "null")), to_datetime(origin["at"]), origin["type"]
-    )
+    origin = read_back(extra or "", "its event")
+    payload = read_back(data or "null", "its event")
+    return WorkflowStepEvent(freeze(payload), to_datetime(origin["at"]), origin["type"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2786,6 +2853,14 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
 def decode(text: str) -> Any:
     """The value of a text made by `encode`."""
     return json.loads(text, object_hook=_untag) if '"$' in text else _parse(text, 0)[0]
+
+
+def read_back(text: str, what: str) -> Any:
+    """The value of a text that was stored."""
+    try:
+        return decode(text)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise Unreadable(f"{what} can't be read back: {show_error(error)}") from None
 
 
 def size_of(text: str) -> int:
@@ -3416,7 +3491,7 @@ class StepConfig:
         function is the one that is given now."""
         if not text:
             return NO_CONFIG
-        raw = json.loads(text)[part]
+        raw = read_back(text, "its configuration")[part]
         if "delay" not in raw["retries"]:
             raw["retries"]["delay"] = _gone if given is None else cls(given).delay
         return cls(raw)
@@ -4205,8 +4280,10 @@ class WorkflowInstance:
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now, and how a rollback went."""
         _, status, data, outcome, failure = await self._call(read_status)
-        output = decode(data) if status == "complete" else None
-        error = _Attributes(brief(decode(data))) if status == "errored" else None
+        output = read_back(data, f"the output of {self}") if status == "complete" else None
+        error = None
+        if status == "errored":
+            error = _Attributes(brief(read_back(data, f"the error of {self}")))
         rollback = None
         if outcome is not None:
             failed = decode(failure or "null")
@@ -4281,6 +4358,8 @@ class WorkflowInstance:
                 present, status, data, *_ = await self._call(read_status)
                 if present != key:  # deleted, and its id is used again
                     raise not_found(self.workflow.name, self.id)
+                if key in engine.lives.damaged and status in ("running", "waitingForPause"):
+                    raise WorkflowInternalError(engine.lives.damaged[key])
                 if status not in FINISHED and late.done():
                     raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                 if status not in FINISHED:
@@ -4289,9 +4368,9 @@ class WorkflowInstance:
             if timer is not None:
                 timer.cancel()
         if status == "complete":
-            return decode(data)
+            return read_back(data, f"the output of {self}")
         if status == "errored":
-            raise rebuild_error(decode(data))
+            raise rebuild_error(read_back(data, f"the error of {self}"))
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     def subscribe(
@@ -4449,8 +4528,8 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     if inst.status in FINISHED:
         what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
         raise refusal("instance.cannot_terminate", what)
-    if rollback and inst.rollback == "begun" and inst.termination is None:
-        tx.change(inst, termination=source)  # the one that is under way will do
+    if rollback and inst.rollback == "begun":  # the one that is under way will do
+        tx.change(inst, termination=inst.termination or source)
         return
     if rollback:
         message = f"instance {inst.id!r} was terminated"
@@ -4564,9 +4643,8 @@ SEARCH = 5000  # ms without a step call, after which a search gives up
 
 def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
     """Begins a rollback, unless there was one, or no step that has started has a handler."""
-    config = "json_extract(nullif(extra, ''), '$.rollback')"
-    has_handler = f"attempt IS NOT NULL AND {config} IS NOT NULL"
-    if inst.rollback is not None or not tx.journal(inst, has_handler):
+    configured = tx.journal(inst, "attempt IS NOT NULL AND extra != ''")
+    if inst.rollback is not None or not undoable(fold(configured)[0]):
         return False
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
@@ -4591,7 +4669,12 @@ def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
 
 def undoable(steps: Mapping[str, Step]) -> list[Step]:
     """The steps that have started and have a handler, in the order of their start."""
-    return [step for step in steps.values() if "rollback" in json.loads(step.config or "{}")]
+    found = []
+    for step in steps.values():
+        what = f"step {step_label(step.key)!r}: its configuration"
+        if step.config and "rollback" in read_back(step.config, what):
+            found.append(step)
+    return found
 
 
 def note_handler(run: Run, call: StepCall) -> None:
@@ -4652,14 +4735,14 @@ class UndoRun(Run):
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.inbox.clear()  # `run` does not run here
-        self._cause = next(row.data for row in loaded.rows if row.type == "rollback")
+        cause = next(row.data for row in loaded.rows if row.type == "rollback")
+        self._cause = rebuild_error(read_back(cause or "", "the error that is undone"))
 
     async def main(self) -> str:
         """Runs them; returns the record of what failed, or "null"."""
-        error = rebuild_error(decode(self._cause or ""))
         for step in reversed(undoable(self.steps)):
             try:
-                await UndoCall(self, step, error)
+                await UndoCall(self, step, self._cause)
             except Exception as failure:
                 log.warning("%s: a rollback handler failed", self, exc_info=failure)
                 return encode_error(failure)
@@ -4690,7 +4773,7 @@ def plan_undo(call: UndoCall) -> DoPlan:
         raise fatal("workflow.fatal", what)
     last = Attempt(call.run, call, StepConfig.load(step.config or ""))
     last.number = max(1, step.attempts)
-    output = decode(step.data) if step.state == "done" and step.data else None
+    output = read_back(step.data, "its result") if step.state == "done" and step.data else None
     info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
     return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
@@ -4743,6 +4826,9 @@ class ReplayRun(PassiveRun):
         else:
             self._new.append(label)
             self._early += [label] if self._unreached else []
+
+    def stop_in_place(self, damage: str) -> None:
+        raise Unreadable(damage)
 
     async def report(self, has_failed: bool) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
@@ -4808,8 +4894,8 @@ class History:
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
-        types = list(_TOLD.get(row.type, ()))
-        data = None if row.data is None else decode(row.data)
+        types, what = list(_TOLD.get(row.type, ())), f"{self._instance_id!r}: row {row.seq}"
+        data = None if row.data is None else read_back(row.data, what)
         if row.type == "queued" and row.data is not None:
             self._params = data
         if row.step is None and row.extra is not None:  # how the rollback went
@@ -4818,7 +4904,7 @@ class History:
             types.insert(0, "attempt_started")
         if row.attempt is not None and row.extra is not None:
             types.insert(0, "step_started")
-            config = json.loads(row.extra)["config"] if row.extra else DEFAULT_CONFIG
+            config = read_back(row.extra, what)["config"] if row.extra else DEFAULT_CONFIG
             self._configs[row.step] = config
         if row.step is not None and row.step.startswith(ROLLBACK):
             types = [f"rollback_{type}" for type in types]
