@@ -937,7 +937,7 @@ class Writer:
         self._posted: list[Posted] = []
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
-        self._lock = threading.Lock()  # whoever uses the database holds it
+        self._lock = threading.RLock()  # whoever uses the database holds it
         self._doubts = TRUST  # so many more quick commits, until the next one is made on the loop
         self._timer: Any = None
         self._armed: float = math.inf  # when the timer goes off
@@ -986,16 +986,18 @@ class Writer:
             self.engine.call_soon(self._flush)
         if self._closed or self._process != os.getpid():
             return  # (a forked child must not write over our connection)
-        here = self.exact or (self._doubts == 0 and self._handed == 0)
-        if here and self._lock.acquire(blocking=self.exact):
+        answer = None
+        if self.exact or (self._doubts == 0 and self._handed == 0):
             try:
-                answer = self._answer(batch, patient=self.exact)
-            finally:
-                self._lock.release()
-            if answer is not None:
-                self._take(answer)
-                return
-        self._give_to_thread(batch)
+                if self._lock.acquire(blocking=self.exact):
+                    answer = self._answer(batch, patient=self.exact)
+            finally:  # Ctrl-C may come in between: then nobody knows whether it is ours
+                with contextlib.suppress(RuntimeError):
+                    self._lock.release()
+        if answer is None:
+            self._give_to_thread(batch)
+        else:
+            self._take(answer)
 
     def _give_to_thread(self, batch: list[Posted]) -> None:
         self._handed += 1
@@ -2231,15 +2233,15 @@ class Lives:
     def _sweep(self) -> None:
         """Unloads those that have waited long enough, but no run whose own code has a timer ahead:
         `asyncio.timeout` in `run` must fire. (One look at all timers for many runs.)"""
-        self._sweeping, now = None, self.engine.clock.now()
-        due = [run for run, at in self._drowsy.items() if at <= now]
+        self._sweeping, now, patience = None, self.engine.clock.now(), self.engine.hibernate_after
+        early = now + patience  # nobody has longer to wait, unless the clock was set back
+        due = [run for run, at in self._drowsy.items() if not now < at <= early]
         busy = (tokens_with_timers(self.engine.loop) if due else None) or ()
         for run in due:
             del self._drowsy[run]
             if run.still_waits():
                 if run.token in busy:  # asyncio's timers go by the real time
-                    patience = max(0.05, self.engine.hibernate_after / 1000)
-                    self.engine.loop.call_later(patience, self.drowse, run)
+                    self.engine.loop.call_later(max(0.05, patience / 1000), self.drowse, run)
                 else:
                     run.unload()
         if self._drowsy:
@@ -4209,7 +4211,8 @@ class Rate:
     def count(self) -> None:
         """Counts a call, or refuses it."""
         now = self._clock.now()
-        if len(self._calls) == self._limit and all(at > now - 1000 for at in self._calls):
+        recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
+        if len(recent) == self._limit:
             what = f"more than {self._limit} creations within a second"
             raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
         self._calls.append(now)
