@@ -5504,6 +5504,7 @@ class Request:
     api: str = ""  # "rest" or "explorer"
     progress: Callable[[int], object] = ignore  # is told how many are done, when there are many
     info: dict[str, Any] | None = None  # of the answer, if that is a list: what belongs to it
+    seen = 0  # the last event that the answer knows of
 
     async def answer(self, resource: Callable[[Request], Any]) -> Any:
         """What a resource says, if there is such a workflow."""
@@ -5538,7 +5539,7 @@ class Request:
     def number(self, key: str, default: int, most: int = 2**53) -> int:
         """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
         with naming(key):
-            return read_count(int(float(self.query.get(key, default))), most)
+            return read_count(int(self.query.get(key, str(default)).removesuffix(".0")), most)
 
     def moment(self, key: str) -> int | None:
         """A moment of the query: ISO 8601, in UTC unless it says something else. A date as the end
@@ -5719,6 +5720,7 @@ async def show_instance(ask: Request) -> dict[str, Any]:
     are only planned, and outputs in Cloudflare's API are the text of JSON."""
     inst, rows, dues = await ask.call(on_instance, ask.id, read_details)
     dues, say = {} if ask.api == "explorer" else dues, to_text if ask.api == "rest" else copy.copy
+    ask.seen = inst.seq * 10 + 9
     shown = await asyncio.to_thread(timeline, inst, rows, dues, say)
     if ask.word("order", "asc", "desc") == "desc":
         shown["steps"].reverse()
@@ -5784,7 +5786,8 @@ BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
 _PARTS = {"NAME": "(?P<name>[^/]+)", "ID": "(?P<id>.+)", "TYPE": "(?P<type>[^/]+)"}
-_WORKFLOW, _INSTANCE = "name class_name script_name instances status", "id status created_on"
+_WORKFLOW = "name class_name script_name instances status success"
+_INSTANCE = "id status created_on"
 _DETAILS = "status params queued start end output error steps step_count success"
 # What answers below the bases, special paths first, and the fields that the explorer has of it. (An
 # id may hold slashes: `wrangler` sends them as they are.)
@@ -5812,8 +5815,8 @@ _STATUS_OF = {
     "bug": 500,
 }  # fmt: skip
 _NUMBERS = {"workflow.not_found": 10200, "instance.not_found": 10400, "request.dates": 10502}
-_NUMBERS |= {"instance.already_exists": 10405}
-_MISTAKES = (ValueError, TypeError, ArithmeticError, RecursionError)
+_NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
+_MISTAKES = (ValueError, TypeError, RecursionError)
 
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
@@ -5866,7 +5869,7 @@ class Server(socketserver.ThreadingTCPServer):
         log.debug("a connection failed", exc_info=True)
 
     def service_actions(self) -> None:
-        """Ends what takes too long; called twice a second."""
+        """Ends what takes too long; called many times a second."""
         for connection, deadline in [*self.deadlines.items()]:
             if deadline < time.monotonic():
                 with contextlib.suppress(OSError):
@@ -5884,21 +5887,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Answers a request."""
+        if self.server.deadlines[self.connection] < time.monotonic():
+            return  # this is what had come when it was cut off
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         path, _, query = self.path.encode("latin-1").decode("utf-8", "replace").partition("?")
         local, length, text = path.startswith("/cdn-cgi/"), 1, b""
         try:
-            length = int(self.headers.get("Content-Length", "0"))
+            chunked = "Transfer-Encoding" in self.headers
+            length = -1 if chunked else int(self.headers.get("Content-Length", "0"))
             text = self.rfile.read(max(0, min(length, BODY)))
             self._check_sender(path)
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
             resource, parts, fields = find_route(self.command, path)
             most = 100 * BODY if "/batch" in path else BODY
-            if not 0 <= length <= most or "Transfer-Encoding" in self.headers:
-                what = f"expected a Content-Length, which is at most {most}"
+            if not 0 <= length <= most:
+                what = f"expected a body with a Content-Length up to {most}"
                 raise refusal("request.too_large", what)
             text += self.rfile.read(length - len(text))
+            if len(text) < length:
+                raise ValueError("the body is shorter than its Content-Length")
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
             api = "explorer" if local else "rest"
@@ -5966,7 +5974,7 @@ async def serve(
 ) -> collections.abc.AsyncGenerator[Server, None]:
     """Answers HTTP as long as it is open; then lets the requests that are under way end."""
     server = Server(engine, host, port, token)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
     finally:
@@ -5979,7 +5987,7 @@ async def serve(
 def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
     """Logs what happens to an instance as a whole."""
     bound = tx.scheduler.bound.get(inst.workflow)
-    error = cell(brief(decode(row.data or ""))) if row.type == "errored" else ""
+    error = cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
     changes.debug("%s %s: %s %s", bound.name if bound else "", inst.id, row.type, error)
 
 
@@ -6182,10 +6190,10 @@ async def run_demo(database: str) -> int:
     return 0 if set(runs.values()) == {1} else 1  # no finished step ran again
 
 
-async def demo(given: argparse.Namespace) -> int:
+def demo(given: argparse.Namespace) -> int:
     """Runs a workflow in a process, kills that, and runs another one. Returns the exit code."""
     if given.engine:
-        return await run_demo(given.engine)
+        return asyncio.run(run_demo(given.engine))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "demo", "--engine", os.path.join(folder, "demo.db")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as child:
@@ -6228,7 +6236,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
     "instances terminate": ("stop for good", "name id --rollback", steer),
     "instances delete": ("delete some", "name ids --filename=", drop_instances),
     "usage": ("what this month would cost at Cloudflare", "", show_usage),
-    "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=0", ignore),
+    "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
     "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
 }
 _LISTED = {"list": "name class_name triggered_on instances"}
@@ -6284,7 +6292,7 @@ def fit(text: str, width: int) -> str:
     """Text, cut or filled to a width, and without what a terminal might obey."""
     text = "".join(c if c.isprintable() else "·" for c in text[: width + 1])
     while width_of(text) > width:
-        text = text[:-2] + "…"
+        text = text.removesuffix("…")[:-1] + "…"
     return text + " " * (width - width_of(text))
 
 
@@ -6299,34 +6307,33 @@ def paint(text: str) -> str:
     return f"\033[{code}m{text}\033[0m" if code and sys.stdout.isatty() else text
 
 
-def cell(value: Any) -> str:
-    """A value in one line: an error, numbers by status without those that are 0, or JSON."""
-    if isinstance(value, dict) and value.keys() == {"name", "message"}:
+def cell(value: Any, name: str = "") -> str:
+    """The field of that name in one line."""
+    if name == "error" and value is not None:
         return f"{value['name']}: {value['message']}"
-    if isinstance(value, dict) and {*map(type, value.values())} == {int}:
+    if name == "instances":
         return ", ".join(f"{n} {status}" for status, n in value.items() if n) or "none"
     return value if isinstance(value, str) else "–" if value is None else to_text(value)
 
 
-def print_table(rows: list[list[Any]]) -> None:
+def print_table(rows: list[list[str]]) -> None:
     """In columns, of which the last one takes what is left of the terminal."""
-    table = [[cell(value) for value in row] for row in rows]
-    widths = [max(map(width_of, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
     widths[-1:] = [max(10, room() - sum(widths[:-1]) - 2 * len(widths))]
-    for row in table:
+    for row in rows:
         print("  ".join(paint(fit(*pair)) for pair in zip(row, widths, strict=True)).rstrip())
 
 
 def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
     """An instance, with a bar for each of its steps: time goes from left to right."""
     began, now = _ms(shown["queued"]), _ms(shown["end"] or moment(time.time_ns() // 1_000_000))
-    print_table([[name, shown[name]] for name in _FACTS.split() if shown[name] is not None])
-    rows: list[list[Any]] = []
+    print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
+    rows = []
     for step in [step for step in shown["steps"] if "name" in step]:
         tried, ms = step.get("attempts", [step]), min(_ms(step["end"]) or now, now)
         ms -= _ms(step["start"])
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
-        notes = [cell(part["error"]) for part in tried if part["error"]]
+        notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
         notes += [f"until {step['end']}"] if _ms(step["end"]) > now else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
@@ -6358,7 +6365,7 @@ def draw_bar(step: dict[str, Any], began: int, now: int, width: int) -> str:
 def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
     """What has happened to an instance, in one line."""
     names = ("attempt", "error", "retryDelayMs", "output")
-    told = [f"{name}: {cell(event[name])}" for name in names if event.get(name) is not None]
+    told = [f"{n}: {cell(event[n], n)}" for n in names if event.get(n) is not None]
     at, step = (event.timestamp - began).total_seconds(), fit(event.get("step_name", ""), 25)
     print(fit(f"{at:7.3f} s  {step}{event.type:20}{', '.join(told)}", room()).rstrip(), flush=True)
 
@@ -6366,9 +6373,10 @@ def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
 async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     """What a command asks for."""
     options, verb = vars(given), given.command.split()[-1]
-    query = {name: str(value) for name, value in options.items() if value}
+    known = {name: value for name, value in options.items() if value not in ("", None)}
+    query = {name: str(value) for name, value in known.items() if value is not False}
     ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
-    ids = options.get("ids", [query.get("id", "")])
+    ids = [*options.get("ids", [query.get("id", "")])]
     ids += json.loads(Path(given.filename).read_text()) if "filename" in query else []
     if "latest" in ids and given.command.startswith("instances "):
         newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
@@ -6392,21 +6400,21 @@ async def run_command(given: argparse.Namespace) -> int:
     if not os.path.exists(given.db):
         raise ValueError(f"there is no database {given.db}")
     async with Engine(given.db) as engine:
-        ask, following = await make_request(engine, given), getattr(given, "follow", False)
-        seen = (await ask.instance.history())[-1].event_id if following else None
+        ask = await make_request(engine, given)
         answer = await ask.answer(_COMMANDS[given.command][2])
+        answer = answer[::-1] if "reverse" in ask.query else answer
         if given.json:
             print(to_text(answer, 2))
         elif given.command == "instances describe":
             print_timeline(answer, given)
         elif ask.info:
-            names, step = _LISTED[given.command].split(), -1 if "reverse" in ask.query else 1
-            print_table([names, *([row[name] for name in names] for row in answer[::step])])
+            names = _LISTED[given.command].split()
+            print_table([names, *([cell(row[name], name) for name in names] for row in answer)])
             print("page {page} of {total_pages}, {total_count} in all".format(**ask.info))
         else:
-            print_table([[*pair] for pair in answer.items()])
-        if following:
-            async for event in ask.instance.subscribe(seen):
+            print_table([[name, cell(value, name)] for name, value in answer.items()])
+        if "follow" in ask.query:
+            async for event in ask.instance.subscribe(ask.seen):
                 print_event(event, datetime.fromisoformat(answer["queued"]))
     return 1 if isinstance(answer, dict) and answer.get("errors") else 0
 
@@ -6419,7 +6427,7 @@ async def dev(given: argparse.Namespace) -> int:
         raise ValueError(f"{given.ip} can be reached from outside: that needs --token")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     changes.setLevel(logging.DEBUG)
-    engine = Engine.from_config(given.config, database=given.db, drain=given.drain)
+    engine = Engine.from_config(given.config, database=given.db, drain=given.drain or 0)
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopped.set))
@@ -6437,8 +6445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command is None:
         given.parser.print_help()
         return 0
+    run = dev if given.command == "dev" else run_command
     try:
-        code = asyncio.run({"dev": dev, "demo": demo}.get(given.command, run_command)(given))
+        code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
