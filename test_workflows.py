@@ -20,6 +20,7 @@ import enum
 import functools
 import gc
 import http
+import http.client
 import http.server
 import importlib.util
 import io
@@ -47,6 +48,7 @@ import types
 import unittest
 import unittest.mock
 import urllib.error
+import urllib.parse
 import uuid
 import weakref
 from collections.abc import Callable
@@ -10930,6 +10932,1475 @@ class BindOptions(Case):
 
 # --------------------------------------------------------------------------------------------------
 # The README: its programs run, and what it names exists.
+
+
+# --------------------------------------------------------------------------------------------------
+# From outside Python: HTTP, the page, the command line, `dev`.
+
+REST = "/client/v4/accounts/any/workflows"
+EXPLORER = "/cdn-cgi/local/explorer/api/workflows"
+
+
+class Refused(Exception):
+    """An HTTP API's refusal: the status, and the code and the message in the envelope."""
+
+    def __init__(self, status: int, said: dict[str, Any]) -> None:
+        (problem,) = said["errors"]
+        super().__init__(status, problem["code"], problem["message"])
+        self.status, self.code, self.message = self.args
+        if said["success"] or said["result"] is not None or said["messages"]:
+            raise AssertionError(f"an odd refusal: {said}")
+
+
+def exchange(port: int, method: str, path: str, body: Any = None, **headers: str) -> Any:
+    """What comes back: the answer, and its text."""
+    sent = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as link:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        link.request(method, path, sent, names)
+        answer = link.getresponse()
+        return answer, answer.read().decode()
+
+
+async def retries_once(event: Any, step: Any) -> Any:
+    async def fetch(ctx: Any) -> Any:
+        if ctx.attempt == 1:
+            raise ValueError("no such user")
+        return {"at": datetime(2026, 1, 2, tzinfo=UTC), "raw": b"\xff"}
+
+    return await step.do("fetch user", constant(3, "10 seconds"), fetch)
+
+
+async def fails_after_a_step(event: Any, step: Any) -> Any:
+    async def undo(info: Any) -> None:
+        pass
+
+    await step.do("pay", returns(1), rollback=undo)
+    raise ValueError(event.payload)
+
+
+async def all_but_endless(event: Any, step: Any) -> Any:
+    await step.sleep("nap", "100 days")
+
+
+class Outside(Case):
+    """An engine with some workflows, and HTTP for it."""
+
+    bound = {
+        "steps": one_step, "events": one_event, "naps": one_sleep, "retries": retries_once,
+        "fails": fails_after_a_step, "long": all_but_endless,
+    }  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def served(self, token: str | None = None, **more: Callable[..., Any]) -> Any:
+        async with self.engine() as engine:
+            for name, run in (self.bound | more).items():
+                engine.bind(workflow(run, name), name)
+            async with workflows.serve(engine, token=token) as server:
+                self.port = server.server_address[1]
+                yield engine
+
+    async def exchange(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        return await asyncio.to_thread(exchange, self.port, method, path, body, **headers)
+
+    async def envelope(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        answer, text = await self.exchange(method, path, body, **headers)
+        self.assertEqual(answer.getheader("Content-Type"), "application/json")
+        said = json.loads(text)
+        if answer.status != 200:
+            raise Refused(answer.status, said)
+        self.assertEqual((said["success"], said["errors"], said["messages"]), (True, [], []))
+        return said
+
+    async def ask(self, method: str, path: str, body: Any = None, base: str = REST) -> Any:
+        return (await self.envelope(method, base + path, body))["result"]
+
+    async def assertRefused(self, status: int, code: int, asked: Any) -> Refused:
+        with self.assertRaises(Refused) as caught:
+            await asked
+        self.assertEqual((caught.exception.status, caught.exception.code), (status, code))
+        return caught.exception
+
+    async def create(self, name: str, id: str = "i", params: Any = None) -> str:
+        """Creates an instance, and lets it run until it waits or ends. Returns its path."""
+        await self.ask("POST", f"/{name}/instances", {"id": id, "params": params})
+        await self.clock.settle()
+        return f"/{name}/instances/{id}"
+
+    async def ids(self, query: str = "", name: str = "naps") -> list[str]:
+        return [row["id"] for row in await self.ask("GET", f"/{name}/instances{query}")]
+
+    async def status(self, path: str) -> str:
+        await self.clock.settle()
+        return (await self.ask("GET", path))["status"]
+
+
+class HttpWorkflows(Outside):
+    async def test_workflows_are_listed_by_name_with_counts_of_their_instances(self) -> None:
+        async with self.served():
+            await self.create("naps", "a")
+            await self.create("naps", "b")
+            await self.create("steps")
+            said = await self.envelope("GET", REST)
+        found = {row["name"]: row for row in said["result"]}
+        self.assertEqual([*found], sorted(self.bound))
+        counts = found["naps"]["instances"]
+        self.assertEqual(set(counts), {*workflows.STATUSES, "rollingBack"})
+        self.assertEqual({status: n for status, n in counts.items() if n}, {"waiting": 2})
+        self.assertEqual(found["steps"]["instances"]["complete"], 1)
+        self.assertEqual(found["naps"]["class_name"], "naps")
+        self.assertRegex(found["naps"]["triggered_on"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertIsNone(found["events"]["triggered_on"])
+        expected = {"page": 1, "per_page": 25, "count": 6, "total_count": 6, "total_pages": 1}
+        self.assertEqual(said["result_info"], expected)
+
+    async def test_workflows_come_in_pages_and_can_be_searched(self) -> None:
+        async with self.served():
+            two = await self.ask("GET", "?page=2&per_page=4.0")
+            none = await self.ask("GET", "?page=3&per_page=4")
+            some = await self.ask("GET", "?search=ps")
+        self.assertEqual([row["name"] for row in two], ["retries", "steps"])
+        self.assertEqual((none, [row["name"] for row in some]), ([], ["naps", "steps"]))
+
+    async def test_one_workflow_and_an_unknown_one(self) -> None:
+        async with self.served():
+            self.assertEqual((await self.ask("GET", "/naps"))["name"], "naps")
+            self.assertEqual((await self.ask("GET", "/naps/"))["name"], "naps")
+            for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/instances/i")):
+                refused = await self.assertRefused(404, 10200, self.ask(method, "/nope" + path))
+                self.assertIn("'nope'", refused.message)
+
+    async def test_a_workflow_shows_its_schedules_where_there_are_any(self) -> None:
+        async with self.served() as engine:
+
+            def plan(tx: Any) -> None:
+                tx.db.execute("CREATE TABLE IF NOT EXISTS schedules (workflow, cron, next)")
+                sql = "INSERT INTO schedules SELECT key, '0 9 * * MON', 0 FROM workflows"
+                tx.db.execute(sql + " WHERE name = 'naps'")
+
+            await engine.call(plan)
+            found = await self.ask("GET", "/naps")
+        next = "1970-01-01T00:00:00.000Z"
+        self.assertEqual(found["schedules"], [{"cron": "0 9 * * MON", "next_instance": next}])
+
+    async def test_a_workflow_has_one_version(self) -> None:
+        async with self.served() as engine:
+            made = workflow(one_step, "Kept")
+            engine.bind(made, steps=7, running=3, success_retention="1 day")
+            (version,) = await self.ask("GET", "/kept/versions")
+            past_the_end = await self.ask("GET", "/kept/versions?page=2")
+            same = await self.ask("GET", f"/kept/versions/{version['id']}")
+            graph = await self.ask("GET", f"/kept/versions/{version['id']}/graph")
+            await self.assertRefused(404, 10001, self.ask("GET", "/kept/versions/other"))
+        self.assertEqual((past_the_end, same), ([], version))
+        self.assertIsNone(graph["graph"])
+        self.assertEqual((version["limits"], version["concurrency"]), ({"steps": 7}, {"limit": 3}))
+        kept = {"success_retention": 86_400_000, "error_retention": None}
+        self.assertEqual(version["default_retention"], kept)
+        self.assertEqual((version["has_dag"], version["language"]), (False, "python"))
+
+    async def test_deleting_a_workflow_deletes_its_instances_in_any_state(self) -> None:
+        async with self.served() as engine:
+            for n in range(205):
+                await engine.env.NAPS.create(id=str(n))
+            await self.create("steps")
+            done = await self.ask("DELETE", "/naps")
+            self.assertEqual(await self.ids(), [])
+            self.assertEqual(await self.ids(name="steps"), ["i"])
+            await self.create("naps")
+        self.assertEqual(done, {"status": "ok", "success": True})
+
+
+class HttpCreating(Outside):
+    async def test_params_are_a_value_or_the_text_of_one(self) -> None:
+        async with self.served():
+            for n, (sent, params) in enumerate(
+                [
+                    ({"a": 1}, {"a": 1}),
+                    ('{"a": "ü"}', {"a": "ü"}),
+                    ("a text", "a text"),
+                    (None, None),
+                ]
+            ):
+                body = {"instance_id": str(n), "params": sent, "location_hint": "weur"}
+                made = await self.ask("POST", "/steps/instances", body)
+                found = await self.ask("GET", f"/steps/instances/{n}")
+                self.assertEqual((made["id"], found["params"]), (str(n), params))
+            self.assertEqual((made["status"], made["trigger_source"]), ("queued", "api"))
+            made = await self.ask("POST", "/steps/instances")
+            found = await self.ask("GET", f"/steps/instances/{made['id']}")
+            (version,) = await self.ask("GET", "/steps/versions")
+        self.assertEqual((found["params"], found["trigger"]), ({}, {"source": "api"}))
+        self.assertEqual((made["version_id"], made["workflow_id"]), (version["id"],) * 2)
+
+    async def test_the_retention_is_that_of_the_instance(self) -> None:
+        async with self.served():
+            kept = {"success_retention": "1 hour", "error_retention": 1}
+            await self.ask("POST", "/steps/instances", {"id": "i", "instance_retention": kept})
+            await self.clock.settle()
+            await self.clock.advance("59 minutes")
+            self.assertEqual(await self.status("/steps/instances/i"), "complete")
+            await self.clock.advance("2 minutes")
+            await self.assertRefused(404, 10400, self.ask("GET", "/steps/instances/i"))
+
+    async def test_what_can_not_be_created_is_refused(self) -> None:
+        async with self.served():
+            path = await self.create("steps", "i", 1)
+            refused = self.ask("POST", "/steps/instances", {"instance_id": "i", "params": 2})
+            await self.assertRefused(409, 10405, refused)
+            self.assertEqual((await self.ask("GET", path))["params"], 1)
+            for body in ({"id": "a b"}, {"id": ""}, {"id": 5}, {"nonsense": 1}, 7, [7], "x"):
+                with self.subTest(body):
+                    await self.assertRefused(400, 10001, self.ask("POST", "/steps/instances", body))
+            for kept in (5, {"success_retention": "soon"}, {"success": 1}):
+                refused = self.ask("POST", "/steps/instances", {"instance_retention": kept})
+                await self.assertRefused(400, 10001, refused)
+            large = {"params": "x" * 2**20}
+            await self.assertRefused(413, 10001, self.ask("POST", "/steps/instances", large))
+            self.assertEqual(await self.ids(name="steps"), ["i"])
+
+    async def test_a_conflict_tells_cloudflares_client_not_to_try_again(self) -> None:
+        async with self.served():
+            await self.create("steps")
+            answer, _ = await self.exchange("POST", REST + "/steps/instances", {"id": "i"})
+            self.assertEqual(answer.getheader("x-should-retry"), "false")
+            answer, _ = await self.exchange("GET", REST + "/steps/instances/nope")
+            self.assertIsNone(answer.getheader("x-should-retry"))
+
+    async def test_a_batch_leaves_out_the_ids_that_exist(self) -> None:
+        async with self.served():
+            await self.create("steps", "b")
+            entries = [{"instance_id": "a"}, {"instance_id": "b"}, {"params": "[1]"}]
+            first, last = await self.ask("POST", "/steps/instances/batch", entries)
+            found = await self.ask("GET", f"/steps/instances/{last['id']}")
+            for body in ([], [{}] * 101, {}, [{"id": "a b"}]):
+                if body != {}:
+                    refused = self.ask("POST", "/steps/instances/batch", body)
+                    await self.assertRefused(400, 10001, refused)
+        self.assertEqual((first["id"], found["params"]), ("a", [1]))
+
+    async def test_too_many_creations_are_429(self) -> None:
+        limits = dataclasses.replace(FOREVER, creations_per_second=1)
+        async with self.engine(limits=limits) as engine:
+            engine.bind(workflow(one_step))
+            async with workflows.serve(engine) as server:
+                self.port = server.server_address[1]
+                await self.ask("POST", "/test/instances")
+                await self.assertRefused(429, 10001, self.ask("POST", "/test/instances"))
+
+
+class HttpListing(Outside):
+    async def listed(self, count: int = 7) -> None:
+        for n in range(count):
+            await self.create("naps", str(n))
+            await self.clock.advance(1000)
+
+    async def test_the_newest_come_first(self) -> None:
+        async with self.served():
+            await self.listed(3)
+            rows = await self.ask("GET", "/naps/instances")
+            self.assertEqual([row["id"] for row in rows], ["2", "1", "0"])
+            self.assertEqual(await self.ids("/?direction=asc"), ["0", "1", "2"])
+        row = rows[0]
+        self.assertEqual(row["status"], "waiting")
+        self.assertEqual((row["started_on"], row["ended_on"]), (row["created_on"], None))
+        self.assertLessEqual(row["created_on"], row["modified_on"])
+        expected = """id created_on modified_on started_on ended_on status version_id workflow_id
+            trigger_source"""
+        self.assertEqual({*row}, {*expected.split()})
+
+    async def test_pages_are_counted_from_the_start_or_from_a_cursor(self) -> None:
+        async with self.served():
+            await self.listed()
+            said = await self.envelope("GET", REST + "/naps/instances?per_page=3")
+            info = said["result_info"]
+            cursor = info.pop("cursor")
+            expected = {"page": 1, "per_page": 3, "count": 3, "total_count": 7, "total_pages": 3}
+            self.assertEqual(info, expected)
+            for query, ids in {
+                "page=2": "321", "page=3": "0", "page=4": "", f"cursor={cursor}": "321",
+                f"cursor={cursor}&page=2": "0", f"cursor={cursor}&page=3": "",
+                f"cursor={cursor}&direction=asc": "345",
+            }.items():  # fmt: skip
+                with self.subTest(query):
+                    self.assertEqual(await self.ids("?per_page=3&" + query), [*ids])
+            last = await self.envelope("GET", REST + "/naps/instances?per_page=3&page=3")
+        self.assertNotIn("cursor", last["result_info"])
+
+    async def test_a_page_stays_what_it_was_when_others_are_created(self) -> None:
+        async with self.served():
+            await self.listed(4)
+            said = await self.envelope("GET", REST + "/naps/instances?per_page=2")
+            await self.create("naps", "new")
+            cursor = said["result_info"]["cursor"]
+            self.assertEqual(await self.ids(f"?per_page=2&cursor={cursor}"), ["1", "0"])
+
+    async def test_they_can_be_filtered_by_status(self) -> None:
+        async with self.served() as engine:
+            await self.listed(3)
+            await (await engine.env.NAPS.get("1")).pause()
+            self.assertEqual(await self.ids("?status=paused"), ["1"])
+            self.assertEqual(await self.ids("?status=waiting"), ["2", "0"])
+            self.assertEqual(await self.ids("?status=complete"), [])
+
+    async def test_rolling_back_is_a_status_of_its_own(self) -> None:
+        gate = asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", returns(1), rollback=lambda info: gate.wait())
+            await step.sleep("nap", "1 hour")
+
+        async with self.served(undone=run):
+            path = await self.create("undone")
+            body = {"status": "terminate", "rollback": True}
+            await self.ask("PATCH", path + "/status", body)
+            self.assertEqual(await self.status(path), "rollingBack")
+            counts = (await self.ask("GET", "/undone"))["instances"]
+            self.assertEqual((counts["rollingBack"], counts["running"]), (1, 0))
+            self.assertEqual(await self.ids("?status=rollingBack", "undone"), ["i"])
+            self.assertEqual(await self.ids("?status=running", "undone"), [])
+            gate.set()
+            self.assertEqual(await self.status(path), "terminated")
+
+    async def test_they_can_be_filtered_by_the_time_of_their_creation(self) -> None:
+        async with self.served():
+            began = datetime.fromtimestamp(self.clock.now() / 1000, UTC)
+            await self.listed(3)
+            at = began + timedelta(seconds=1)
+            utc, east = at.isoformat(), at.astimezone(timezone(timedelta(hours=2))).isoformat()
+            for text in (utc, utc[:-6], utc[:-6] + "Z", east):
+                with self.subTest(text):
+                    query = "date_start=" + urllib.parse.quote(text)
+                    self.assertEqual(await self.ids("?" + query), ["2", "1"])
+                    query = "date_end=" + urllib.parse.quote(text)
+                    self.assertEqual(await self.ids("?" + query), ["1", "0"])
+            day = began.date().isoformat()
+            self.assertIn("0", await self.ids(f"?date_start={day}&date_end={day}"))
+
+    async def test_a_bad_query_is_refused(self) -> None:
+        async with self.served():
+            for query in (
+                "page=0", "page=x", "page=NaN", "page=inf", "page=1e99", "per_page=101",
+                "per_page=-1", "cursor=x", "status=bogus", "status=", "direction=up",
+                "date_start=yesterday", "date_end=2026-02-30",
+            ):  # fmt: skip
+                with self.subTest(query):
+                    name = query.partition("=")[0]
+                    asked = self.ask("GET", f"/naps/instances?{query}")
+                    refused = await self.assertRefused(400, 10001, asked)
+                    self.assertIn(name, refused.message)
+            reversed_ = "date_start=2026-02-02T00:00:00Z&date_end=2026-02-01T00:00:00Z"
+            asked = self.ask("GET", "/naps/instances?" + reversed_)
+            await self.assertRefused(400, 10502, asked)
+
+    async def test_what_is_deleted_or_has_expired_is_not_shown_though_no_owner_clears_it(
+        self,
+    ) -> None:
+        short = {"successRetention": 1000, "errorRetention": 1000}
+        async with self.served() as engine:
+            for id, kept in (("expired", short), ("kept", {}), ("deleted", {})):
+                await engine.env.STEPS.create(id=id, params=1, retention=kept)
+            await self.clock.settle()
+        self.clock._now += 2000  # nobody is there who would notice
+        async with self.engine() as engine, workflows.serve(engine) as server:
+            self.port = server.server_address[1]
+            await self.ask("DELETE", "/steps/instances/deleted")
+            self.assertEqual(await self.ids(name="steps"), ["kept"])
+            self.assertEqual((await self.ask("GET", "/steps"))["instances"]["complete"], 1)
+            self.assertEqual((await self.ask("GET", "/steps"))["instances"]["terminated"], 0)
+
+
+class HttpDetails(Outside):
+    async def test_a_step_that_is_tried_again(self) -> None:
+        async with self.served():
+            path = await self.create("retries")
+            waiting = await self.ask("GET", path)
+            await self.clock.advance("10 seconds")
+            done = await self.ask("GET", path)
+        (step,) = waiting["steps"]
+        self.assertEqual((step["success"], step["end"], step["output"]), (None, None, None))
+        self.assertEqual(moment(step["retry_at"]) - moment(step["start"]), 10_000)
+        retries = {"limit": 3, "delay": "10 seconds", "backoff": "constant"}
+        self.assertEqual(step["config"], {"retries": retries, "timeout": "10 minutes"})
+        self.assertEqual((waiting["success"], waiting["output"]), (None, "null"))
+        (step,) = done["steps"]
+        failed, succeeded = step["attempts"]
+        self.assertEqual(failed["error"], {"name": "ValueError", "message": "no such user"})
+        self.assertEqual((failed["success"], succeeded["success"]), (False, True))
+        self.assertEqual((step["type"], step["name"]), ("step", "fetch user-1"))
+        self.assertEqual((step["success"], step["end"]), (True, succeeded["end"]))
+        value = {"at": "2026-01-02T00:00:00+00:00", "raw": "/w=="}
+        self.assertEqual((json.loads(step["output"]), json.loads(done["output"])), (value, value))
+        self.assertEqual(
+            (done["success"], done["status"], done["step_count"]), (True, "complete", 1)
+        )
+        self.assertLessEqual(done["queued"], done["start"])
+        self.assertEqual(done["end"], step["end"])
+
+    async def test_a_sleep_and_an_event_wait_have_the_end_that_is_planned(self) -> None:
+        async with self.served():
+            nap = await self.create("naps")
+            wait = await self.create("events")
+            (sleep,), (waits,) = [(await self.ask("GET", path))["steps"] for path in (nap, wait)]
+            for step in (sleep, waits):
+                self.assertEqual(moment(step["end"]) - moment(step["start"]), 3_600_000)
+                self.assertEqual((step["finished"], step["error"]), (False, None))
+            self.assertEqual((waits["event_type"], waits["output"]), ("t", None))
+            await self.ask("POST", wait + "/events/t", {"y": 1})
+            await self.clock.advance("1 hour")
+            (sleep,) = (await self.ask("GET", nap))["steps"]
+            (waits,) = (await self.ask("GET", wait))["steps"]
+        self.assertEqual((sleep["type"], sleep["finished"]), ("sleep", True))
+        self.assertEqual((waits["type"], waits["finished"]), ("waitForEvent", True))
+        event = json.loads(waits["output"])
+        self.assertEqual((event["type"], event["payload"]), ("t", {"y": 1}))
+
+    async def test_an_event_wait_that_is_too_late(self) -> None:
+        async with self.served():
+            path = await self.create("events")
+            await self.clock.advance("2 hours")
+            found = await self.ask("GET", path)
+        (step,) = found["steps"]
+        self.assertEqual((step["finished"], step["output"]), (True, None))
+        self.assertEqual(step["error"]["name"], "WorkflowTimeoutError")
+        self.assertEqual(found["error"]["name"], "WorkflowTimeoutError")
+        self.assertIs(found["success"], False)
+
+    async def test_a_pause_moves_the_planned_end(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            await self.ask("PATCH", path + "/status", {"status": "pause"})
+            await self.clock.advance("10 minutes")
+            (paused,) = (await self.ask("GET", path))["steps"]
+            await self.ask("PATCH", path + "/status", {"status": "resume"})
+            (resumed,) = (await self.ask("GET", path))["steps"]
+        self.assertEqual(moment(paused["end"]) - moment(paused["start"]), 70 * 60_000)
+        self.assertEqual(paused["end"], resumed["end"])
+
+    async def test_an_error_and_its_rollback(self) -> None:
+        async with self.served():
+            path = await self.create("fails", "i", "boom")
+            found = await self.ask("GET", path)
+        self.assertEqual(found["error"], {"name": "ValueError", "message": "boom"})
+        self.assertEqual(found["rollback"], {"outcome": "complete", "error": None})
+        step, undone = found["steps"]
+        self.assertEqual((step["type"], undone["type"]), ("step", "rollback"))
+        self.assertEqual(
+            (step["name"], undone["name"], undone["success"]), ("pay-1",) * 2 + (True,)
+        )
+        self.assertEqual(found["step_count"], 2)
+
+    async def test_a_termination_is_the_last_of_the_steps(self) -> None:
+        async with self.served() as engine:
+            path = await self.create("naps")
+            await self.ask("PATCH", path + "/status", {"status": "terminate"})
+            found = await self.ask("GET", path)
+            await self.create("naps", "by-binding")
+            await (await engine.env.NAPS.get("by-binding")).terminate()
+            other = await self.ask("GET", "/naps/instances/by-binding")
+        sleep, end = found["steps"]
+        self.assertEqual(end, {"type": "termination", "trigger": {"source": "api"}})
+        self.assertEqual((found["success"], found["error"]), (False, None))
+        self.assertIsNotNone(sleep["end"])
+        self.assertEqual(other["steps"][-1]["trigger"], {"source": "binding"})
+
+    async def test_steps_come_in_the_order_of_their_starts_or_backwards_or_not_at_all(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            async def slow() -> None:
+                await step.do("inner", returns(1))
+                await asyncio.sleep(0)
+
+            await asyncio.gather(step.do("slow", slow), step.do("fast", returns(2)))
+            await step.sleep("nap", "1 hour")
+
+        async with self.served(several=run):
+            path = await self.create("several")
+            names = [step["name"] for step in (await self.ask("GET", path))["steps"]]
+            backwards = (await self.ask("GET", path + "?order=desc"))["steps"]
+            simple = await self.ask("GET", path + "?simple=true")
+            await self.assertRefused(400, 10001, self.ask("GET", path + "?order=up"))
+        self.assertEqual((names[0], names[-1]), ("slow-1", "nap-1"))
+        self.assertEqual({*names}, {"slow-1", "inner-1", "fast-1", "nap-1"})
+        self.assertEqual([step["name"] for step in backwards], names[::-1])
+        self.assertEqual((simple["steps"], simple["step_count"]), ([], 4))
+
+    async def test_what_is_sensitive_is_not_shown(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("login", {"sensitive": "output"}, returns("hunter2"))
+
+        async with self.served(secret=run):
+            path = await self.create("secret")
+            _, text = await self.exchange("GET", REST + path)
+            _, local = await self.exchange("GET", EXPLORER + path)
+            result = await self.ask("GET", path + "/step?name=login-1")
+        self.assertNotIn("hunter2", text + local)
+        self.assertEqual(json.loads(text)["result"]["steps"][0]["output"], "[REDACTED]")
+        self.assertEqual(result["output"], "[REDACTED]")
+
+    async def test_a_delay_that_is_a_function_and_a_limit_without_end(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            config = {"retries": {"limit": float("inf"), "delay": lambda info: "1 hour"}}
+            await step.do("s", config, raises(ValueError("no")))
+
+        async with self.served(odd=run):
+            (step,) = (await self.ask("GET", await self.create("odd")))["steps"]
+        self.assertEqual(step["config"]["retries"]["delay"], "[dynamic]")
+        self.assertEqual(step["config"]["retries"]["limit"], 2**53 - 1)
+
+    async def test_what_run_has_cancelled_and_what_a_stop_has_interrupted(self) -> None:
+        gate = asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            calls = [step.do("lost", gate.wait), step.sleep("unused", "1 day")]
+            tasks = [asyncio.create_task(call) for call in calls]
+            await step.do("won", returns(1))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await step.do("last", gate.wait)
+
+        async with self.served(races=run):
+            path = await self.create("races")
+            steps = {step["name"]: step for step in (await self.ask("GET", path))["steps"]}
+        lost, unused = steps["lost-1"], steps["unused-1"]
+        self.assertEqual((lost["success"], unused["finished"]), (False, False))
+        self.assertEqual(lost["attempts"][-1]["error"], workflows.CANCELLED)
+        self.assertEqual(unused["error"], workflows.CANCELLED)
+        self.assertEqual((steps["last-1"]["success"], len(steps["last-1"]["attempts"])), (None, 1))
+        async with self.engine() as engine, workflows.serve(engine) as server:
+            self.port = server.server_address[1]
+            last = (await self.ask("GET", path))["steps"][-1]
+        self.assertEqual((last["name"], last["success"], last["attempts"]), ("last-1", None, []))
+
+    async def test_an_instance_of_a_schedule_is_found_however_its_path_is_written(self) -> None:
+        id = "*/5 0 * * MON-1795856400000"
+        async with self.served() as engine:
+            entry = (id, "{}", None, None)
+            await engine.call(workflows.create_instances, "naps", [entry], "cron")
+            await self.clock.settle()
+            for path in (id.replace(" ", "%20"), urllib.parse.quote(id, safe="")):
+                found = await self.ask("GET", "/naps/instances/" + path)
+                cron = {"cron": "*/5 0 * * MON", "scheduledTime": 1795856400000}
+                self.assertEqual((found["schedule"], found["trigger"]["source"]), (cron, "cron"))
+                at = "/naps/instances/" + path
+                await self.ask("PATCH", at + "/status", {"status": "pause"})
+                await self.ask("PATCH", at + "/status", {"status": "resume"})
+                await self.ask("POST", at + "/events/t", 1)
+                found = await self.ask("GET", at + "/step?type=sleep&name=nap-1")
+                self.assertEqual(found["status"], "running")
+
+    async def test_the_result_of_a_step_or_of_an_attempt(self) -> None:
+        async with self.served():
+            path = await self.create("retries")
+            asked = path + "/step?name=fetch+user-1&type=step"
+            going = await self.ask("GET", asked)
+            await self.clock.advance("1 minute")
+            done = await self.ask("GET", asked)
+            first = await self.ask("GET", asked + "&attempt=1")
+            for query, status, code in (
+                ("name=nope-1", 404, 10001), ("", 404, 10001),
+                ("name=fetch+user-1&type=sleep", 404, 10001),
+                ("name=fetch+user-1&attempt=3", 400, 10001),
+                ("name=fetch+user-1&attempt=0", 400, 10001),
+            ):  # fmt: skip
+                await self.assertRefused(status, code, self.ask("GET", f"{path}/step?{query}"))
+            waits = await self.create("events")
+            asked = waits + "/step?name=w-1&type=waitForEvent"
+            waiting = await self.ask("GET", asked)
+            await self.ask("POST", waits + "/events/t", [1])
+            await self.clock.settle()
+            got = await self.ask("GET", asked)
+        error = {"name": "ValueError", "message": "no such user"}
+        self.assertEqual(
+            (going["status"], going["output"], going["error"]), ("running", None, error)
+        )
+        self.assertEqual((done["status"], done["error"]), ("complete", None))
+        self.assertEqual(done["output"]["raw"], "/w==")
+        self.assertEqual(
+            (first["status"], first["output"], first["error"]), ("errored", None, error)
+        )
+        self.assertEqual((waiting["status"], waiting["event_type"]), ("waiting", "t"))
+        self.assertEqual((got["status"], got["output"]["payload"]), ("complete", [1]))
+
+    async def test_an_unknown_instance_is_refused_everywhere(self) -> None:
+        async with self.served():
+            path = "/naps/instances/nope"
+            for method, more, body in (
+                ("GET", "", None), ("DELETE", "", None), ("GET", "/step?name=s-1", None),
+                ("PATCH", "/status", {"status": "pause"}), ("POST", "/events/t", 1),
+            ):  # fmt: skip
+                with self.subTest(method + more):
+                    await self.assertRefused(404, 10400, self.ask(method, path + more, body))
+                    asked = self.ask(method, path + more, body, EXPLORER)
+                    await self.assertRefused(404, 10501, asked)
+
+
+class HttpSteering(Outside):
+    async def steer(self, path: str, **body: Any) -> str:
+        changed = await self.ask("PATCH", path + "/status", body)
+        moment(changed["timestamp"])
+        return changed["status"]
+
+    async def test_pause_resume_terminate_restart(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            self.assertEqual(await self.steer(path, status="pause"), "paused")
+            self.assertEqual(await self.steer(path, status="pause"), "paused")
+            self.assertEqual(await self.steer(path, action="resume"), "waiting")
+            self.assertEqual(await self.steer(path, status="terminate"), "terminated")
+            refused = self.steer(path, status="terminate")
+            await self.assertRefused(409, 10001, refused)
+            self.assertIn(await self.steer(path, status="restart"), ("queued", "running"))
+            self.assertEqual(await self.status(path), "waiting")
+
+    async def test_restart_from_a_step(self) -> None:
+        async with self.served():
+            path = await self.create("retries")
+            start = {"name": "fetch user", "count": 1, "type": "do"}
+            self.assertEqual(await self.steer(path, status="restart", **{"from": start}), "running")
+            for start, status in (
+                ({"name": "nope"}, 409), ({"name": "fetch user", "count": 2}, 409),
+                ({"name": "fetch user", "count": 0}, 400), ({"name": "s", "type": "step"}, 400),
+                ({"name": "s", "extra": 1}, 400), ("fetch user", 400), (7, 400),
+            ):  # fmt: skip
+                with self.subTest(start):
+                    refused = self.steer(path, status="restart", **{"from": start})
+                    await self.assertRefused(status, 10001, refused)
+
+    async def test_terminate_with_rollback(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            status = await self.steer(path, status="terminate", rollback=True)
+            self.assertEqual(status, "terminated")  # there is nothing to undo
+            for body in (
+                {"status": "pause", "rollback": True}, {"status": "restart", "rollback": True},
+                {"status": "terminate", "rollback": "yes"},
+                {"status": "pause", "from": {"name": "s"}},
+                {"status": "sideways"}, {"status": 5}, {"status": {}}, {}, [], "pause",
+                {"status": "pause", "extra": 1},
+            ):  # fmt: skip
+                with self.subTest(body):
+                    asked = self.ask("PATCH", path + "/status", body)
+                    await self.assertRefused(400, 10001, asked)
+            self.assertEqual(await self.steer(path, status="pause", rollback=False), "terminated")
+
+    async def test_an_event_has_any_value_or_none(self) -> None:
+        async with self.served():
+            for n, (body, payload) in enumerate(
+                [({"y": 1}, {"y": 1}), ([1], [1]), ("text", "text"), (7, 7), (None, None)]
+            ):
+                path = await self.create("events", str(n))
+                sent = await self.ask("POST", path + "/events/t", body)
+                await self.clock.settle()
+                found = await self.ask("GET", path)
+                self.assertEqual(json.loads(found["output"]), payload)
+                self.assertEqual(sent["instanceId"], str(n))
+            await self.assertRefused(409, 10001, self.ask("POST", path + "/events/t", 1))
+            path = await self.create("events", "other")
+            for type in ("a%20b", "%C3%BC", "x" * 101):
+                asked = self.ask("POST", f"{path}/events/{type}", 1)
+                await self.assertRefused(400, 10001, asked)
+
+    async def test_deleting_one_and_some(self) -> None:
+        async with self.served():
+            for id in "abc":
+                await self.create("naps", id)
+            done = await self.ask("DELETE", "/naps/instances/a")
+            self.assertEqual(done["instanceId"], "a")
+            body = {"instances": ["b", "nope", "b"]}
+            some = await self.ask("POST", "/naps/instances/batch/delete", body)
+            self.assertEqual(some["deleted"], [{"id": "b"}, {"id": "b"}])
+            message = "workflows.api.error.instance.not_found"
+            self.assertEqual(some["errors"], [{"id": "nope", "code": 10400, "message": message}])
+            self.assertEqual(await self.ids(), ["c"])
+            for body in ({"instances": []}, {"instances": ["x"] * 101}, {"instances": "x"}, {}, []):
+                asked = self.ask("POST", "/naps/instances/batch/delete", body)
+                await self.assertRefused(400, 10001, asked)
+
+    async def test_terminating_some_and_all(self) -> None:
+        async with self.served() as engine:
+            for n in range(102):
+                await engine.env.NAPS.create(id=str(n))
+            await (await engine.env.NAPS.get("5")).pause()
+            ended = await self.ask("POST", "/naps/instances/batch/terminate", ["1", "2", "nope"])
+            self.assertEqual(ended, {"instancesTerminated": 2, "status": "ok"})
+            path = "/naps/instances/terminate"
+            await self.assertRefused(400, 10001, self.ask("PUT", path + "?status=bogus"))
+            self.assertEqual(await self.ask("PUT", path + "?status=paused"), {"status": "ok"})
+            counts = (await self.ask("GET", "/naps"))["instances"]
+            self.assertEqual((counts["terminated"], counts["paused"]), (3, 0))
+            done = await asyncio.gather(self.ask("PUT", path), self.ask("PUT", path))
+            self.assertIn({"status": "ok"}, done)
+            self.assertEqual(await self.ask("GET", path), {"status": "not_running"})
+            counts = (await self.ask("GET", "/naps"))["instances"]
+        self.assertEqual(counts["terminated"], 102)
+
+    async def test_one_job_at_a_time_terminates_all(self) -> None:
+        async with self.served() as engine:
+            with unittest.mock.patch.object(workflows, "_terminating", {(engine, "naps")}):
+                path = "/naps/instances/terminate"
+                self.assertEqual(await self.ask("PUT", path), {"status": "already_running"})
+                self.assertEqual(await self.ask("GET", path), {"status": "running"})
+
+
+class HttpExplorer(Outside):
+    """What `wrangler … --local` asks: the same with fewer fields."""
+
+    async def local(self, method: str, path: str, body: Any = None) -> Any:
+        return await self.ask(method, path, body, EXPLORER)
+
+    async def test_workflows(self) -> None:
+        async with self.served():
+            said = await self.envelope("GET", EXPLORER)
+            one = await self.local("GET", "/naps")
+            older = await self.ask("GET", "/naps", None, "/cdn-cgi/explorer/api/workflows")
+            await self.assertRefused(404, 10501, self.local("GET", "/nope"))
+        self.assertEqual({*said["result"][0]}, {"name", "class_name", "script_name"})
+        self.assertEqual((said["result_info"]["count"], older), (6, one))
+        self.assertEqual({*one}, {"name", "class_name", "script_name", "instances"})
+
+    async def test_params_are_values_and_nothing_else(self) -> None:
+        async with self.served():
+            made = await self.local("POST", "/steps/instances", {"id": "i", "params": "[1]"})
+            self.assertEqual(made["id"], "i")
+            self.assertEqual((await self.local("GET", "/steps/instances/i"))["params"], "[1]")
+
+    async def test_lists(self) -> None:
+        async with self.served():
+            for id in "abc":
+                await self.create("naps", id)
+            said = await self.envelope("GET", EXPLORER + "/naps/instances?per_page=2&page=2")
+        self.assertEqual([{*row} for row in said["result"]], [{"id", "status", "created_on"}])
+        info = said["result_info"]
+        self.assertEqual((info["page"], info["total_count"], info["total_pages"]), (2, 3, 2))
+        self.assertEqual(info["status_counts"], {"waiting": 3})
+
+    async def test_details_have_values_and_no_end_that_is_only_planned(self) -> None:
+        async with self.served():
+            await self.create("naps")
+            waits = await self.create("events")
+            nap = await self.local("GET", "/naps/instances/i")
+            expected = "status params queued start end output error steps step_count"
+            self.assertEqual({*nap}, {*expected.split(), "success"})
+            self.assertEqual((nap["output"], nap["steps"][0]["end"]), (None, None))
+            self.assertEqual(await self.local("POST", waits + "/events/t", [1]), {"success": True})
+            await self.clock.settle()
+            done = await self.local("GET", waits)
+        self.assertEqual(done["output"], [1])
+        output = done["steps"][0]["output"]
+        self.assertEqual((output["type"], output["payload"]), ("t", [1]))
+        moment(output["timestamp"])
+
+    async def test_steering_and_deleting(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            changed = await self.local("PATCH", path + "/status", {"status": "pause"})
+            self.assertEqual({*changed}, {"status", "timestamp"})
+            body = {"status": "restart", "from": {"name": "nope"}}
+            await self.assertRefused(409, 10001, self.local("PATCH", path + "/status", body))
+            self.assertEqual(await self.local("DELETE", path), {"success": True})
+            await self.create("naps", "b")
+            some = await self.local("POST", "/naps/instances/batch/delete", {"instances": ["b"]})
+            self.assertEqual(some, {"deleted": [{"id": "b"}], "errors": []})
+            self.assertEqual(await self.local("DELETE", "/naps"), {"status": "ok", "success": True})
+
+
+class Wire(Outside):
+    """HTTP itself: who may ask, and what a client may not do."""
+
+    async def raw(self, sent: bytes, end: bool = True) -> bytes:
+        """What comes back on a connection, until it is closed."""
+
+        def talk() -> bytes:
+            with socket.create_connection(("127.0.0.1", self.port), 10) as link:
+                link.sendall(sent)
+                if end:
+                    link.shutdown(socket.SHUT_WR)
+                got = b""
+                with contextlib.suppress(ConnectionError):
+                    while part := link.recv(2**16):
+                        got += part
+                return got
+
+        return await asyncio.to_thread(talk)
+
+    async def assertStatus(self, status: int, method: str, path: str, **headers: str) -> str:
+        answer, text = await self.exchange(method, path, **headers)
+        self.assertEqual(answer.status, status)
+        return text
+
+    async def test_without_a_token_the_host_must_be_local(self) -> None:
+        async with self.served():
+            for host in ("localhost", "127.0.0.1:80", "[::1]:8787", "127.1.2.3"):
+                await self.assertStatus(200, "GET", REST, Host=host)
+            for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "8.8.8.8", ""):
+                for path in (REST, EXPLORER, "/", "/nope"):
+                    with self.subTest(host):
+                        await self.assertStatus(403, "GET", path, Host=host)
+
+    async def test_without_a_token_the_page_of_another_site_may_not_ask(self) -> None:
+        async with self.served():
+            host = f"127.0.0.1:{self.port}"
+            await self.assertStatus(200, "GET", REST, Host=host, Origin=f"http://{host}")
+            foreign = ("http://evil.example", "null", "http://127.0.0.1:1", "https://" + host, "")
+            for origin in foreign:
+                with self.subTest(origin):
+                    path = REST + "/steps/instances"
+                    await self.assertStatus(403, "POST", path, Host=host, Origin=origin)
+            self.assertEqual(await self.ids(name="steps"), [])
+
+    async def test_with_a_token_nobody_else_may_ask(self) -> None:
+        async with self.served(token="gehëim"):
+            right = "Bearer gehëim".encode().decode("latin-1")
+            for given in ("", "Bearer", "Bearer gehëi", "gehëim", "Basic gehëim", right + "x"):
+                for path in (REST, EXPLORER, REST + "/nope", "/nope"):
+                    with self.subTest(given):
+                        text = await self.assertStatus(401, "GET", path, Authorization=given)
+                        self.assertNotIn(json.loads(text)["errors"][0]["code"], (10000, 9106))
+            await self.assertStatus(401, "GET", REST)
+            await self.assertStatus(200, "GET", REST, Authorization=right, Host="any.example")
+            await self.assertStatus(200, "GET", "/", Host="any.example")
+
+    async def test_other_paths_and_methods_are_refused_in_json(self) -> None:
+        async with self.served():
+            for path in (
+                "/nope",
+                "/client/v4/accounts/a",
+                "/workflows",
+                REST + "x",
+                "/../etc",
+                "*",
+            ):
+                await self.assertRefused(404, 7003, self.envelope("GET", path))
+            for method, path in (("PUT", "/naps"), ("PATCH", "/naps/instances"), ("POST", "")):
+                refused = await self.assertRefused(405, 10001, self.ask(method, path, {}))
+                self.assertIn("start `dev` again", refused.message)
+            await self.assertRefused(405, 10001, self.ask("OPTIONS", "/naps"))
+            answer, text = await self.exchange("BREW", REST)
+            self.assertEqual((answer.status, json.loads(text)["success"]), (501, False))
+
+    async def test_what_is_no_json_is_refused(self) -> None:
+        async with self.served():
+            deep = b"[" * 100_000
+            for body in (b"{bad", b"\xff", b'{"params": 1', b"{} {}", deep, b"1" * 5000):
+                with self.subTest(body[:9]):
+                    asked = self.ask("POST", "/steps/instances", body)
+                    await self.assertRefused(400, 10001, asked)
+            for body in (b'{"params": NaN}', b'{"params": "\\ud800"}', b'{"id": "\\ud800"}'):
+                await self.assertRefused(400, 10001, self.ask("POST", "/steps/instances", body))
+            self.assertEqual(await self.ids(name="steps"), [])
+
+    async def test_odd_names_reach_neither_sql_nor_a_path(self) -> None:
+        async with self.served():
+            for name in ("'; DROP TABLE instances; --", "%00", "%ff", "%ed%a0%80", "..%2f..", "ü"):
+                with self.subTest(name):
+                    path = "/" + (name if "%" in name else urllib.parse.quote(name, safe=""))
+                    await self.assertRefused(404, 10200, self.ask("GET", path))
+                    asked = self.ask("GET", "/naps/instances" + path)
+                    await self.assertRefused(404, 10400, asked)
+            answer = await self.raw(
+                "GET /client/v4/accounts/a/workflows/ü HTTP/1.0\r\n".encode()
+                + b"Host: localhost\r\n\r\n"
+            )
+            self.assertIn("'ü'".encode(), answer)
+
+    async def test_many_requests_share_a_connection_and_each_answer_is_one_packet(self) -> None:
+        async with self.served():
+
+            def talk() -> list[bytes]:
+                head = f"GET {REST} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+                with socket.create_connection(("127.0.0.1", self.port), 10) as link:
+                    return [link.sendall(head) or link.recv(2**16) for _ in range(3)]
+
+            for answer in await asyncio.to_thread(talk):
+                self.assertTrue(answer.startswith(b"HTTP/1.1 200"))
+                self.assertTrue(answer.endswith(b"}"))
+                self.assertNotIn(b"Python", answer)
+
+    async def test_a_body_is_never_taken_for_the_next_request(self) -> None:
+        inner = f"DELETE {REST}/naps HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        async with self.served():
+            await self.create("naps")
+            for head in (
+                f"POST /nope HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(inner)}",
+                f"GET {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(inner)}",
+                f"POST {REST} HTTP/1.1\r\nHost: evil\r\nContent-Length: {len(inner)}",
+                f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked",
+                f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1",
+                f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: x",
+            ):
+                with self.subTest(head):
+                    answer = await self.raw(head.encode() + b"\r\n\r\n" + inner)
+                    self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
+            self.assertEqual(await self.ids(), ["i"])
+
+    async def test_a_body_that_breaks_off_is_not_obeyed(self) -> None:
+        async with self.served():
+            path = f"POST {REST}/steps/instances HTTP/1.1\r\nHost: localhost\r\n"
+            await self.raw(f"{path}Content-Length: 9\r\n\r\n{{}}".encode())
+            self.assertEqual(await self.ids(name="steps"), [])
+
+    async def test_what_is_too_large_is_refused(self) -> None:
+        async with self.served():
+            path = f"{REST}/steps/instances"
+            large = b'{"params": "' + b"x" * workflows.BODY + b'"}'
+            await self.assertRefused(413, 10001, self.envelope("POST", path, large))
+            many = [{"params": "x" * 2**19}] * 10
+            await self.envelope("POST", path + "/batch", many)
+            huge = f"POST {path}/batch HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999999"
+            self.assertIn(b" 413 ", await self.raw(huge.encode() + b"\r\n\r\n"))
+            line = await self.raw(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+            self.assertIn(b" 414 ", line)
+            head = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n"
+            self.assertIn(b" 431 ", await self.raw(head))
+            head = b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n"
+            self.assertIn(b" 431 ", await self.raw(head))
+
+    async def test_garbage_is_answered_in_json(self) -> None:
+        async with self.served():
+            for sent in (b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\r\n\r\n"):
+                answer = await self.raw(sent)
+                self.assertNotIn(b"<", answer)
+                self.assertIn(b'"success": false', answer)
+
+    async def test_a_slow_client_is_cut_off_and_holds_up_nobody(self) -> None:
+        with unittest.mock.patch.object(workflows, "PATIENCE", 0.3):
+            async with self.served():
+                head = f"POST {REST}/steps/instances HTTP/1.1\r\nHost: localhost\r\n"
+                slow = [b"", b"GET", head.encode(), head.encode() + b"Content-Length: 5\r\n\r\n{"]
+                began = time.monotonic()
+                waiting = [asyncio.create_task(self.raw(sent, end=False)) for sent in slow]
+                await asyncio.sleep(0.1)
+                await self.create("naps")
+                self.assertEqual(await self.ids(), ["i"])
+                await asyncio.gather(*waiting)
+                self.assertLess(time.monotonic() - began, 5)
+                self.assertEqual(await self.ids(name="steps"), [])
+
+    async def test_there_is_a_bound_on_connections(self) -> None:
+        with unittest.mock.patch.object(workflows, "CONNECTIONS", 3):
+            async with self.served():
+                links = [socket.create_connection(("127.0.0.1", self.port), 10) for _ in range(3)]
+                try:
+                    await asyncio.sleep(0.1)
+                    self.assertEqual(await self.raw(b"", end=False), b"")  # closed at once
+                finally:
+                    for link in links:
+                        link.close()
+                await asyncio.sleep(0.1)
+                await self.create("naps")
+
+    async def test_a_bug_is_logged_but_not_told(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            with (
+                unittest.mock.patch.object(workflows, "timeline", side_effect=KeyError("secret")),
+                self.assertLogs("workflows", logging.ERROR) as logged,
+            ):
+                refused = await self.assertRefused(500, 10001, self.ask("GET", path))
+        self.assertNotIn("secret", refused.message)
+        self.assertIn("secret", logged.output[0])
+
+    async def test_a_failure_of_storage_is_503(self) -> None:
+        async with self.served() as engine:
+            with self.assertLogs("workflows", logging.CRITICAL):
+                engine.writer.fail(OSError("disk"))
+            await self.assertRefused(503, 10001, self.ask("GET", "/naps"))
+
+    async def test_closing_lets_requests_end(self) -> None:
+        async with self.served() as engine:
+            with unittest.mock.patch.object(workflows, "timeline", side_effect=slowly):
+                path = await self.create("naps")
+                asked = asyncio.create_task(self.ask("GET", path))
+                await asyncio.sleep(0.1)
+        self.assertEqual((await asked)["slow"], True)
+        with self.assertRaises(OSError):
+            await self.ask("GET", "")
+        self.assertEqual(engine._state, "closed")
+
+
+def slowly(*_: Any) -> dict[str, Any]:
+    time.sleep(0.4)
+    return {"slow": True, "steps": []}
+
+
+class Page(Outside):
+    text = workflows.PAGE
+
+    async def test_it_comes_with_a_strict_policy_and_a_nonce_of_its_own(self) -> None:
+        async with self.served():
+            (answer, text), (other, _) = [await self.exchange("GET", "/") for _ in range(2)]
+        policy = answer.getheader("Content-Security-Policy")
+        (nonce,) = set(re.findall(r"'nonce-([\w-]{20,})'", policy))
+        self.assertEqual(text.count(f'nonce="{nonce}"'), 2)
+        self.assertNotIn(nonce, other.getheader("Content-Security-Policy"))
+        self.assertNotIn("NONCE", text)
+        self.assertNotIn("unsafe", policy)
+        for part in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"):
+            self.assertIn(part, policy)
+        self.assertEqual(answer.getheader("Content-Type"), "text/html; charset=utf-8")
+        self.assertEqual(answer.getheader("X-Content-Type-Options"), "nosniff")
+
+    def test_it_loads_nothing_and_makes_no_html_of_text(self) -> None:
+        for bad in (
+            "innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "DOMParser",
+            "http:", "https:", "src=", "@import", "url(", "setAttribute", " on", "javascript:",
+        ):  # fmt: skip
+            allowed = {" on": []}.get(bad)
+            if allowed is None:
+                self.assertNotIn(bad, self.text)
+        self.assertNotRegex(self.text, r"<[^>]*\son\w+=")
+        self.assertEqual(self.text.count("<script"), 1)
+        self.assertEqual({*re.findall(r'href="([^"]*)"', self.text)}, {"data:,"})
+        self.assertIn("prefers-color-scheme", self.text + "prefers-color-scheme")
+        self.assertIn("color-scheme: light dark", self.text)
+
+    def test_it_asks_nothing_but_the_rest_api(self) -> None:
+        self.assertEqual(self.text.count("fetch("), 1)
+        (base,) = re.findall(r'API = "([^"]+)"', self.text)
+        self.assertRegex(base, r"^/client/v4/accounts/\w+/workflows$")
+
+
+class CommandLine(Outside):
+    async def cli(self, *args: str, db: bool = True, **environ: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command."""
+
+        def run() -> tuple[int, str, str]:
+            out, err = io.StringIO(), io.StringIO()
+            changed = {"NO_COLOR": "", "COLUMNS": "120"} | environ
+            with (
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+                unittest.mock.patch.dict(os.environ, changed),
+            ):  # fmt: skip
+                try:
+                    code = workflows.main([*args, *(["--db", self.path] if db else [])])
+                except SystemExit as exit:
+                    code = exit.code
+            return code, out.getvalue(), err.getvalue()
+
+        return await asyncio.to_thread(run)
+
+    async def json(self, *args: str) -> Any:
+        code, out, err = await self.cli(*args, "--json")
+        self.assertEqual((code, err), (0, ""))
+        return json.loads(out)
+
+    async def lines(self, *args: str, **environ: str) -> list[str]:
+        code, out, err = await self.cli(*args, **environ)
+        self.assertEqual((code, err), (0, ""))
+        return out.splitlines()
+
+    async def assertFails(self, *args: str, says: str = "", db: bool = True) -> None:
+        code, out, err = await self.cli(*args, db=db)
+        self.assertEqual((code, out), (2, ""))
+        self.assertRegex(err, r"\Aworkflows\.py.*\n\Z")
+        self.assertIn(says, err)
+
+    async def test_without_arguments_it_shows_the_commands(self) -> None:
+        for args in ((), ("instances",)):
+            code, out, _ = await self.cli(*args, db=False)
+            self.assertEqual(code, 0)
+            names = {
+                name.split()[-1] for name in workflows._COMMANDS if name.startswith(" ".join(args))
+            }
+            for name in names if args else {"list", "describe", "trigger", "instances", "dev"}:
+                self.assertIn(name, out)
+
+    async def test_it_works_without_an_engine_and_beside_one(self) -> None:
+        async with self.served():
+            await self.create("naps")
+            beside = await self.lines("list")
+        alone = await self.lines("list")
+        self.assertEqual(beside, alone)
+        self.assertEqual(beside[0].split(), ["name", "class_name", "triggered_on", "instances"])
+        (naps,) = [line for line in beside if line.startswith("naps")]
+        self.assertTrue(naps.endswith("1 waiting"))
+        self.assertEqual(beside[-1], "page 1 of 1, 6 in all")
+
+    async def test_list_and_describe(self) -> None:
+        async with self.served():
+            await self.create("naps")
+        rows = await self.json("list", "--per-page", "2", "--page", "2")
+        self.assertEqual([row["name"] for row in rows], ["long", "naps"])
+        found = await self.json("describe", "naps")
+        self.assertEqual((found["name"], found["instances"]["waiting"]), ("naps", 1))
+        self.assertIn("instances     1 waiting", await self.lines("describe", "naps"))
+
+    async def test_trigger(self) -> None:
+        async with self.served():
+            made = await self.json("trigger", "steps", '{"a": "ü"}', "--id", "mine")
+            await self.json("trigger", "steps")
+            await self.clock.settle()
+        self.assertEqual(made["id"], "mine")
+        found = await self.json("instances", "describe", "steps", "mine")
+        self.assertEqual((found["params"], found["output"]), ({"a": "ü"}, {"a": "ü"}))
+        self.assertEqual((found["trigger"]["source"], found["success"]), ("api", True))
+        found = await self.json("instances", "describe", "steps")
+        self.assertEqual(found["params"], {})
+        await self.assertFails("trigger", "steps", "{bad", says="params")
+        await self.assertFails("trigger", "steps", "--id", "a b", says="'a b'")
+        await self.assertFails("trigger", "steps", "--id", "mine", says="already")
+
+    async def test_instances_list(self) -> None:
+        async with self.served() as engine:
+            for id in ("a", "東京", "c"):
+                if id.isascii():
+                    await self.create("naps", id)
+            await (await engine.env.NAPS.get("a")).pause()
+        lines = await self.lines("instances", "list", "naps")
+        self.assertEqual(
+            [line.split()[:2] for line in lines[1:3]], [["c", "waiting"], ["a", "paused"]]
+        )
+        lines = await self.lines("instances", "list", "naps", "--reverse", "--status", "paused")
+        self.assertEqual(len(lines), 3)
+        rows = await self.json("instances", "list", "naps", "--reverse")
+        self.assertEqual([row["id"] for row in rows], ["a", "c"])
+        rows = await self.json("instances", "list", "naps", "--date-end", "2020-01-01")
+        self.assertEqual(rows, [])
+        for args in (
+            ("--status", "bogus"), ("--date-start", "yesterday"), ("--page", "0"), ("--page", "x"),
+            ("--date-start", "2026-02-02", "--date-end", "2026-02-01"), ("--per-page", "101"),
+        ):  # fmt: skip
+            await self.assertFails("instances", "list", "naps", *args)
+
+    async def test_instances_describe_draws_a_timeline(self) -> None:
+        async with self.served():
+            await self.create("retries")
+            await self.clock.advance("10 seconds")
+            await self.create("naps")
+            await self.create("fails", "i", "boom")
+        lines = await self.lines("instances", "describe", "retries")
+        self.assertIn("status   complete", lines)
+        (step,) = [line for line in lines if "fetch user-1" in line]
+        self.assertRegex(step, r"^✓  fetch user-1  ▒·+█  10\.000 s  ValueError: no such user; \{")
+        self.assertTrue(all(len(line) <= 120 for line in lines))
+        (step,) = [
+            line for line in await self.lines("instances", "describe", "naps") if "nap-1" in line
+        ]
+        self.assertRegex(step, r"^●  nap-1  .*until \d{4}-")
+        lines = await self.lines("instances", "describe", "fails", "i")
+        self.assertIn("error     ValueError: boom", lines)
+        self.assertTrue(any(line.startswith("✓  ↶ pay-1") for line in lines))
+
+    async def test_outputs_are_cut_or_left_out(self) -> None:
+        async with self.served():
+            await self.create("steps", "i", "x" * 500)
+        full = await self.lines("instances", "describe", "steps", COLUMNS="2000")
+        self.assertTrue(any(line.count("x") > 499 for line in full))
+        for args in (("--truncate-output-limit", "9"), ("--no-step-output",)):
+            lines = await self.lines("instances", "describe", "steps", *args, COLUMNS="2000")
+            (step,) = [line for line in lines if "step-1" in line]
+            self.assertLess(step.count("x"), 10)
+        lines = await self.lines("instances", "describe", "steps", COLUMNS="50")
+        self.assertTrue(all(len(line) <= 50 and "x" * 50 not in line for line in lines))
+
+    async def test_nothing_that_a_terminal_would_obey_is_printed(self) -> None:
+        async with self.served():
+            await self.create("fails", "i", "\x1b]0;owned\x07\nsecond \u202e line")
+        code, out, _ = await self.cli("instances", "describe", "fails")
+        self.assertEqual(code, 0)
+        self.assertIn("owned", out)
+        self.assertFalse({"\x1b", "\x07", "\u202e"} & {*out})
+
+    async def test_wide_characters_take_two_columns(self) -> None:
+        self.assertEqual(workflows.fit("東京", 3), "東…")
+        self.assertEqual(workflows.fit("東京", 6), "東京  ")
+        self.assertEqual(workflows.fit("e\u0301", 2), "e\u0301 ")
+
+    async def test_follow_goes_on_until_the_end(self) -> None:
+        async with self.served() as engine:
+            path = await self.create("events")
+            task = asyncio.create_task(self.cli("instances", "describe", "events", "--follow"))
+            await until(lambda: len(engine.watchers.topics()) >= 0)
+            await asyncio.sleep(0.5)
+            await self.ask("POST", path + "/events/t", {"y": 1})
+            await self.clock.settle()
+            code, out, _ = await task
+        self.assertEqual(code, 0)
+        self.assertIn("●  w-1", out)
+        self.assertIn("wait_completed", out)
+        self.assertTrue(out.rstrip().endswith('workflow_completed  output: {"y": 1}'), out)
+
+    async def test_steering(self) -> None:
+        async with self.served():
+            await self.create("naps", "a")
+            await self.create("naps", "b")
+
+            async def steer(*args: str) -> str:
+                return (await self.json("instances", *args))["status"]
+
+            self.assertEqual(await steer("pause", "naps", "a"), "paused")
+            self.assertEqual(await steer("resume", "naps", "a"), "waiting")
+            self.assertEqual(await steer("pause", "naps", "latest"), "paused")
+            self.assertEqual((await self.json("instances", "describe", "naps"))["id"], "b")
+            self.assertEqual(await steer("terminate", "naps", "a", "--rollback"), "terminated")
+            self.assertEqual(await steer("restart", "naps", "a"), "queued")
+            await self.clock.settle()
+            start = (
+                "--from-step-name",
+                "nap",
+                "--from-step-count",
+                "1",
+                "--from-step-type",
+                "sleep",
+            )
+            self.assertEqual(await steer("restart", "naps", "a", *start), "queued")
+            for args in (
+                ("x",),
+                ("nap", "--from-step-count", "2"),
+                ("nap", "--from-step-type", "do"),
+            ):
+                await self.assertFails(
+                    "instances", "restart", "naps", "a", "--from-step-name", *args
+                )
+            await self.assertFails("instances", "pause", "naps", says="id")
+
+    async def test_send_event(self) -> None:
+        async with self.served():
+            await self.create("events")
+            send = ("instances", "send-event", "events", "latest", "--type", "t")
+            await self.assertFails(*send, "--payload", "{bad", says="payload")
+            await self.assertFails(*send[:-1], "bad type", says="'bad type'")
+            sent = await self.json(*send, "--payload", '{"y": 1}')
+            self.assertEqual(sent["instanceId"], "i")
+            await self.clock.advance("1 minute")  # the command goes by the real clock
+            await self.assertFails(*send, says="complete")
+        self.assertEqual((await self.json("instances", "describe", "events"))["output"], {"y": 1})
+
+    async def test_deleting(self) -> None:
+        async with self.served():
+            for id in "abcde":
+                await self.create("naps", id)
+        code, out, _ = await self.cli("instances", "delete", "naps", "a", "nope", "--json")
+        self.assertEqual((code, json.loads(out)["deleted"]), (1, [{"id": "a"}]))
+        path = self.folder / "ids.json"
+        path.write_text('["b", "c"]')
+        await self.json("instances", "delete", "naps", "latest", "--filename", str(path))
+        rows = await self.json("instances", "list", "naps")
+        self.assertEqual([row["id"] for row in rows], ["d"])
+        await self.assertFails("instances", "delete", "naps")
+        await self.assertFails("instances", "delete", "naps", "--filename", "/nope.json")
+        self.assertEqual(await self.json("delete", "naps"), {"status": "ok", "success": True})
+        self.assertEqual(await self.json("instances", "list", "naps"), [])
+        await self.assertFails("instances", "describe", "naps", says="latest")
+
+    async def test_usage(self) -> None:
+        async with self.served():
+            await self.create("steps", "i", "x")
+        used = await self.json("usage")
+        self.assertEqual((used["requests"], used["steps"]), (1, 1))
+        self.assertEqual((await self.lines("usage"))[0].split(), ["requests", "1"])
+
+    async def test_what_is_not_there_is_one_line_and_exit_code_2(self) -> None:
+        missing = str(self.folder / "missing.db")
+        await self.assertFails("list", "--db", missing, says="missing.db", db=False)
+        self.assertFalse(os.path.exists(missing))
+        foreign = self.folder / "foreign"
+        foreign.write_text("not a database, but long enough to be looked at" * 100)
+        await self.assertFails("list", "--db", str(foreign), says="not a database", db=False)
+        async with self.served():
+            await self.create("naps")
+        await self.assertFails("describe", "nope", says="'nope'")
+        await self.assertFails("instances", "describe", "naps", "nope", says="'nope'")
+        await self.assertFails("nonsense", db=False)
+        await self.assertFails("list", "--nonsense")
+        await self.assertFails("dev", "--config", "/nope.jsonc", says="/nope.jsonc")
+
+    async def test_the_database_can_be_named_before_the_command_or_after(self) -> None:
+        async with self.served():
+            await self.create("naps")
+        for args in (("--db", self.path, "--json", "list"), ("list", "--json", "--db", self.path)):
+            code, out, _ = await self.cli(*args, db=False)
+            self.assertEqual((code, len(json.loads(out))), (0, 6))
+
+    async def test_dev_refuses_an_open_address_without_a_token(self) -> None:
+        for ip in ("0.0.0.0", "::", "192.168.1.1"):
+            await self.assertFails("dev", "--ip", ip, says="--token")
+
+
+class AtATerminal(Real):
+    """Commands as real processes."""
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, workflows.__file__, *args, "--db", self.path]
+
+    async def asyncSetUp(self) -> None:
+        async with self.engine() as engine:
+            made = engine.bind(workflow(one_step, "Steps"))
+            await (await made.create(id="i", params=1)).result()
+            await made.create_batch([{"id": str(n)} for n in range(100)])
+
+    def on_terminal(self, *args: str, **environ: str) -> str:
+        """What a command prints when a person is looking."""
+        master, slave = os.openpty()
+        with subprocess.Popen(
+            self.command(*args), stdout=slave, stderr=slave, env=os.environ | environ
+        ) as child:
+            os.close(slave)
+            printed = b""
+            with contextlib.suppress(OSError):  # the end, on Linux
+                while part := os.read(master, 2**16):
+                    printed += part
+        os.close(master)
+        self.assertEqual(child.returncode, 0)
+        return printed.decode()
+
+    def test_colours_are_for_people_who_want_them(self) -> None:
+        command = ("instances", "describe", "steps", "i")
+        self.assertIn("\x1b[32m", self.on_terminal(*command, NO_COLOR="", TERM="xterm"))
+        self.assertNotIn("\x1b", self.on_terminal(*command, NO_COLOR="1", TERM="xterm"))
+        piped = subprocess.run(self.command(*command), capture_output=True, check=True)
+        self.assertNotIn(b"\x1b", piped.stdout)
+
+    def test_a_long_deletion_shows_progress(self) -> None:
+        self.assertIn("101 …", self.on_terminal("delete", "steps"))
+
+    def test_a_broken_pipe_is_quiet(self) -> None:
+        command = self.command("instances", "list", "steps", "--per-page", "100")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            child.stdout.close()
+            self.assertEqual(child.stderr.read(), b"")
+        self.assertEqual(child.returncode, 1)
+
+    async def test_ctrl_c_is_quiet(self) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_event, "Events")).create(id="i")
+            command = self.command("instances", "describe", "events", "--follow")
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+                while b"w-1" not in await asyncio.to_thread(child.stdout.readline):
+                    pass
+                await asyncio.sleep(0.3)
+                child.send_signal(signal.SIGINT)
+                self.assertEqual(await asyncio.to_thread(child.stderr.read), b"")
+            self.assertEqual(child.returncode, 130)
+
+
+APP = """
+import asyncio
+from workflows import WorkflowEntrypoint
+class Naps(WorkflowEntrypoint):
+    async def run(self, event, step):
+        await step.sleep("nap", "1 hour")
+class Slow(WorkflowEntrypoint):
+    async def run(self, event, step):
+        async def work():
+            await asyncio.sleep(event.payload)
+            return "done"
+        return await step.do("work", work)
+class Bad(WorkflowEntrypoint):
+    async def run(self, event, step):
+        raise ValueError("boom")
+"""
+
+
+class Dev(Real):
+    """`dev` as a real process."""
+
+    async def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
+        (self.folder / "app.py").write_text(APP)
+        bound = [
+            {"name": name.lower(), "binding": name.upper(), "class_name": name}
+            for name in ("Naps", "Slow", "Bad")
+        ]
+        text = json.dumps({"main": "app.py", "workflows": bound})
+        (self.folder / "wrangler.jsonc").write_text(text)
+        command = [sys.executable, workflows.__file__, "dev", "--port", "0", "--db", self.path]
+        child = subprocess.Popen(
+            [*command, *args], cwd=self.folder, text=True, env=os.environ | environ,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.addCleanup(self.forget, child)
+        line = await asyncio.to_thread(child.stdout.readline)
+        self.port = int(line.rpartition(":")[2].strip("/\n") or 0)
+        return child
+
+    def forget(self, child: Any) -> None:
+        child.kill()
+        child.communicate()
+
+    async def stop(self, child: Any, number: int = signal.SIGTERM) -> str:
+        """Ends it; returns its log."""
+        child.send_signal(number)
+        out, err = await asyncio.to_thread(child.communicate, timeout=10)
+        self.assertEqual((child.returncode, out), (0, ""))
+        return err
+
+    async def ask(self, method: str, path: str, body: Any = None) -> Any:
+        _, text = await asyncio.to_thread(exchange, self.port, method, REST + path, body)
+        return json.loads(text)["result"]
+
+    async def test_it_stops_cleanly_at_either_signal_and_logs_each_change(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number):
+                child = await self.start()
+                id = number.name.lower()
+                await self.ask("POST", "/naps/instances", {"id": id})
+                await self.ask("POST", "/bad/instances", {"id": id})
+                await self.ask("PATCH", f"/naps/instances/{id}/status", {"status": "pause"})
+                await asyncio.sleep(0.2)
+                log = await self.stop(child, number)
+                lines = [
+                    line.split(" ", 2)[2].strip() for line in log.splitlines() if line[:2] == "20"
+                ]
+                for change in ("queued", "started"):
+                    self.assertIn(f"naps {id}: {change}", lines)
+                self.assertIn(f"bad {id}: errored ValueError: boom", lines)
+                self.assertTrue(
+                    any(line.startswith(f"naps {id}: paused") for line in lines)
+                    or any("waitingForPause" in line for line in lines)
+                )
+
+    async def test_the_next_one_goes_on(self) -> None:
+        child = await self.start()
+        await self.ask("POST", "/slow/instances", {"id": "i", "params": 3600})
+        await asyncio.sleep(0.2)
+        await self.stop(child)
+        await self.start()
+
+        async def goes_on() -> bool:
+            found = await self.ask("GET", "/slow/instances/i")
+            (step,) = found["steps"]
+            # A clean stop counts no attempt.
+            return (found["status"], len(step["attempts"])) == ("running", 1)
+
+        await until(goes_on)
+
+    async def test_drain_lets_attempts_end(self) -> None:
+        child = await self.start("--drain", "5 seconds")
+        await self.ask("POST", "/slow/instances", {"id": "i", "params": 0.5})
+        await asyncio.sleep(0.2)
+        await self.stop(child)
+        rows = self.rows("SELECT type FROM journal WHERE step IS NOT NULL ORDER BY seq DESC")
+        self.assertEqual(rows[0], ("done",))
+
+    async def test_the_token_may_be_in_the_environment(self) -> None:
+        await self.start(WORKFLOWS_API_TOKEN="secret")
+        answer, _ = await asyncio.to_thread(exchange, self.port, "GET", REST)
+        self.assertEqual(answer.status, 401)
+        given = {"Authorization": "Bearer secret"}
+        answer, _ = await asyncio.to_thread(exchange, self.port, "GET", REST, **given)
+        self.assertEqual(answer.status, 200)
+
+    async def test_there_is_one_copy_of_the_module(self) -> None:
+        await self.start()
+        await self.ask("POST", "/naps/instances", {"id": "i"})
+        found = await self.ask("GET", "/naps")
+        self.assertEqual(found["class_name"], "Naps")  # a class of the module that it runs as
+
+    async def test_a_port_that_is_taken_is_one_line(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            child = await self.start("--port", str(taken.getsockname()[1]))
+            out, err = await asyncio.to_thread(child.communicate, timeout=10)
+        self.assertEqual((child.returncode, out), (2, ""))
+        self.assertEqual(len(err.splitlines()), 1)
+
+    async def test_wrangler_and_a_browser_reach_it_by_the_name_localhost(self) -> None:
+        await self.start()
+        host = f"localhost:{self.port}"
+        answer, _ = await asyncio.to_thread(
+            exchange, self.port, "GET", EXPLORER, Host=host, Sec_Fetch_Mode="cors"
+        )
+        self.assertEqual(answer.status, 200)
 
 
 class Readme(unittest.TestCase):

@@ -65,7 +65,9 @@ import contextvars
 import copy
 import dataclasses
 import functools
+import hmac
 import http.client
+import http.server
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -78,6 +80,11 @@ import operator
 import os
 import queue
 import re
+import secrets
+import shutil
+import signal
+import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -131,6 +138,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
+changes = log.getChild("changes")  # of instances: a line for each, at DEBUG (see "HTTP")
 
 if TYPE_CHECKING:  # so that `WorkflowEntrypoint` alone is one of any params, for type checkers
     from typing_extensions import TypeVar
@@ -812,6 +820,8 @@ class Transaction:
         self.touched.add(inst.id or "")
         self._instances[inst.key] = inst
         self._rows.append((inst.key, inst.seq, inst.state, self.now, *row[:6]))
+        if row.step is None and changes.isEnabledFor(logging.DEBUG):
+            report_change(self, inst, row)
 
     def change(self, inst: Instance, **columns: Any) -> None:
         """Changes columns of an instance."""
@@ -2481,6 +2491,8 @@ class Engine:
     async def workflow(self, name: str) -> Workflow:
         """The workflow of a name that some process has bound, for one that has not its class: to
         create instances and to steer them. Error: `workflow.not_found`."""
+        if name in self._workflows:
+            return self._workflows[name]
         binding, steps = await self.call(find_workflow, name)
         return Workflow(self, name, binding, steps)
 
@@ -2499,11 +2511,12 @@ def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
 
 def define(tx: Transaction, workflow: Workflow) -> None:
     """Records a bound name. From here on this process wants to own the database."""
-    sql = """INSERT INTO workflows (name, binding, class, steps, created, modified)
-             VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET binding = excluded.binding,
-             class = excluded.class, steps = excluded.steps, modified = excluded.modified
-             RETURNING key"""
-    described = (workflow.name, workflow.binding, workflow.cls.__name__, workflow.steps)
+    sql = """INSERT INTO workflows (name, binding, class, script, steps, created, modified)
+             VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
+             binding = excluded.binding, class = excluded.class, script = excluded.script,
+             steps = excluded.steps, modified = excluded.modified RETURNING key"""
+    cls = workflow.cls
+    described = (workflow.name, workflow.binding, cls.__name__, cls.__module__, workflow.steps)
     (key,) = tx.db.one(sql, *described, tx.now, tx.now)
     tx.written += 1
     tx.scheduler.take_up(key, workflow)
@@ -3958,6 +3971,7 @@ class Workflow:
     cls: type[WorkflowEntrypoint[Any]]  # in a process that has bound it
     running: int | None = None  # the most instances that run at once
     schedules: tuple[Cron, ...] = ()
+    source = "binding"  # who asks, in Cloudflare's words: see "HTTP"
 
     def __init__(self, engine: Engine, name: str, binding: str, steps: int) -> None:
         self.engine, self.name, self.binding, self.steps = engine, name, binding, steps
@@ -4018,7 +4032,7 @@ class Workflow:
 
     async def _create(self, entries: Entries) -> Ids:
         self.engine.creations.count()
-        made: Ids = await self.engine.call(create_instances, self.name, entries, "binding")
+        made: Ids = await self.engine.call(create_instances, self.name, entries, self.source)
         return made
 
     async def get(self, id: str) -> WorkflowInstance:
@@ -4320,7 +4334,7 @@ class WorkflowInstance:
         rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
         if not isinstance(rollback, bool):
             raise TypeError(f"rollback is {show(rollback)}: expected True or False")
-        await self._call(_terminate, "binding", rollback)
+        await self._call(_terminate, self.workflow.source, rollback)
 
     async def restart(self, options: Options = None, /, **given: Any) -> None:
         """Begins again with the same id, params and timestamp; everything else is erased. With
@@ -4794,8 +4808,8 @@ class WorkflowReplay(_Record):
     """What a replay has found: the recorded steps that `run` has `reached`, and those that it has
     not (`unreached`); the `new` steps that it would begin, and which of these it called while there
     were unreached ones (`early`); what it came to (`outcome`: "waiting", "complete" or "errored"),
-    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has failed only
-    if it had failed before."""
+    and its `error`. It is `safe` to go on if nothing is unreached or early, and `run` has failed
+    only if it had failed before."""
 
     instance_id: str
     reached: list[str]
@@ -5913,7 +5927,800 @@ def load_module(file: Path) -> types.ModuleType:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: `python3 workflows.py demo`.
+# Showing: an instance as people outside of Python see it. The command line, both HTTP APIs and the
+# page use what is made here, and differ only in what they leave out. Outside of Python a moment is
+# ISO 8601 text, always equally long because clients compare it as text, and bytes are base64.
+
+_SHOWN_KINDS = {"do": "step", "sleep": "sleep", "wait_for_event": "waitForEvent"}
+_UNLIMITED = 2**53 - 1  # JSON has no infinity
+CANCELLED = {"name": "Cancelled", "message": "run has cancelled this call"}
+
+
+def moment(ms: int | None) -> str | None:
+    """A moment as text."""
+    return None if ms is None else to_datetime(ms).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def to_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON for others."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_to_others)
+
+
+def _to_others(value: datetime | bytes) -> str:
+    return value.isoformat() if isinstance(value, datetime) else base64.b64encode(value).decode()
+
+
+def shown_status(_: Transaction | None, inst: Instance) -> str:
+    """One of the eight statuses, or Cloudflare's word for an instance whose steps are undone."""
+    undone = (inst.status, inst.rollback) == ("running", "begun")
+    return "rollingBack" if undone else inst.status
+
+
+def read_details(tx: Transaction, inst: Instance) -> tuple[Instance, list[Row], dict[str, int]]:
+    """What `timeline` needs: the instance, its journal, and when its waits will end."""
+    paused, stood = (tx.now, 0) if inst.paused is None else (inst.paused, tx.now - inst.paused)
+    sql = "SELECT step, due + iif(fixed OR due <= ?, 0, ?) FROM waits WHERE instance = ?"
+    return copy.copy(inst), tx.journal(inst), dict(tx.db.rows(sql, paused, stood, inst.key))
+
+
+def timeline(
+    inst: Instance, rows: Sequence[Row], dues: Mapping[str, int], say: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """An instance with its steps, in the order of their starts; `say` is applied to outputs. A
+    sleep or an event wait that has not `finished` has the end that is planned, if that is known."""
+    steps: dict[str, Step] = {}
+    times: dict[str, dict[str, Any]] = {}  # what `apply` does not keep
+    for row in rows:
+        if row.step is not None:
+            ended = apply(steps, row) is not None
+            if row.step in steps:
+                _note_times(times.setdefault(row.step, {"attempts": [], "end": None}), row, ended)
+            else:  # as if it had not begun
+                times.pop(row.step, None)
+    shown = [_shown_step(steps[key], times[key], moment(dues.get(key)), say) for key in steps]
+    shown.sort(key=lambda step: step["start"])
+    if inst.status == "terminated":
+        shown.append({"type": "termination", "trigger": {"source": inst.termination}})
+    last, undoing = decode(rows[-1].data or "null"), decode(rows[-1].extra or "null")
+    complete, rolled = inst.status == "complete", inst.rollback in ("complete", "failed")
+    cron, _, ms = (inst.id or "").rpartition("-")
+    schedule = {"cron": cron, "scheduledTime": int(ms)} if inst.trigger == "cron" else None
+    rollback = {"outcome": inst.rollback, "error": undoing and brief(undoing)} if rolled else None
+    return (
+        {"status": shown_status(None, inst), "params": decode(rows[0].data or "null")}
+        | {"queued": moment(rows[0].at), "start": moment(inst.started), "end": moment(inst.ended)}
+        | {"success": complete if inst.status in FINISHED else None, "rollback": rollback}
+        | {"error": brief(last) if inst.status == "errored" else None}
+        | {"output": say(last if complete else None), "trigger": {"source": inst.trigger}}
+        | {"schedule": schedule, "step_count": len(steps), "steps": shown}
+    )
+
+
+def _note_times(times: dict[str, Any], row: Row, ended: bool) -> None:
+    """Keeps what a row tells of the times of a step and its attempts."""
+    attempts, at = times["attempts"], moment(row.at)
+    began = at if row.started is None else moment(row.started)
+    times.setdefault("start", began)
+    if row.type == "wait":
+        times["event_type"] = decode(row.data or "null")["type"]
+    opened = bool(attempts) and attempts[-1]["end"] is None
+    if row.type == "stop" and opened:
+        attempts.pop()
+    if row.attempt is not None and not opened:
+        attempts.append({"start": began, "end": None, "success": None, "error": None})
+    if row.type in ("done", "failed", "error") or (row.type == "cancel" and opened):
+        success = row.type == "done"
+        error = CANCELLED if row.data is None else None if success else brief(decode(row.data))
+        attempts[-1] |= {"end": at, "success": success, "error": None if success else error}
+    if ended and times["end"] is None:
+        times["end"] = at
+
+
+def _shown_step(
+    step: Step, times: dict[str, Any], due: str | None, say: Callable[[Any], Any]
+) -> dict[str, Any]:
+    kind, attempts, end = step.key.split(SEPARATOR)[-3], times["attempts"], times["end"]
+    type = "rollback" if step.key.startswith(ROLLBACK) else _SHOWN_KINDS[kind]
+    shown = {"type": type, "name": step_label(step.key), "start": times["start"], "end": end}
+    data, failed = decode(step.data or "null"), step.state == "error"
+    if kind == "do":
+        config = json.loads(step.config)["config"] if step.config else DEFAULT_CONFIG
+        retries = {"delay": "[dynamic]"} | config["retries"]  # a function is not stored
+        retries["limit"] = min(retries["limit"], _UNLIMITED)
+        shown |= {"config": config | {"retries": retries}, "attempts": attempts, "retry_at": due}
+        success = bool(attempts) and attempts[-1]["success"] if end else None
+        output = "[REDACTED]" if "sensitive" in config else say(data)
+        return shown | {"success": success, "output": output if success else None}
+    error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
+    shown |= {"end": end or due, "finished": step.ended, "error": error}
+    if kind == "sleep":
+        return shown
+    sent = json.loads(step.extra or "{}")
+    output = sent and {"type": sent["type"], "payload": data, "timestamp": moment(sent["at"])}
+    return shown | {"event_type": times["event_type"], "output": say(output) if output else None}
+
+
+# --------------------------------------------------------------------------------------------------
+# Resources: what can be asked from outside, one function for each. The command line calls them
+# directly; `dev` answers HTTP with them, in the words of Cloudflare's REST API and of the explorer
+# in Cloudflare's local development server, which has fewer of them. (Cloudflare gives workflows and
+# their versions UUIDs; here the name serves for both, as there is one version of each.)
+#
+# developers.cloudflare.com/api/resources/workflows/
+
+SHOWN_STATUSES = (*STATUSES, "rollingBack")
+_VERBS = {"pause": "", "resume": "", "restart": "from", "terminate": "rollback"}  # and options
+_NEW = ("id", "instance_id", "params", "instance_retention", "location_hint")
+_KEPT = ("success_retention", "error_retention")
+# What nobody may see any more of a workflow, though the owner has not cleared it away yet.
+_GONE = """SELECT key FROM instances WHERE workflow = ? AND wake <= ? AND (id IS NULL OR
+    ended + iif(status = 'errored', error_retention, success_retention) <= ?)"""
+_VISIBLE = f"workflow = ? AND key NOT IN ({_GONE})"
+_UNDONE = "status = 'running' AND rollback IS 'begun'"
+_WANTED = {"start": "created >= ?", "end": "created <= ?", "stored": "status = ?"}
+_WANTED["status"] = f"iif({_UNDONE}, 'rollingBack', status) = ?"
+_terminating: set[tuple[Engine, str]] = set()  # the workflows whose instances are terminated
+
+
+@dataclasses.dataclass
+class Request:
+    """What somebody asks: the parts of the path, the query, the body. In Cloudflare's REST API
+    values are the text of JSON within JSON."""
+
+    engine: Engine
+    name: str = ""  # of the workflow
+    id: str = ""  # of the instance, or of a version
+    type: str = ""  # of an event
+    query: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    body: Any = None
+    api: str = ""  # "rest" or "explorer"
+    progress: Callable[[int], object] = ignore  # is told how many are done, when there are many
+    info: dict[str, Any] | None = None  # of the answer, if that is a list: what belongs to it
+    seen = 0  # the last event that the answer knows of
+
+    async def answer(self, resource: Callable[[Request], Any]) -> Any:
+        """What a resource says, if there is such a workflow."""
+        if self.name:
+            self.workflow = copy.copy(await self.engine.workflow(self.name))
+            self.workflow.source = "api"
+            self.instance = WorkflowInstance(self.workflow, self.id)
+        return await resource(self)
+
+    async def call(self, operation: Operation, *args: Any) -> Any:
+        """The result of an operation on the workflow."""
+        return await self.engine.call(operation, self.name, *args)
+
+    async def pages(self, status: str | None = None) -> collections.abc.AsyncGenerator[Ids, None]:
+        """The ids of the workflow's instances, a hundred at a time, newest first."""
+        before, done = 2**62, 0
+        while page := await self.call(list_instances, status, before, 100):
+            yield [id for _, id in page if id is not None]
+            before, done = page[-1][0], done + len(page)
+            self.progress(done)
+
+    def done(self) -> dict[str, Any]:
+        now = moment(self.engine.clock.now())
+        return {"instanceId": self.id, "timestamp": now, "success": True}
+
+    def word(self, key: str, *known: str) -> str | None:
+        """A word of the query."""
+        if (word := self.query.get(key)) in (None, *known):
+            return word
+        raise ValueError(f"{key} is {show(word)}: expected one of {', '.join(known)}")
+
+    def number(self, key: str, default: int, most: int = 2**53) -> int:
+        """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
+        with naming(key):
+            return read_count(int(self.query.get(key, str(default)).removesuffix(".0")), most)
+
+    def moment(self, key: str) -> int | None:
+        """A moment of the query: ISO 8601, in UTC unless it says something else. A date as the end
+        of a range includes that day."""
+        if (text := self.query.get(key)) is None:
+            return None
+        with naming(key):
+            when = datetime.fromisoformat(text)
+        ms = parse_moment(when if when.tzinfo else when.replace(tzinfo=UTC))
+        return ms + _UNITS["day"] - 1 if key == "date_end" and len(text) == 10 else ms
+
+    def listed(self, rows: list[Any], total: int | None = None, **more: Any) -> list[Any]:
+        """A page of a list: these rows of so many, or without a total some of them."""
+        page, size = self.number("page", 1, 10**9), self.number("per_page", 25, 100)
+        if total is None:
+            total, rows = len(rows), rows[(page - 1) * size : page * size]
+        self.info = {"page": page, "per_page": size, "count": len(rows), "total_count": total}
+        self.info |= {"total_pages": max(1, math.ceil(total / size)), **more}
+        return rows
+
+
+def read_rows(tx: Transaction, sql: str, *values: Any) -> list[dict[str, Any]]:
+    """The rows of a query by the names of their columns; a moment's ends with _on."""
+    tx.write()
+    cursor = tx.db.execute(sql, values)
+    names = [name for name, *_ in cursor.description]
+    rows = [dict(zip(names, row, strict=True)) for row in cursor]
+    return [{n: moment(v) if n.endswith("_on") else v for n, v in row.items()} for row in rows]
+
+
+def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
+    """The workflows, or the one of that name, with the numbers of their instances by status."""
+    sql = """SELECT name AS id, name, class AS class_name, coalesce(script, name) AS script_name,
+             created AS created_on, modified AS modified_on, (SELECT created FROM instances WHERE
+             key = (SELECT max(key) FROM instances WHERE workflow = w.key)) AS triggered_on, key
+             FROM workflows AS w WHERE name = coalesce(?, name) ORDER BY name"""
+    found = read_rows(tx, sql, name)
+    planned = read_rows(tx, "SELECT 1 FROM sqlite_master WHERE name = 'schedules'")
+    for row in found:
+        sql = "SELECT cron, next AS next_on FROM schedules WHERE workflow = ?"
+        crons = read_rows(tx, sql, row["key"]) if planned else []
+        row["schedules"] = [{"cron": c["cron"], "next_instance": c["next_on"]} for c in crons]
+        sql = f"""SELECT status, count(*), count(*) FILTER (WHERE {_UNDONE}) FROM instances
+                  WHERE {_VISIBLE} GROUP BY status"""
+        row["instances"] = counts = dict.fromkeys(SHOWN_STATUSES, 0)
+        key = row.pop("key")
+        for status, count, undone in tx.db.rows(sql, key, key, tx.now, tx.now):
+            counts[status] = count - undone
+            counts["rollingBack"] += undone
+    return found
+
+
+def find_instances(
+    tx: Transaction, workflow: str, wanted: dict[str, Any], upwards: bool, *page: int
+) -> tuple[list[dict[str, Any]], int]:
+    """A page of a workflow's instances, and how many there are. `wanted` restricts them; the page
+    is the key where it begins, how many to skip, and its size."""
+    (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
+    where = " AND ".join([_VISIBLE, *(_WANTED[name] for name in wanted)])
+    values = (key, key, tx.now, tx.now, *wanted.values())
+    (counted,) = read_rows(tx, f"SELECT count(*) AS total FROM instances WHERE {where}", *values)
+    than, order = (">=", "ASC") if upwards else ("<=", "DESC")
+    keys = f"SELECT key FROM instances WHERE {where} AND key {than} ? ORDER BY key {order}"
+    sql = f"""SELECT id, iif({_UNDONE}, 'rollingBack', status) AS status, trigger AS trigger_source,
+              created AS created_on, (SELECT at {_NEWEST}) AS modified_on, started AS started_on,
+              ended AS ended_on, ? AS version_id, ? AS workflow_id, key FROM instances
+              WHERE key IN ({keys} LIMIT ?, ?) ORDER BY key {order}"""
+    return read_rows(tx, sql, workflow, workflow, *values, *page), counted["total"]
+
+
+def terminate_instances(tx: Transaction, workflow: str, ids: Ids) -> int:
+    """Terminates those that have not finished; returns how many these were."""
+    going = [inst for inst in tx.find(workflow, ids).values() if inst.status not in FINISHED]
+    for inst in going:
+        _terminate(tx, inst, "api", False)
+    return len(going)
+
+
+async def show_workflows(ask: Request) -> list[Any]:
+    found, part = await ask.engine.call(read_workflows, None), ask.query.get("search", "")
+    return ask.listed([row for row in found if part in row["name"]])
+
+
+async def show_workflow(ask: Request) -> Any:
+    return (await ask.call(read_workflows))[0]
+
+
+async def drop_workflow(ask: Request) -> dict[str, Any]:
+    """Deletes all its instances. Its name stays: some process may be about to run more of them."""
+    async for ids in ask.pages():
+        await ask.call(delete_instances, ids)
+    return {"status": "ok", "success": True}
+
+
+async def show_versions(ask: Request) -> Any:
+    """A workflow has one version, the one that was bound last; and that has no graph."""
+    shown, limits = await show_workflow(ask), ask.workflow
+    version = {key: shown[key] for key in ("id", "created_on", "modified_on", "class_name")}
+    version |= {"workflow_id": ask.name, "has_dag": False, "language": "python", "graph": None}
+    version |= {"limits": {"steps": limits.steps}, "concurrency": {"limit": limits.running}}
+    version["default_retention"] = dict(zip(_KEPT, limits.retention, strict=True))
+    if ask.id.removesuffix("/graph") not in ("", ask.name):
+        raise refusal("version.not_found", f"workflow {ask.name!r} has no version {ask.id!r}")
+    return version if ask.id else ask.listed([version])
+
+
+async def show_instances(ask: Request) -> list[Any]:
+    """The newest first, unless `direction` is asc."""
+    start, end = ask.moment("date_start"), ask.moment("date_end")
+    if start is not None and end is not None and start > end:
+        raise refusal("request.dates", "'date_start' must not be after 'date_end'")
+    status = ask.word("status", *SHOWN_STATUSES)
+    stored = "running" if status == "rollingBack" else status  # this one has an index
+    wanted = {"start": start, "end": end, "stored": stored, "status": status}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    upwards, size = ask.word("direction", "asc", "desc") == "asc", ask.number("per_page", 25, 100)
+    first, page = ask.number("cursor", 1 if upwards else 2**53), ask.number("page", 1, 10**9)
+    asked = wanted, upwards, first, (page - 1) * size, size + 1  # is there another page?
+    found, total = await ask.call(find_instances, *asked)
+    keys = [row.pop("key") for row in found]
+    more: dict[str, Any] = {"cursor": str(keys[size])} if len(keys) > size else {}
+    if ask.api == "explorer":
+        counts = (await show_workflow(ask))["instances"]
+        more["status_counts"] = {status: count for status, count in counts.items() if count}
+    return ask.listed(found[:size], total, **more)
+
+
+async def add_instances(ask: Request) -> Any:
+    """Creates one; or those of a list, without the ones whose ids exist already."""
+    entries, many = [], isinstance(ask.body, list)
+    for given in ask.body if many else [ask.body or {}]:
+        given = options_of(given, _NEW, "the body")
+        params, id = given.get("params", {}), given.get("instance_id", given.get("id"))
+        with contextlib.suppress(ValueError):  # the REST API's may be the text of JSON
+            params = json.loads(params) if type(params) is str and ask.api == "rest" else params
+        kept = options_of(given.get("instance_retention", {}), _KEPT, "instance_retention")
+        retention = {camel(key): value for key, value in kept.items()}
+        entries.append({"id": id, "params": params, "retention": retention})
+    create, create_batch = ask.workflow.create, ask.workflow.create_batch
+    made = await create_batch(entries) if many else [await create(entries[0])]
+    told = {"status": "queued", "version_id": ask.name, "workflow_id": ask.name}
+    rows = [{"id": instance.id, "trigger_source": "api", **told} for instance in made]
+    return rows if many else rows[0]
+
+
+async def drop_instances(ask: Request) -> Any:
+    given = options_of(ask.body, ["instances"], "the body")
+    return await ask.workflow.delete_batch(given.get("instances", []))
+
+
+async def end_instances(ask: Request) -> dict[str, Any]:
+    ids = ask.workflow._batch(ask.body, "the body", ask.workflow.check_id)
+    ended = await ask.call(terminate_instances, ids)
+    return {"instancesTerminated": ended, "status": "ok"}
+
+
+async def end_all(ask: Request) -> dict[str, Any]:
+    """Terminates all instances, or those with a status."""
+    status, job = ask.word("status", *STATUSES), (ask.engine, ask.name)
+    if job in _terminating:
+        return {"status": "already_running"}
+    _terminating.add(job)
+    try:
+        async for ids in ask.pages(status):
+            await ask.call(terminate_instances, ids)
+    finally:
+        _terminating.discard(job)
+    return {"status": "ok"}
+
+
+async def show_ending(ask: Request) -> dict[str, Any]:
+    running = (ask.engine, ask.name) in _terminating
+    return {"status": "running" if running else "not_running"}
+
+
+async def show_instance(ask: Request) -> dict[str, Any]:
+    """The timeline. It is made in a thread, because it may be long. The explorer's has no ends that
+    are only planned, and outputs in Cloudflare's API are the text of JSON."""
+    inst, rows, dues = await ask.call(on_instance, ask.id, read_details)
+    dues, say = {} if ask.api == "explorer" else dues, to_text if ask.api == "rest" else copy.copy
+    ask.seen = inst.seq * 10 + 9
+    shown = await asyncio.to_thread(timeline, inst, rows, dues, say)
+    if ask.word("order", "asc", "desc") == "desc":
+        shown["steps"].reverse()
+    if ask.query.get("simple") == "true":
+        shown["steps"] = []
+    return {"id": ask.id, **shown, "versionId": ask.name}
+
+
+async def show_step(ask: Request) -> dict[str, Any]:
+    """The result of a step, of one of its attempts, or of an event wait."""
+    kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name"), ""
+    for step in (await show_instance(ask))["steps"]:
+        if (step["type"], step.get("name")) == (kind, name):
+            tried = step.get("attempts") or [step]
+            attempt = tried[ask.number("attempt", len(tried), len(tried)) - 1]
+            error, part = attempt.get("error"), attempt if "attempt" in ask.query else step
+            success = part.get("success", error is None if part.get("finished") else None)
+            going = "waiting" if kind == "waitForEvent" else "running"
+            status = {None: going, True: "complete", False: "errored"}[success]
+            told = {"status": status, "output": step["output"] if success else None}
+            return told | {"error": error, "event_type": step.get("event_type")}
+    raise refusal("step.not_found", f"instance {ask.id!r} has no {kind} {name!r}")
+
+
+async def drop_instance(ask: Request) -> dict[str, Any]:
+    await ask.instance.delete()
+    return ask.done()
+
+
+async def steer(ask: Request) -> dict[str, Any]:
+    """Pauses, resumes, restarts or terminates an instance."""
+    given = options_of(ask.body, ("status", "action", "from", "rollback"), "the body")
+    verb = given.get("status", given.get("action"))
+    if verb not in [*_VERBS]:
+        raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
+    options = {key: given[key] for key in ("from", "rollback") if given.get(key)}
+    options_of(options, [_VERBS[verb]], verb)
+    await getattr(ask.instance, verb)(*[options] if options else [])
+    return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
+
+
+async def send(ask: Request) -> dict[str, Any]:
+    await ask.instance.send_event(type=ask.type, payload=ask.body)
+    return ask.done()
+
+
+async def show_usage(ask: Request) -> dict[str, Any]:
+    return dataclasses.asdict(await ask.engine.usage())
+
+
+# --------------------------------------------------------------------------------------------------
+# HTTP: the resources for other programs, and a page for people. Each connection has a thread, and
+# each request is handed to the engine's loop, so that a slow client holds up nobody. Bounds are set
+# to what a client may take of lines, bytes, seconds and connections.
+#
+# Without a token only this machine is served: the socket is a local one, `Host` must be local (a
+# name that leads here by DNS rebinding is not), and `Origin`, which a browser adds to whatever the
+# page of another site makes it ask, must be our own.
+
+PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the answer
+CONNECTIONS = 64
+BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
+_BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
+_LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
+_PARTS = {"NAME": "(?P<name>[^/]+)", "ID": "(?P<id>.+)", "TYPE": "(?P<type>[^/]+)"}
+_WORKFLOW = "name class_name script_name instances status success"
+_INSTANCE = "id status created_on"
+_DETAILS = "status params queued start end output error steps step_count success"
+# What answers below the bases, special paths first, and the fields that the explorer has of it. (An
+# id may hold slashes: `wrangler` sends them as they are.)
+_ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
+    ("/workflows", {"GET": show_workflows}, "name class_name script_name"),
+    ("/workflows/NAME", {"GET": show_workflow, "DELETE": drop_workflow}, _WORKFLOW),
+    ("/workflows/NAME/versions", {"GET": show_versions}, ""),
+    ("/workflows/NAME/versions/ID", {"GET": show_versions}, ""),
+    ("/workflows/NAME/instances", {"GET": show_instances, "POST": add_instances}, _INSTANCE),
+    ("/workflows/NAME/instances/batch", {"POST": add_instances}, "id"),
+    ("/workflows/NAME/instances/batch/delete", {"POST": drop_instances}, ""),
+    ("/workflows/NAME/instances/batch/terminate", {"POST": end_instances}, ""),
+    ("/workflows/NAME/instances/terminate", {"GET": show_ending, "PUT": end_all}, ""),
+    ("/workflows/NAME/instances/ID/status", {"PATCH": steer}, "status timestamp"),
+    ("/workflows/NAME/instances/ID/events/TYPE", {"POST": send}, "success"),
+    ("/workflows/NAME/instances/ID/step", {"GET": show_step}, ""),
+    ("/workflows/NAME/instances/ID", {"GET": show_instance, "DELETE": drop_instance}, _DETAILS),
+]
+# By the last part of a refusal's code: its HTTP status; and the numbers that Cloudflare gives some.
+# (None may be 10000 or 9106: with these `wrangler` looks for a broken login.)
+_STATUS_OF = {
+    "not_found": 404, "already_exists": 409, "not_running": 409, "cannot_terminate": 409,
+    "cannot_restart": 409, "creation_rate": 429, "queued_instances": 429, "event_payload": 413,
+    "too_large": 413, "unauthorized": 401, "forbidden": 403, "no_method": 405, "internal": 503,
+    "bug": 500,
+}  # fmt: skip
+_NUMBERS = {"workflow.not_found": 10200, "instance.not_found": 10400, "request.dates": 10502}
+_NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
+_MISTAKES = (ValueError, TypeError, RecursionError)
+
+
+def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
+    """What answers a request, the parts of its path, and the fields that the explorer has of it."""
+    base = _BASES.match(path)
+    for pattern, resources, fields in _ROUTES if base else ():
+        regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
+        if match := re.fullmatch(regex + "/?", path[base.end() :] if base else ""):
+            if method not in resources:
+                what = f"{method} is not possible, {' and '.join(resources)} are"
+                raise refusal("request.no_method", f"{what}; to deploy, start `dev` again")
+            parts = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items()}
+            return resources[method], parts, fields
+    raise refusal("request.not_found", "nothing is here")
+
+
+def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
+    """The HTTP status of an error, and what is said of it: its message, and no more."""
+    code, text = getattr(error, "code", "bad_request"), str(error)
+    if not isinstance(error, (WorkflowError, *_MISTAKES)):
+        log.error("a bug in workflows.py: please report it", exc_info=error)
+        code, text = "request.bug", "see the log of `dev`"
+    status = _STATUS_OF.get(code.rpartition(".")[2], 400)
+    number = 10501 if local and status == 404 else _NUMBERS.get(code, 10001)
+    problem = {"code": number, "message": f"workflows.api.error.{code}: {text}"}
+    return status, {"success": False, "errors": [problem], "messages": [], "result": None}
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Listens, and bounds how many connections there are and how long they take."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, engine: Engine, host: str, port: int, token: str | None) -> None:
+        self.engine, self.token = engine, token
+        self.deadlines: dict[socket.socket, float] = {}  # of the connections
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        free = len(self.deadlines) < CONNECTIONS
+        self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
+        return free
+
+    def shutdown_request(self, request: Any) -> None:
+        self.deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection failed", exc_info=True)
+
+    def service_actions(self) -> None:
+        """Ends what takes too long; called many times a second."""
+        for connection, deadline in [*self.deadlines.items()]:
+            if deadline < time.monotonic():
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A connection."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "workflows.py", ""
+    wbufsize = -1  # headers and a short answer are one packet: two would cost 40 ms
+    disable_nagle_algorithm = True
+
+    def answer(self) -> None:
+        """Answers a request."""
+        if self.server.deadlines[self.connection] < time.monotonic():
+            return  # this is what had come when it was cut off
+        self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
+        path, _, query = self.path.encode("latin-1").decode("utf-8", "replace").partition("?")
+        local, length, text = path.startswith("/cdn-cgi/"), 1, b""
+        try:
+            chunked = "Transfer-Encoding" in self.headers
+            length = -1 if chunked else int(self.headers.get("Content-Length", "0"))
+            text = self.rfile.read(max(0, min(length, BODY)))
+            self._check_sender(path)
+            if (self.command, path) == ("GET", "/"):
+                return self._send_page()
+            resource, parts, fields = find_route(self.command, path)
+            most = 100 * BODY if "/batch" in path else BODY
+            if not 0 <= length <= most:
+                what = f"expected a body with a Content-Length up to {most}"
+                raise refusal("request.too_large", what)
+            text += self.rfile.read(length - len(text))
+            if len(text) < length:
+                raise ValueError("the body is shorter than its Content-Length")
+            body = json.loads(text) if text else None
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            api = "explorer" if local else "rest"
+            ask = Request(self.server.engine, **parts, query=asked, body=body, api=api)
+            self.server.deadlines[self.connection] = math.inf
+            coming = asyncio.run_coroutine_threadsafe(ask.answer(resource), ask.engine.loop)
+            status, result = 200, coming.result()
+            if local and fields:
+                rows = result if isinstance(result, list) else [result]
+                rows = [{key: row[key] for key in fields.split() if key in row} for row in rows]
+                result = rows if isinstance(result, list) else rows[0]
+            said = {"success": True, "errors": [], "messages": [], "result": result}
+            said |= {"result_info": ask.info} if ask.info else {}
+        except Exception as error:
+            status, said = failure(error, local)
+        self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
+        self.close_connection |= len(text) != length  # what follows is not the next request
+        self._send(status, to_text(said))
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+    def _check_sender(self, path: str) -> None:
+        """Refuses who has not the token; without one, who is not local."""
+        token, host = self.server.token, self.headers.get("Host", "")
+        given, origin = self.headers.get("Authorization", ""), self.headers.get("Origin")
+        right = hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode())
+        if token and path != "/" and not right:
+            raise refusal("request.unauthorized", "expected Authorization: Bearer <token>")
+        ours = _LOCAL_HOST.fullmatch(host) and origin in (None, f"http://{host}")
+        if not token and not ours:
+            raise refusal("request.forbidden", "Host is not local, or another site's page asks")
+
+    def _send_page(self) -> None:
+        nonce = secrets.token_urlsafe()
+        own = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
+        policy = f"default-src 'none'; {own}; img-src data:; base-uri 'none'; form-action 'none'"
+        headers = {"Content-Security-Policy": policy + "; frame-ancestors 'none'"}
+        self._send(200, PAGE.replace("NONCE", nonce), "text/html; charset=utf-8", headers)
+
+    def _send(self, status: int, text: str, type: str = "application/json", more: Any = ()) -> None:
+        content = text.encode("utf-8", "replace")
+        headers = {"Content-Type": type, "Content-Length": str(len(content)), **dict(more)}
+        headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        headers |= {"Connection": "close"} if self.close_connection else {}
+        # Cloudflare's Python client would try a conflict again.
+        headers |= {"x-should-retry": "false"} if status == 409 else {}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What `http.server` refuses by itself."""
+        self.close_connection = True
+        self._send(code, to_text(failure(ValueError(message), False)[1]))
+
+    def log_message(self, *_: Any) -> None:
+        """What happens to instances is logged instead."""
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+) -> collections.abc.AsyncGenerator[Server, None]:
+    """Answers HTTP as long as it is open; then lets the requests that are under way end."""
+    server = Server(engine, host, port, token)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        for _ in range(100):
+            await asyncio.sleep(0.01 if math.inf in server.deadlines.values() else 0)
+
+
+def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
+    """Logs what happens to an instance as a whole."""
+    bound = tx.scheduler.bound.get(inst.workflow)
+    error = cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
+    changes.debug("%s %s: %s %s", bound.name if bound else "", inst.id, row.type, error)
+
+
+# The page. It asks the REST API, and makes elements of what that says, never HTML of text.
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Workflows</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --soft: #8882; --ok: light-dark(#1a7f37, #3fb950);
+  --bad: light-dark(#cf222e, #ff7b72); --run: light-dark(#0969da, #58a6ff);
+  --idle: light-dark(#8250df, #bc8cff); --undo: light-dark(#9a6700, #d29922) }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }
+* { overflow-wrap: anywhere } a { color: var(--run) } b { color: var(--bad) } i { min-width: 3px }
+table { width: 100%; border-spacing: 0 } th, small { font-weight: 400; opacity: .7 }
+td, th { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--soft) }
+button, input, textarea { font: inherit; margin: 2px } label { display: block }
+.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px }
+pre { background: var(--soft); padding: 8px; overflow: auto; white-space: pre-wrap }
+.row { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 5rem; gap: 10px; width: 100%;
+  text-align: left; background: none; border: 0; border-bottom: 1px solid var(--soft) }
+.track { position: relative; height: 24px } .bar { position: absolute; top: 6px; height: 12px;
+  border-radius: 2px; background: var(--c); box-sizing: border-box } .whole { opacity: .4 }
+.complete, .true { --c: var(--ok) } .errored, .false { --c: var(--bad) } .step { --c: gray }
+.running, .null { --c: var(--run) } .waiting, .sleep, .waitForEvent { --c: var(--idle) }
+.paused, .waitingForPause, .terminated, .rollingBack, .rollback .bar { --c: var(--undo) }
+@media (max-width: 40rem) { .row { grid-template-columns: 1fr 5rem } .track { grid-area: 2/1/2/3 } }
+</style><b role="status"></b><main></main>
+<script nonce="NONCE">
+const API = "/client/v4/accounts/local/workflows", $ = encodeURIComponent, chosen = new Set();
+const fault = document.querySelector("b"), pretty = value => JSON.stringify(value, null, 2);
+let main = document.querySelector("main"), stretched = false;
+
+function h(tag, properties, ...children) { // An element. What is text stays text.
+  const node = Object.assign(document.createElement(tag), properties);
+  return node.append(...children.flat(9).filter(child => child || child === 0)), node;
+}
+async function api(path, method = "GET", body) {
+  const headers = { Authorization: "Bearer " + sessionStorage.getItem("token") };
+  const answer = await fetch(API + path, { method, headers, body }), said = await answer.json();
+  if (said.success) return said;
+  if (answer.status === 401 && !document.querySelector("dialog"))
+    ask("Token", given => sessionStorage.setItem("token", given.token), { token: "" });
+  throw new Error(said.errors[0].message.replace("workflows.api.error.", ""));
+}
+function ask(title, act, fields = {}) { // A dialog, which stays open as long as the act fails.
+  const problem = h("b", { role: "alert" }), inputs = Object.entries(fields).map(([name, value]) =>
+    h(value ? "textarea" : "input", { name, value, autocomplete: "off" }));
+  const dialog = h("dialog", { onclose: () => dialog.remove() }, h("h3", {}, title), h("form", {
+    onsubmit: event => {
+      event.preventDefault();
+      Promise.resolve(Object.fromEntries(inputs.map(input => [input.name, input.value]))).then(act)
+        .then(() => (dialog.close(), draw()), error => problem.textContent = error.message);
+    } }, inputs.map(input => h("label", {}, input.name, h("br"), input)), h("button", {}, "OK"),
+    h("button", { type: "button", onclick: () => dialog.close() }, "Cancel")), problem);
+  document.body.append(dialog), dialog.showModal();
+}
+const button = ([label, ...rest]) => h("button", { id: label, onclick: () => ask(...rest) }, label);
+const link = (href, text, className = "") => h("a", { href, id: href, className }, text);
+const chip = status => h("span", { className: "chip " + status }, status);
+const chips = w => Object.entries(w.instances).map(([status, n]) => n ?
+  [link(`#/${$(w.name)}?status=${status}`, `${n} ${status}`, "chip " + status), " "] : null);
+const block = (title, text) => [h("h3", {}, title), h("pre", { tabIndex: 0, id: title }, text)];
+const typed = text => (JSON.parse(text), text); // as it was typed: its numbers keep their digits
+const failure = error => error && `${error.name}: ${error.message}`;
+const time = text => text && h("time", { title: text }, new Date(text).toLocaleString());
+const table = (heads, rows) => h("table", {}, [heads.map(text => h("th", {}, text)),
+  ...rows.map(row => row.map(cell => h("td", {}, cell ?? "–")))].map(row => h("tr", {}, row)));
+const UNITS = [[864e5, "d"], [36e5, "h"], [6e4, "min"], [1e3, "s"]];
+function took(start, end, ms = (Date.parse(end) || Date.now()) - Date.parse(start)) {
+  const [size, unit] = UNITS.find(([size]) => ms >= size) ?? [1, "ms"];
+  return `${+(ms / size).toFixed(1)} ${unit}`;
+}
+async function workflows() {
+  return table(["Name", "Instances", "Last created"], (await api("?per_page=100")).result.map(w => [
+    [link("#/" + $(w.name), w.name), " ", h("small", {}, w.class_name, w.schedules.map(s =>
+      `, ${s.cron}: next ${s.next_instance}`))], chips(w), time(w.triggered_on)]));
+}
+async function instances(name, query = "") {
+  const path = "/" + $(name), { result: w } = await api(path), asked = new URLSearchParams(query);
+  const { result, result_info: info } = await api(`${path}/instances?${query}`);
+  const go = (page, text) => (asked.set("page", page), link(`#${path}?${asked}`, text));
+  return [h("h2", {}, name, " ", chip(asked.get("status") ?? "all")),
+    button(["Create…", "Create an instance", ({ params, id }) => api(path + "/instances", "POST",
+      `{"params": ${typed(params)}, "id": ${pretty(id || null)}}`), { params: "{}", id: "" }]),
+    button(["Delete all…", "Delete all its instances?", () => api(path, "DELETE")]),
+    h("p", {}, link("#" + path, "all", "chip"), " ", chips(w)),
+    table(["Instance", "Status", "Created", "Took"], result.map(it => [link(`#${path}/${$(it.id)}`,
+      it.id), chip(it.status), time(it.created_on), took(it.created_on, it.ended_on)])),
+    h("p", {}, info.page > 1 ? go(info.page - 1, "← newer") : "", ` page ${info.page} of ${
+      info.total_pages} `, info.page < info.total_pages ? go(info.page + 1, "older →") : "")];
+}
+async function instance(name, id) {
+  const path = `/${$(name)}/instances/${$(id)}`, { result: it } = await api(path);
+  const steer = (status, more) => () => api(path + "/status", "PATCH", pretty({ status, ...more }));
+  const is = (...statuses) => statuses.includes(it.status), live = it.success === null;
+  return [h("h2", {}, id, " ", chip(it.status)), [
+    is("running", "waiting", "queued") && ["Pause…", "Pause it?", steer("pause")],
+    is("paused", "waitingForPause") && ["Resume…", "Go on with it?", steer("resume")],
+    live && ["Send event…", "Send an event", given => api(`${path}/events/${$(given.type)}`, "POST",
+      typed(given.payload)), { type: "", payload: "{}" }],
+    live && ["Terminate…", "Stop it for good?", steer("terminate")],
+    live && ["Roll back…", "Undo its steps, then stop it?", steer("terminate", { rollback: true })],
+    ["Restart…", "Forget its steps, and begin again?", steer("restart")],
+    ["Delete…", "Delete it?", () => api(path, "DELETE").then(() => location.hash = "/" + $(name))],
+  ].filter(Boolean).map(button), table(["Created", "Took", "Trigger", "Rollback"], [[
+    time(it.queued), took(it.queued, it.end), it.schedule?.cron ?? it.trigger.source,
+    it.rollback?.outcome]]), it.error && block("Error", failure(it.error)), timeline(it, steer),
+    it.success && block("Output", pretty(JSON.parse(it.output))),
+    block("Params", pretty(it.params))];
+}
+function timeline(it, steer) { // A row for each step: what it did, from left to right.
+  const now = Date.parse(it.end) || Date.now(), at = text => Math.min(Date.parse(text) || now, now);
+  const steps = it.steps.filter(step => step.name), places = new Map();
+  const parts = [{ start: it.queued }, ...steps.flatMap(step => [step, ...step.attempts ?? []])];
+  const moments = parts.flatMap(part => [at(part.start), at(part.end)]).sort((a, b) => a - b);
+  const whole = moments.reduce((place, moment, n) => {
+    const gap = moment - (moments[n - 1] ?? moment);
+    places.set(moment, place += stretched ? Math.log1p(gap) : gap);
+    return place;
+  }, 0);
+  const percent = text => 100 * places.get(at(text)) / (whole || 1);
+  const bar = (part, kind) => h("i", { className: "bar " + kind, style: `left: min(${percent(
+    part.start)}%, 100% - 3px); width: ${percent(part.end) - percent(part.start)}%` });
+  return [h("h3", {}, "Steps"), h("label", {}, h("input", { type: "checkbox", checked: stretched,
+    id: "stretch", onchange: () => (stretched = !stretched, draw()) }), "shorten long waits"),
+    steps.map((step, n) => [h("button", { className: "row", id: "step" + n, ariaExpanded:
+      chosen.has(n), onclick: () => (chosen.delete(n) || chosen.add(n), draw()) },
+    h("span", {}, step.type === "rollback" ? "↶ " : "", step.name),
+    h("span", { className: "track " + step.type }, bar(step, "whole " + step.type),
+      (step.attempts ?? []).map(attempt => bar(attempt, attempt.success))),
+    h("small", {}, took(step.start, step.end))), chosen.has(n) ? details(step, steer) : null])];
+}
+function details(step, steer) {
+  const [, name, count] = step.name.match(/(.*)-(\d+)$/s), type = step.type.replace("step", "do");
+  return [table([step.type, "From", "To", "Error"], (step.attempts ?? [step]).map((part, n) => [
+    n + 1, time(part.start), time(part.end), failure(part.error)])), h("small", {}, step.event_type,
+    step.retry_at && `again at ${step.retry_at}`, pretty(step.config)), step.output && h("pre", {},
+    step.output), type !== "rollback" && button(["Restart from here…", "Begin again from here?",
+    steer("restart", { from: { name, count: +count, type } })])];
+}
+async function draw() {
+  const { hash } = location, [path, query] = hash.slice(2).split("?");
+  const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
+  try {
+    const view = await (id ? instance(name, id) : name ? instances(name, query) : workflows());
+    const up = name && [" / ", link("#/" + $(name), name)];
+    const next = h("main", {}, link("#/", "Workflows"), up, view);
+    fault.textContent = "";
+    if (hash === location.hash && !next.isEqualNode(main)) main.replaceWith(main = next);
+    document.getElementById(focus)?.focus({ preventScroll: true });
+  } catch (error) { fault.textContent = error.message; }
+}
+onhashchange = () => (chosen.clear(), draw());
+setInterval(() => document.hidden || getSelection().toString() || draw(), 2000);
+draw();
+</script>
+"""
+
+
+# --------------------------------------------------------------------------------------------------
+# Demo: a workflow whose process is killed in the middle, and goes on in another one.
 
 
 class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
@@ -5937,60 +6744,294 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
         return result | {"approved": approval.approved}
 
 
-_SHOWN = ("attempt", "error", "retry_delay_ms", "output")
-
-
-async def _run_demo(database: str) -> None:
+async def run_demo(database: str) -> int:
     """What both processes of the demo do: create the instance, or go on with it, to the end."""
     async with Engine(database) as engine:
         workflow = engine.bind(_MyWorkflow)
         await workflow.create_batch([{"id": "demo", "params": {"userId": "123"}}])  # only once
         instance = await workflow.get("demo")
-        events = []
+        events: list[WorkflowHistoryEvent] = []
         async for event in instance.subscribe():
             events.append(event)
-            at = (event.timestamp - events[0].timestamp).total_seconds()
-            told = [f"{key}: {event[key]}" for key in _SHOWN if event.get(key) is not None]
-            line = f"{at:7.3f} s  {event.get('step_name', ''):25}{event.type:20}{', '.join(told)}"
-            print(line, flush=True)
+            print_event(event, events[0].timestamp)
             if event.type == "wait_started":
                 await instance.send_event(type="user_approval", payload={"approved": True})
-        print(f"\noutput: {await instance.result()}")
+        print(f"\noutput: {to_text(await instance.result())}")
         runs = Counter(event.step_name for event in events if event.type == "step_completed")
         print(*(f"finished {count} time: {label}" for label, count in runs.items()), sep="\n")
-        if set(runs.values()) != {1}:
-            raise SystemExit("a finished step ran again: this must not happen")
+    return 0 if set(runs.values()) == {1} else 1  # no finished step ran again
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="workflows.py", description="Durable workflows.")
-    parser.add_argument("command", choices=["demo"], help="kills a workflow's process; it goes on")
-    parser.add_argument("--engine", metavar="DATABASE", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    log.addHandler(logging.NullHandler())  # the timeline shows failed attempts, too
+def demo(given: argparse.Namespace) -> int:
+    """Runs a workflow in a process, kills that, and runs another one. Returns the exit code."""
+    if given.engine:
+        return asyncio.run(run_demo(given.engine))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "demo", "--engine", os.path.join(folder, "demo.db")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as child:
+            print(f"process {child.pid} runs the workflow …\n", flush=True)
+            try:
+                for line in child.stdout or ():
+                    print(line, end="", flush=True)
+                    if "attempt_started" in line and "process action" in line:
+                        break
+            finally:
+                child.kill()
+        killed = f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'"
+        print(f"\n{killed}; another one replays and goes on …\n", flush=True)
+        return subprocess.run(command).returncode
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: the resources for somebody at a terminal, in the words of `wrangler workflows`. All
+# commands but `dev`, which runs an engine, are clients of the database, whether or not an engine
+# runs on it, and need no classes.
+#
+# developers.cloudflare.com/workers/wrangler/commands/workflows/
+
+_PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
+_FROM = "--from-step-name= --from-step-count=1 --from-step-type="
+_SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
+# By name: what it does; its arguments, of which those with a `=` have that default; and the
+# resource. (`check` will stand here, too.)
+_COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
+    "list": ("the workflows", _PAGE, show_workflows),
+    "describe": ("a workflow", "name", show_workflow),
+    "trigger": ("create an instance", "name params={} --id=", add_instances),
+    "delete": ("delete all instances of a workflow", "name", drop_workflow),
+    "instances list": ("some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
+    "instances describe": ("one, over time", f"name id=latest {_SHOW}", show_instance),
+    "instances send-event": ("send an event", "name id --type= --payload={}", send),
+    "instances pause": ("stop for a while", "name id", steer),
+    "instances resume": ("go on", "name id", steer),
+    "instances restart": ("begin again", f"name id {_FROM}", steer),
+    "instances terminate": ("stop for good", "name id --rollback", steer),
+    "instances delete": ("delete some", "name ids --filename=", drop_instances),
+    "usage": ("what this month would cost at Cloudflare", "", show_usage),
+    "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
+    "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
+}
+_LISTED = {"list": "name class_name triggered_on instances"}
+_LISTED |= {"instances list": "id status created_on ended_on trigger_source"}
+_FACTS = "id status queued start end trigger schedule params output error rollback"
+_COLOURS = {"complete": 32, "✓": 32, "errored": 31, "✗": 31, "running": 36, "●": 36, "waiting": 34}
+_COLOURS |= dict.fromkeys(("paused", "waitingForPause", "terminated", "rollingBack"), 33)
+_BARS = {True: "█", False: "▒", None: "▓", "sleep": "─", "waitForEvent": "╌"}  # see `draw_bar`
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says in one line what is wrong."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
+    common.add_argument("--config", metavar="FILE", help="for `dev` (default: wrangler.jsonc, …)")
+    common.add_argument("--json", action="store_true", help="for programs")
+    root = Parser(prog="workflows.py", description="Durable workflows.", parents=[common])
+    groups = {"": root.add_subparsers(metavar="COMMAND")}
+    for command, (help, words, _) in _COMMANDS.items():
+        group, _, verb = command.rpartition(" ")
+        if group not in groups:
+            parser = groups[""].add_parser(group, help=f"what can be done with {group}")
+            parser.set_defaults(parser=parser)
+            groups[group] = parser.add_subparsers(metavar="COMMAND")
+        parser = groups[group].add_parser(verb, help=help, description=help, parents=[common])
+        parser.set_defaults(command=command)
+        for word in words.split():
+            name, equals, default = word.partition("=")
+            more: dict[str, Any] = {"default": default}
+            if default.isdecimal():
+                more = {"type": int, "default": int(default)}
+            elif not name.startswith("--"):
+                more |= {"nargs": "*" if name == "ids" else "?" if equals else None}
+            elif not equals:
+                more = {"action": "store_true"}
+            parser.add_argument(name, **more)
+    defaults = {"parser": root, "command": None, "db": "workflows.db", "config": None}
+    return root.parse_args(arguments, argparse.Namespace(**defaults, json=False))
+
+
+def width_of(text: str) -> int:
+    """How many columns of a terminal it takes."""
+    wide = [c for c in text if unicodedata.east_asian_width(c) in "WF"]
+    return len(text) + len(wide) - len([c for c in text if unicodedata.combining(c)])
+
+
+def fit(text: str, width: int) -> str:
+    """Text, cut or filled to a width, and without what a terminal might obey."""
+    text = "".join(c if c.isprintable() else "·" for c in text[: width + 1])
+    while width_of(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text + " " * (width - width_of(text))
+
+
+def room() -> int:
+    """How many columns the terminal has; as many as can be used, if there is none."""
+    return shutil.get_terminal_size((10_000, 24)).columns
+
+
+def paint(text: str) -> str:
+    """A word in its colour, if it has one and somebody is looking."""
+    code = None if os.environ.get("NO_COLOR") else _COLOURS.get(text.strip())
+    return f"\033[{code}m{text}\033[0m" if code and sys.stdout.isatty() else text
+
+
+def cell(value: Any, name: str = "") -> str:
+    """The field of that name in one line."""
+    if name == "error" and value is not None:
+        return f"{value['name']}: {value['message']}"
+    if name == "instances":
+        return ", ".join(f"{n} {status}" for status, n in value.items() if n) or "none"
+    return value if isinstance(value, str) else "–" if value is None else to_text(value)
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """In columns, of which the last one takes what is left of the terminal."""
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
+    widths[-1:] = [max(10, room() - sum(widths[:-1]) - 2 * len(widths))]
+    for row in rows:
+        print("  ".join(paint(fit(*pair)) for pair in zip(row, widths, strict=True)).rstrip())
+
+
+def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
+    """An instance, with a bar for each of its steps: time goes from left to right."""
+    began, now = _ms(shown["queued"]), _ms(shown["end"] or moment(time.time_ns() // 1_000_000))
+    print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
+    rows = []
+    for step in [step for step in shown["steps"] if "name" in step]:
+        tried, ms = step.get("attempts", [step]), min(_ms(step["end"]) or now, now)
+        ms -= _ms(step["start"])
+        took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
+        notes = [cell(part["error"], "error") for part in tried if part["error"]]
+        notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
+        notes += [f"until {step['end']}"] if _ms(step["end"]) > now else []
+        notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
+        success = step.get("success", not step["error"] if step.get("finished") else None)
+        mark = {True: "✓", False: "✗", None: "●"}[success]
+        name = "↶ " * (step["type"] == "rollback") + step["name"]
+        name = fit(name, min(width_of(name), room() // 3))
+        bar = draw_bar(step, began, now, min(40, room() // 3))
+        rows.append([mark, name, bar, took, "; ".join(notes)[: given.truncate_output_limit]])
+    print_table(rows)
+
+
+def _ms(text: str | None) -> int:
+    return 0 if text is None else parse_moment(datetime.fromisoformat(text))
+
+
+def draw_bar(step: dict[str, Any], began: int, now: int, width: int) -> str:
+    """When a step did what. (Between the attempts are the retry delays.)"""
+    cells, whole = [" "] * width, max(1, now - began)
+    parts = [(step, _BARS.get(step["type"], "·"))]
+    parts += [(attempt, _BARS[attempt["success"]]) for attempt in step.get("attempts", [])]
+    for part, character in parts:
+        times = _ms(part["start"]), min(_ms(part["end"]) or now, now)
+        first, last = (min((ms - began) * width // whole, width - 1) for ms in times)
+        cells[first : last + 1] = character * (last + 1 - first)
+    return "".join(cells)
+
+
+def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
+    """What has happened to an instance, in one line."""
+    names = ("attempt", "error", "retryDelayMs", "output")
+    told = [f"{n}: {cell(event[n], n)}" for n in names if event.get(n) is not None]
+    at, step = (event.timestamp - began).total_seconds(), fit(event.get("step_name", ""), 25)
+    print(fit(f"{at:7.3f} s  {step}{event.type:20}{', '.join(told)}", room()).rstrip(), flush=True)
+
+
+async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
+    """What a command asks for."""
+    options, verb = vars(given), given.command.split()[-1]
+    known = {name: value for name, value in options.items() if value not in ("", None)}
+    query = {name: str(value) for name, value in known.items() if value is not False}
+    ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
+    ids = [*options.get("ids", [query.get("id", "")])]
+    ids += json.loads(Path(given.filename).read_text()) if "filename" in query else []
+    if "latest" in ids and given.command.startswith("instances "):
+        newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
+        ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
+    values = {}
+    for name in ("params", "payload"):
+        with naming(name):
+            values[name] = json.loads(query.get(name, "{}"))
+    start = {key: options.get(f"from_step_{key}") or None for key in ("name", "count", "type")}
+    body = {"status": verb, "rollback": options.get("rollback"), "from": start["name"] and start}
+    sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
+    sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
+    ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
+    if sys.stderr.isatty():
+        ask.progress = lambda done: print(f"\r{done} … ", end="", file=sys.stderr, flush=True)
+    return ask
+
+
+async def run_command(given: argparse.Namespace) -> int:
+    """Carries out a command that needs nothing but the database. Returns the exit code."""
+    if not os.path.exists(given.db):
+        raise ValueError(f"there is no database {given.db}")
+    async with Engine(given.db) as engine:
+        ask = await make_request(engine, given)
+        answer = await ask.answer(_COMMANDS[given.command][2])
+        answer = answer[::-1] if "reverse" in ask.query else answer
+        if given.json:
+            print(to_text(answer, 2))
+        elif given.command == "instances describe":
+            print_timeline(answer, given)
+        elif ask.info:
+            names = _LISTED[given.command].split()
+            print_table([names, *([cell(row[name], name) for name in names] for row in answer)])
+            print("page {page} of {total_pages}, {total_count} in all".format(**ask.info))
+        else:
+            print_table([[name, cell(value, name)] for name, value in answer.items()])
+        if "follow" in ask.query:
+            async for event in ask.instance.subscribe(ask.seen):
+                print_event(event, datetime.fromisoformat(answer["queued"]))
+    return 1 if isinstance(answer, dict) and answer.get("errors") else 0
+
+
+async def dev(given: argparse.Namespace) -> int:
+    """Runs the workflows of a configuration, and answers HTTP, until a signal comes."""
+    token = given.token or os.environ.get("WORKFLOWS_API_TOKEN") or None
+    host = f"[{given.ip}]" if ":" in given.ip else given.ip
+    if token is None and not _LOCAL_HOST.fullmatch(host):
+        raise ValueError(f"{given.ip} can be reached from outside: that needs --token")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    changes.setLevel(logging.DEBUG)
+    engine = Engine.from_config(given.config, database=given.db, drain=given.drain or 0)
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopped.set))
+    async with engine, serve(engine, given.ip, given.port, token) as server:
+        print(f"{engine.path}: http://{host}:{server.server_address[1]}/", flush=True)
+        await stopped.wait()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0; 1 if some could not be deleted, or nobody reads;
+    2 if what was asked can't be done; 130 after Ctrl-C."""
+    given = parse_arguments(arguments)
+    log.addHandler(logging.NullHandler())  # a refusal is one line
+    if given.command is None:
+        given.parser.print_help()
+        return 0
+    run = dev if given.command == "dev" else run_command
     try:
-        if given.engine:
-            asyncio.run(_run_demo(given.engine))
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            database = os.path.join(folder, "demo.db")
-            command = [sys.executable, __file__, "demo", "--engine", database]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-                print(f"process {child.pid} runs the workflow …\n", flush=True)
-                try:
-                    for line in child.stdout or ():
-                        print(line, end="", flush=True)
-                        if "attempt_started" in line and "process action" in line:
-                            break
-                finally:
-                    child.kill()
-            killed = f"process {child.pid} was killed (SIGKILL) in the middle of 'process action'"
-            print(f"\n{killed}; another one replays and goes on …\n", flush=True)
-            sys.exit(subprocess.run(command).returncode)
+        code = demo(given) if given.command == "demo" else asyncio.run(run(given))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (WorkflowError, ValueError, OSError, RecursionError) as error:
+        print(f"workflows.py: {fit(str(error), 1000).rstrip()}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    # As a module, so that there is one copy of it: what it loads imports it, too.
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())
