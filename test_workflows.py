@@ -10175,7 +10175,8 @@ class Programs(Case):
 
 def moment(text: str) -> int:
     """Milliseconds of a time in UTC."""
-    return int(datetime.fromisoformat(f"{text}+00:00").timestamp() * 1000)
+    when = datetime.fromisoformat(text)
+    return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 class Cron(unittest.TestCase):
@@ -11070,18 +11071,15 @@ class HttpWorkflows(Outside):
                 refused = await self.assertRefused(404, 10200, self.ask(method, "/nope" + path))
                 self.assertIn("'nope'", refused.message)
 
-    async def test_a_workflow_shows_its_schedules_where_there_are_any(self) -> None:
+    async def test_a_workflow_shows_its_schedules(self) -> None:
         async with self.served() as engine:
-
-            def plan(tx: Any) -> None:
-                tx.db.execute("CREATE TABLE IF NOT EXISTS schedules (workflow, cron, next)")
-                sql = "INSERT INTO schedules SELECT key, '0 9 * * MON', 0 FROM workflows"
-                tx.db.execute(sql + " WHERE name = 'naps'")
-
-            await engine.call(plan)
-            found = await self.ask("GET", "/naps")
-        next = "1970-01-01T00:00:00.000Z"
-        self.assertEqual(found["schedules"], [{"cron": "0 9 * * MON", "next_instance": next}])
+            engine.bind(workflow(one_step, "Nightly"), schedules="0 9 * * MON")
+            found = await self.ask("GET", "/nightly")
+            (schedule,) = found["schedules"]
+            self.assertEqual(schedule["cron"], "0 9 * * MON")
+            comes = workflows.Cron("0 9 * * MON").next(engine.clock.now())
+            self.assertEqual(moment(schedule["next_instance"]), comes)
+            self.assertEqual((await self.ask("GET", "/naps"))["schedules"], [])
 
     async def test_a_workflow_has_one_version(self) -> None:
         async with self.served() as engine:

@@ -6149,10 +6149,9 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
              key = (SELECT max(key) FROM instances WHERE workflow = w.key)) AS triggered_on, key
              FROM workflows AS w WHERE name = coalesce(?, name) ORDER BY name"""
     found = read_rows(tx, sql, name)
-    planned = read_rows(tx, "SELECT 1 FROM sqlite_master WHERE name = 'schedules'")
     for row in found:
         sql = "SELECT cron, next AS next_on FROM schedules WHERE workflow = ?"
-        crons = read_rows(tx, sql, row["key"]) if planned else []
+        crons = read_rows(tx, sql, row["key"])
         row["schedules"] = [{"cron": c["cron"], "next_instance": c["next_on"]} for c in crons]
         sql = f"""SELECT status, count(*), count(*) FILTER (WHERE {_UNDONE}) FROM instances
                   WHERE {_VISIBLE} GROUP BY status"""
