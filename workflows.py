@@ -169,6 +169,10 @@ Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
 # (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued,
 # from anywhere). All other moves are the engine's. What ran when its process ended is queued again.
+# A status says nothing about memory: an instance that waits or is queued may still be loaded.
+#
+# Every duration, here and in the whole file, is a number of milliseconds, and every moment one
+# since 1970, unless something else is said.
 
 FINISHED = ("complete", "errored", "terminated")
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -223,7 +227,11 @@ class Unreadable(WorkflowInternalError):
     where it is, and nothing becomes an error by it."""
 
 
-Refuse = Callable[[str, str], WorkflowError]  # makes an error of a code and a message
+class LeaseLost(WorkflowError):
+    """What a run wanted to write is not written, because it may not write any more: see `Lease`."""
+
+
+ErrorMaker = Callable[[str, str], WorkflowError]  # of a code and a message
 
 
 def refusal(code: str, message: str) -> WorkflowError:
@@ -239,26 +247,28 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 # --------------------------------------------------------------------------------------------------
 # The journal: what is recorded, and what it means.
 #
-# The journal of an instance is append-only, and the only thing that a replay knows. An instance is
-# in memory only from time to time. Each of these stays is a life (see "A run"), and what happens in
-# a life is recorded as it happens:
+# The journal of an instance is the only thing that a replay knows. Rows are appended to it, and
+# never changed; only a restart takes some away. An instance is in memory from time to time. Each of
+# these stays is a life (see "A run"), and what happens in a life is recorded as it happens:
 #
 #     type                               step    what has happened
-#     queued started running waiting     –       The instance has this status now. The first row of
+#     queued running waiting             –       The instance has this status now. The first row of
 #       waitingForPause paused                   all, `queued`, holds the params, `complete` holds
 #       complete errored terminated              the output, `errored` the error.
+#     started                            –       It is `running` for the first time.
 #     start                              do      An attempt began.
 #     done | failed | error              do      The attempt ended: with a result, with a failure
 #                                                that is retried, with a failure for good. If it
-#                                                has no `start`, `started` says when it began. The
-#                                                first of all these holds the configuration of the
-#                                                step in `extra`.
+#                                                has no row `start`, the column `began` says when
+#                                                it did. The first of all these rows holds the
+#                                                configuration of the step in `extra`.
 #     due                                do      The delay before the next attempt is over.
 #     sleep → slept                      sleep   `sleep_until` is a sleep, too.
-#     wait → event | timeout             wait    The event is consumed in this very row.
+#     wait → event | timeout             wait    The event is consumed in this very row; `extra`
+#                                                says where it came from.
 #     cancel                             any     `run` itself has cancelled the call.
-#     stop                               any     A clean stop, a restart or the callback around the
-#                                                call interrupted it: it counts as not begun.
+#     stop                               any     A clean stop, a restart, or the callback around the
+#                                                call has interrupted it: it counts as not begun.
 #     sent                               –       An event was put into the instance's buffer.
 #     rollback                           –       From here on only rollback handlers run; `data` is
 #                                                the error that they undo.
@@ -271,7 +281,7 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 
 
 class Row(NamedTuple):
-    """A row of the journal. `data` and `extra` are JSON, `started` is a moment; `seq` and `at` (a
+    """A row of the journal. `data` and `extra` are JSON, `began` is a moment; `seq` and `at` (a
     moment, too) are given to it when it is appended."""
 
     type: str
@@ -279,7 +289,7 @@ class Row(NamedTuple):
     attempt: int | None = None
     data: str | None = None
     extra: str | None = None
-    started: int | None = None
+    began: int | None = None
     seq: int = 0
     at: int = 0
 
@@ -311,7 +321,7 @@ class Step:
     @property
     def nested(self) -> bool:
         """Whether its result does not go to `run`: a callback has called it, or it is a rollback
-        handler."""
+        handler. (Then its key has more than the three parts kind, name and count.)"""
         return self.key.count(SEPARATOR) > 2
 
     @property
@@ -320,7 +330,20 @@ class Step:
         return self.state in ("done", "error")
 
 
-_ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
+# What a row says about its step from then on: open, asleep, and its state. (`stop` takes back.)
+_MEANING = {
+    "start": (True, False, "pending"),
+    "done": (False, False, "done"),
+    "failed": (False, True, "pending"),
+    "error": (False, False, "error"),
+    "due": (False, False, "pending"),
+    "sleep": (False, True, "pending"),
+    "slept": (False, False, "done"),
+    "wait": (False, True, "pending"),
+    "event": (False, False, "done"),
+    "timeout": (False, False, "error"),
+    "cancel": (False, False, "cancelled"),
+}
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
@@ -340,14 +363,13 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         step.attempts = row.attempt
         if step.config is None:
             step.config = row.extra or ""  # "" is the default configuration
-    step.open = row.type == "start"
-    step.asleep = row.type in ("sleep", "wait", "failed")
-    if row.type == "cancel":
-        step.state = "cancelled"
+    step.open, step.asleep, state = _MEANING[row.type]
+    if state == "cancelled":  # also one with a result that `run` has never seen
+        step.state = state
         return step
     if step.ended or step.state == "cancelled":
         return None  # the first end counts
-    step.state = _ENDS.get(row.type, "pending")
+    step.state = state
     if not step.ended:
         return None
     step.data, step.extra = row.data, row.extra
@@ -364,16 +386,6 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
             inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
             inbox[step.key] = step
     return steps, inbox
-
-
-def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """What is left of a history when it begins again from the step with the first of these keys
-    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
-    after that begins anew, because the reason for the cancellation may be gone."""
-    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
-    counts_from = {row.step: row.seq for row in reversed(rows)}
-    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
-    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
 
 
 class Wait(NamedTuple):
@@ -400,9 +412,9 @@ class WaitEnd(NamedTuple):
 def end_waits(
     waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
 ) -> list[WaitEnd]:
-    """Which waits have ended by now, in the order in which they did, however late we look. The
-    oldest event that came at or before the deadline of the first waiter of its type is that
-    waiter's."""
+    """Which waits have ended by now, in the order in which they did, however late we look. Each
+    waiter, first come first served, takes the oldest event of its type, if that came by the
+    waiter's deadline."""
     buffered = {type: deque(queue) for type, queue in events.items()}
     ended = []
     for wait in waits:
@@ -419,24 +431,12 @@ def end_waits(
 # The database: one file, one connection, one process that runs the instances.
 #
 # The rows are the truth; nobody's memory is. Every write of a run is guarded by the instance's
-# status and generation in the same transaction, so that a run whose instance was changed meanwhile,
-# by whichever process, writes nothing more.
+# status and generation in the same transaction: a run whose instance was changed meanwhile, by
+# whichever process, writes nothing more.
 #
 # Any number of processes may use the file. One of them, the owner, runs the instances: the one that
 # holds an exclusive transaction on a second, empty database. SQLite brings the locking of every
 # platform, and a process that dies lets go of it.
-#
-# Three columns of an instance together say what is being done to it:
-#
-#     status                rollback            termination   meaning
-#     any but the finished  NULL                NULL          `run` runs, or will
-#     queued, running       begun               NULL          `run` has failed: its steps are undone
-#     queued, running       begun               by whom       terminated: its steps are undone first
-#     complete              NULL                NULL          the output is in the newest row
-#     errored               NULL                NULL          failed; there was nothing to undo
-#     errored               complete | failed   NULL          failed, and the undoing went like that
-#     terminated            NULL                by whom       terminated at once
-#     terminated            complete | failed   by whom       the undoing went like that, or was cut
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -453,12 +453,12 @@ CREATE TABLE instances (
     trigger TEXT NOT NULL, created INTEGER NOT NULL,
     success_retention INTEGER, error_retention INTEGER,
     status TEXT NOT NULL,
-    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete
+    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete: see `Lease`
     careful INTEGER NOT NULL,      -- it was running when its process died: see "A run"
     place INTEGER,                 -- in the queue; of a paused one, where it goes back to
-    wake INTEGER,                  -- when the owner must attend to it
+    wake INTEGER,                  -- when the owner must attend to it: see "Scheduling"
     started INTEGER, ended INTEGER, paused INTEGER,
-    termination TEXT, rollback TEXT,
+    termination TEXT, rollback TEXT,               -- see "Rollback"
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
@@ -466,7 +466,7 @@ CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
-    started INTEGER,
+    began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE waits (               -- each with the number of its row in the journal, like events
     instance INTEGER NOT NULL, kind TEXT NOT NULL, step TEXT NOT NULL, event TEXT,
@@ -476,17 +476,15 @@ CREATE TABLE events (              -- the buffer: sent, and not consumed
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
-CREATE TABLE schedules (
+CREATE TABLE schedules (           -- see "Schedules"
     workflow INTEGER NOT NULL, cron TEXT NOT NULL, next INTEGER NOT NULL,
     PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
-CREATE TABLE usage (
+CREATE TABLE usage (               -- see "Usage"
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
     storage_bytes INTEGER) WITHOUT ROWID;
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
-SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
-LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
 
 
 class Database:
@@ -497,8 +495,8 @@ class Database:
     def __init__(self, path: str) -> None:
         self.path = path
         self.owner = False  # whether this process runs the instances
-        self._files: dict[str, os.stat_result] = {}
-        self._version = 0  # of the data, when we last asked
+        self.files: Files | None = None
+        self._data_version = 0  # when we last asked
 
     def open(self) -> None:
         """Opens or makes the file, in one transaction, so that it always says whose it is."""
@@ -506,31 +504,30 @@ class Database:
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         on_disk = self.path != ":memory:"
         if on_disk:
-            _refuse_what_is_not_ours(self.path)
+            refuse_what_is_not_ours(self.path)
         paths = [self.path, self.path + "-owner" if on_disk else self.path]
-        self._db, self._lock = (
+        self._db, self._ownership = (
             sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
             for path in paths
         )
         self.execute, self.executemany = self._db.execute, self._db.executemany
-        self.insist("PRAGMA synchronous = FULL")
-        self.insist("PRAGMA fullfsync = 1")
-        self.insist("BEGIN IMMEDIATE")
-        version = _schema_version(self._db)
+        self._insist("PRAGMA synchronous = FULL")
+        self._insist("PRAGMA fullfsync = 1")
+        self.begin(patient=True)
+        version = schema_version(self._db)
         for script in _SCHEMA[version:]:
             for statement in script.split(";\n"):
                 self.execute(statement)
         if version < SCHEMA_VERSION:
             self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self.insist("COMMIT")
-        if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
-            raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
+        self._insist("COMMIT")
         if on_disk:
+            if self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
+                raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
             self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
             self.others_wrote()  # the first question makes the log
-            files = [self.path + side for side in ("", *SIDES)]
-            self._files = {path: os.stat(path) for path in files}
+            self.files = Files(self.path)
 
     def close(self) -> None:
         """Closes the file, and lets go of the lock."""
@@ -538,7 +535,7 @@ class Database:
             self.owned.discard(self.path)
         self.owner = False
         with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it has failed
-            self._lock.close()
+            self._ownership.close()
             self._db.close()
 
     def rows(self, sql: str, *args: Any) -> list[Any]:
@@ -548,115 +545,52 @@ class Database:
         (row,) = self.execute(sql, args).fetchall()
         return row
 
-    def begin(self) -> bool:
-        """Begins a transaction that may write; False if another process is in one."""
-        try:
-            self.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if not _is_busy(error):
-                raise
-            return False
-        return True
+    def begin(self, patient: bool) -> bool:
+        """Begins a transaction that may write. False if another process is in one, and we are not
+        patient."""
+        if patient:
+            self._insist("BEGIN IMMEDIATE")
+            return True
+        return _get_lock(self._db, "BEGIN IMMEDIATE") is not None
 
-    def insist(self, sql: str) -> list[Any]:
+    def _insist(self, sql: str) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice. (SQLite's
         own way to wait sleeps too long to be fair, and gives up.)"""
         began = time.monotonic()
-        while True:
-            try:
-                return self.execute(sql).fetchall()
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
+        while (rows := _get_lock(self._db, sql)) is None:
             if time.monotonic() > began + 5:
                 began = math.inf
                 log.warning("%s: another process has held a lock for 5 s; waiting", self.path)
             time.sleep(0.001)
+        return rows
 
     def contend(self) -> bool:
         """Tries to become the owner; says whether this process is the owner now."""
-        if not self.owner:
-            try:
-                self._lock.execute("BEGIN EXCLUSIVE")
-                self.owner = True
-                self.owned.add(self.path)
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
+        if not self.owner and _get_lock(self._ownership, "BEGIN EXCLUSIVE") is not None:
+            self.owner = True
+            self.owned.add(self.path)
         return self.owner
 
     def others_wrote(self) -> bool:
         """Whether another connection has written since we last asked."""
-        before, (self._version,) = self._version, self.one("PRAGMA data_version")
-        return self._version != before
-
-    def check_files(self) -> None:
-        """SQLite goes on writing into a file that was removed, replaced or cut short, where nobody
-        would ever read it: that is a failure of storage."""
-        shorter = False
-        for path, was in self._files.items():
-            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
-                raise WorkflowInternalError(f"{path} was removed or replaced")
-            ours = LONG_LOG if path.endswith("-wal") else math.inf
-            shorter = shorter or is_now.st_size < min(was.st_size, ours)
-            self._files[path] = is_now
-        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
-            raise WorkflowInternalError("the file, or its log beside it, was truncated")
-
-    def _is_whole(self) -> bool:
-        """Whether every page is there, for one who has seen none of them yet."""
-        if os.path.getsize(self.path) == 0:  # SQLite would now delete the log
-            return False
-        try:
-            with contextlib.closing(sqlite3.connect(self.path)) as db:
-                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        except sqlite3.DatabaseError:
-            return False
+        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
+        return self._data_version != before
 
 
-def _refuse_what_is_not_ours(path: str) -> None:
-    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made.
-    It is read through SQLite, because closing a plain file would drop the locks that another engine
-    of this process holds on it."""
-    if os.path.isdir(path):
-        raise WorkflowInternalError("is a directory")
-    for each in [path + side for side in ("", *SIDES)]:
-        if os.path.exists(each) and not os.access(each, os.W_OK):
-            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
-        return
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        # A process may have died while SQLite wrote its log back: then the schema makes sense only
-        # together with the log, which is not read here.
-        db.execute("PRAGMA writable_schema = ON")
-        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-            raise WorkflowInternalError("not a database of this module")
-        _schema_version(db)
-
-
-def _schema_version(db: sqlite3.Connection) -> int:
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise WorkflowInternalError(f"written by a newer version (schema {version})")
-    return version
-
-
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def _storage_error(path: str, error: BaseException) -> WorkflowInternalError:
-    if isinstance(error, WorkflowInternalError):
-        return WorkflowInternalError(f"{path}: {error}")
-    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-        return WorkflowInternalError(f"{path}: not a database")
-    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
+    """What a statement gives; None if another process holds the lock that it needs."""
+    try:
+        return db.execute(sql).fetchall()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Instance:
-    """A row of `instances`, with the number and the state of its newest row in the journal."""
+    """A row of `instances`, its columns in their order, with the number and the state of its newest
+    row in the journal."""
 
     key: int
     workflow: int
@@ -690,14 +624,14 @@ class Instance:
         return self.id is None or (expiry is not None and expiry <= now)
 
     def as_of_now(self) -> Instance:
-        """A copy, which nothing changes that is still to come in this transaction."""
+        """A copy, which the rest of the transaction does not change."""
         return Instance(*_all_of(self))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
 _all_of = operator.attrgetter(*_FIELDS)
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
-_CHANGING = _COLUMNS[_COLUMNS.index("status") :]
+_CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of = operator.attrgetter(*_COLUMNS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
@@ -711,18 +645,22 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # --------------------------------------------------------------------------------------------------
 # Transactions: the unit of work.
 #
-# What callers and runs want done they post as operations: functions whose first argument is the
-# transaction. All that is posted within one turn of the loop shares a transaction and its one
-# commit (group commit), and nobody is told of a result before that commit: what a caller has seen
-# is on disk. An operation checks first and writes last, so that one that refuses (by raising a
-# `WorkflowError`) leaves no trace; any other error undoes the whole transaction and stops the
-# engine.
+# Callers and runs post operations: functions whose first argument is the transaction. All that is
+# posted within one turn of the loop shares a transaction and its one commit (group commit), and
+# nobody is told of a result before that commit: what a caller has seen is on disk. An operation
+# checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
+# trace; any other error undoes the whole transaction and stops the engine.
+#
+# Behind the operations the scheduler does what is due by then, in the same transaction. So what an
+# operation reads was there before, and the news of the scheduler come after that: a run that is
+# just being loaded hears of every row exactly once.
 
 _TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
 
 
 class Lease(NamedTuple):
-    """A run's right to write: it ends when its instance's generation is raised."""
+    """A run's right to write: until its instance has finished or is paused, or its generation is
+    raised."""
 
     key: int
     generation: int
@@ -737,7 +675,9 @@ class News(NamedTuple):
     admitted: bool = False
 
 
-Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
+# What is watched: a key for the end of that instance, an id for all rows of the instances with it.
+Topic = int | str
+WOKEN = -(2**53)  # added to a moment: a place in the queue ahead of those that count up from 1
 
 
 class Transaction:
@@ -748,7 +688,7 @@ class Transaction:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
         self.news: list[News] = []
         self.touched: set[Topic] = set()
-        self.requeued: list[Instance] = []
+        self.requeued: list[Instance] = []  # a row says so of those that get no slot at once
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
         self._instances: dict[int, Instance] = {}
@@ -762,28 +702,24 @@ class Transaction:
 
     def _read(self, where: str, *args: Any) -> list[Instance]:
         rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
-        found = []
-        for row in rows:
-            inst = self._instances.setdefault(row[0], Instance(*row))
-            found.append(inst)
-            if inst.wake is not None and inst.wake <= self.now:
-                self.scheduler.stirred = True  # another process may have changed it
-        return found
+        return [self._instances.setdefault(row[0], Instance(*row)) for row in rows]
 
     def prefetch(self, leases: Iterable[Lease]) -> None:
-        """Reads the instances of many runs at once."""
+        """Reads the instances of many runs at once, for `mine`."""
         keys = {lease.key for lease in leases}
         if len(keys) == 1:
             self._read("key = ?", *keys)
         elif keys:
             self._read(f"key {_AMONG}", str([*keys]))
 
-    def mine(self, lease: Lease, *statuses: str) -> Instance | None:
-        """The instance of a run, if the run may still write, and the status is one of these."""
+    def mine(self, lease: Lease) -> Instance:
+        """The instance of a run that may still write; else this is a `LeaseLost`."""
+        if lease.key not in self._instances:
+            self._read("key = ?", lease.key)
         inst = self._instances.get(lease.key)
-        if inst is None or inst.generation != lease.generation:
-            return None
-        return inst if inst.status in (statuses or LIVE) else None
+        if inst is None or inst.generation != lease.generation or inst.status not in LIVE:
+            raise LeaseLost("this run may not write any more")
+        return inst
 
     def find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids. Those that have expired are not found but cleared away: so
@@ -824,7 +760,8 @@ class Transaction:
             report_change(self, inst, row)
 
     def change(self, inst: Instance, **columns: Any) -> None:
-        """Changes columns of an instance."""
+        """Changes columns of an instance. The scheduler hears of a new status, and of a new moment
+        to attend to it."""
         for name, value in columns.items():
             setattr(inst, name, value)
         self._instances[inst.key] = inst
@@ -844,17 +781,23 @@ class Transaction:
 
     def requeue(self, inst: Instance) -> None:
         """Puts an instance that has run at its place in the queue: ahead of those that have not run
-        yet, and among its like by when it fell due, however late that was noticed. One that was
-        about to pause goes there when it is resumed."""
-        place = inst.place
-        if place is None:
-            place = WOKEN + min(inst.wake or self.now, self.now)
+        yet, and among its like by when it fell due, however late that was noticed."""
+        place = self._place_of(inst)
+        self.change(inst, status="queued", place=place)
+        self.requeued.append(inst)
+
+    def leave_slot(self, inst: Instance) -> None:
+        """Takes an instance out of its slot. One that was about to pause is paused; it goes to its
+        place in the queue when it is resumed."""
         if inst.status == "waitingForPause":
+            place = self._place_of(inst)
             self.move(inst, Row("paused"), paused=self.now, place=place, wake=None)
             self.news.append(News(inst, []))
         else:
-            self.change(inst, status="queued", place=place)
-            self.requeued.append(inst)
+            self.requeue(inst)
+
+    def _place_of(self, inst: Instance) -> int:
+        return WOKEN + min(inst.wake or self.now, self.now) if inst.place is None else inst.place
 
     def buffer(self, inst: Instance, type: str, payload: str) -> None:
         """Adds an event to those that the instance has not consumed; the owner delivers it, usually
@@ -876,9 +819,8 @@ class Transaction:
     def write(self) -> None:
         """Writes what has been appended and changed."""
         if self._rows:
-            self.db.executemany(
-                "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
-            )
+            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            self.db.executemany(sql, self._rows)
             self.written += len(self._rows)
             self._rows.clear()
         if self._changed:
@@ -904,7 +846,7 @@ class Transaction:
 TICK = 0.05  # seconds
 QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit on the loop may take
 TRUST = 3  # quick commits in the thread until the next one is made on the loop
-BATCH = 256  # operations, and due or queued instances, that one transaction takes at most
+BATCH = 256  # operations posted in one turn, and due or queued instances, that are taken at once
 
 Operation = Callable[..., Any]
 Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
@@ -1057,9 +999,7 @@ class Writer:
 
     def _transact(self, batch: list[Posted], patient: bool) -> Answer | None:
         """The transaction: each operation, then what is due by then, then the commit."""
-        if patient:
-            self.database.insist("BEGIN IMMEDIATE")
-        elif not self.database.begin():
+        if not self.database.begin(patient):
             return None
         outside = self.exact and self.database.others_wrote()  # the tick would see it some time
         self.scheduler.stirred |= outside
@@ -1087,7 +1027,7 @@ class Writer:
 
     def fail(self, error: BaseException) -> None:
         """Storage has failed: nothing of this transaction is stored, and nothing more will be."""
-        self.failure = _storage_error(self.database.path, error)
+        self.failure = storage_error(self.database.path, error)
         if isinstance(error, Exception):
             log.critical("%s; the engine stops here", self.failure, exc_info=error)
         self.database.close()
@@ -1100,8 +1040,8 @@ class Writer:
             self.database.open()
             call(resolve, opened)
             self._work()
-        except Exception as error:  # of opening: all else is told by `_answer` and `tick`
-            call(resolve, opened, None, _storage_error(self.database.path, error))
+        except Exception as error:  # of opening: all else is told by `_answer` and `_tick`
+            call(resolve, opened, None, storage_error(self.database.path, error))
         with self._lock:
             self.database.close()
         call(resolve, self.closed)
@@ -1134,7 +1074,8 @@ class Writer:
                     self.scheduler.stirred = self.database.contend()
                 if self._ticked > self._checked + 1:
                     self._checked = self._ticked
-                    self.database.check_files()
+                    if self.database.files is not None:
+                        self.database.files.check()
                     self.scheduler.warn_about_unbound_work()
                 if others_wrote or self.scheduler.is_due():
                     self.engine.call_from_thread(self._hear, others_wrote)
@@ -1154,8 +1095,6 @@ class Writer:
 #
 # An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
 # wakes up it goes through the queue again, ahead of those that have never started.
-
-WOKEN = -(2**53)  # added to a place in the queue: ahead of those that have never started
 
 
 class Scheduler:
@@ -1210,7 +1149,7 @@ class Scheduler:
             keep_schedules(tx, key, self.bound[key])
             for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", key):
                 tx.change(inst, careful=1)
-                tx.requeue(inst)
+                tx.leave_slot(inst)
 
     def _attend(self, tx: Transaction, inst: Instance) -> None:
         """Ends what an instance has waited for, or clears it away; and tells the engine."""
@@ -1693,8 +1632,8 @@ class Run(Life):
         else:
             self.post(finish, Row("complete", data=result), size_of(result), then=self._go_on_as)
 
-    def _go_on_as(self, successor: Instance, damage: BaseException | None) -> None:
-        """`run` has ended, but not the instance: its steps will be undone."""
+    def _go_on_as(self, successor: Instance | None, damage: BaseException | None) -> None:
+        """`run` has ended, and the instance with it; or its steps are undone in the next life."""
         if damage is not None:
             self.stop_in_place(str(damage))
         self.successor = successor
@@ -1847,13 +1786,13 @@ class Run(Life):
         """Does what comes next by itself. Called after whatever has happened."""
         if self.status == "waiting" and not (self.dead or self.still_waits()):
             self.status = "waking"
-            self.post(wake_up)  # `run` has gone on by itself
+            self.post(wake_up, then=ignore)  # `run` has gone on by itself
         if self.dead or self.status not in ("running", "waitingForPause"):
             return
         if self.status == "waitingForPause" and not self.attempts_in_flight():
             self._record_cancelled()
             self.status = "pausing"
-            self.post(pause_now)
+            self.post(pause_now, then=ignore)
         elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
             call = self.active.get(next(iter(self.inbox), ""))
             if call and call.waiter and call.alone and len(self.active) == 1:
@@ -1943,19 +1882,20 @@ class Run(Life):
     def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
         """Posts one of the operations below."""
         self._writing += 1
-        written = functools.partial(self._written, then)
+        written = functools.partial(self._written, then or self.saw)
         self.engine.writer.post(operation, self.lease, *args, then=written)
 
-    def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
+    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
-        if result is None and error is None:
-            self.unload()  # the instance has ended, or somebody has changed it: there will be news
-        elif type(result) is int:
-            self.seq = max(self.seq, result)
-        if not self.dead:
-            if then is not None:
-                then(result, error)
+        if isinstance(error, LeaseLost):
+            self.unload()  # somebody has changed the instance, and there will be news of that
+        elif not self.dead:
+            then(result, error)
             self.move_on()
+
+    def saw(self, seq: int, _: BaseException | None = None) -> None:
+        """A row of its own is stored."""
+        self.seq = max(self.seq, seq)
 
     # -- cancelled calls
     #
@@ -2017,7 +1957,8 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     leases = [Lease(inst.key, inst.generation) for inst in instances]
     tx.prefetch(leases)
     for lease in leases:
-        if inst := tx.mine(lease, "running", "waitingForPause"):
+        with contextlib.suppress(LeaseLost):
+            inst = tx.mine(lease)
             try:
                 loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
             except Unreadable as damage:
@@ -2025,13 +1966,9 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     return loaded
 
 
-def record(
-    tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None
-) -> int | None:
+def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
     check_state(tx, inst.state, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
@@ -2046,21 +1983,18 @@ def record(
     return inst.seq
 
 
-def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | bool | None:
+def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | None:
     """Appends the start of an attempt that has not called its callback yet: not if the instance is
     about to pause, because then it must not."""
-    inst = tx.mine(lease)
-    if inst is not None and inst.status == "waitingForPause" and not nested:
-        return False
+    if tx.mine(lease).status == "waitingForPause" and not nested:
+        return None
     return record(tx, lease, row)
 
 
-def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int | None:
+def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int:
     """Records that calls were cancelled, or stopped. An event that one of them was given, but that
     `run` never saw, goes back to its place in the buffer."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
     for step in steps:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
         newest = tx.journal(inst, "step = ?", step)[-1:]
@@ -2075,32 +2009,31 @@ def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) ->
 
 def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
     """running → waiting, unless something has happened that the run does not know of."""
-    inst = tx.mine(lease, "running")
-    if inst is None or inst.seq != seq:
+    inst = tx.mine(lease)
+    if inst.status != "running" or inst.seq != seq:
         return False
     tx.move(inst, Row("waiting"))
     return True
 
 
-def wake_up(tx: Transaction, lease: Lease) -> bool:
+def wake_up(tx: Transaction, lease: Lease) -> None:
     """waiting → queued, because `run` goes on by itself."""
-    if inst := tx.mine(lease, "waiting"):
+    inst = tx.mine(lease)
+    if inst.status == "waiting":
         tx.requeue(inst)
-    return True
 
 
-def pause_now(tx: Transaction, lease: Lease) -> bool:
+def pause_now(tx: Transaction, lease: Lease) -> None:
     """waitingForPause → paused: nothing is in flight any more."""
-    if inst := tx.mine(lease, "waitingForPause"):
-        tx.requeue(inst)
-    return True
+    inst = tx.mine(lease)
+    if inst.status == "waitingForPause":
+        tx.leave_slot(inst)
 
 
 def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | None:
-    """`run` has ended, and the instance with it; unless it has failed and a rollback begins."""
+    """`run` has ended, and the instance with it; unless it has failed and a rollback begins: then
+    this is what its next life begins with."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
     try:
         check_state(tx, inst.state, size, fatal)
     except WorkflowFatalError as too_large:
@@ -2114,11 +2047,12 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
 def hand_back(tx: Transaction, lease: Lease, interrupted: Sequence[str]) -> None:
     """A clean stop: no attempt counts, and whoever owns the database next goes on."""
     break_off(tx, lease, "stop", interrupted)
-    if inst := tx.mine(lease, "running", "waitingForPause"):
-        tx.requeue(inst)
+    inst = tx.mine(lease)
+    if inst.status in ("running", "waitingForPause"):
+        tx.leave_slot(inst)
 
 
-def check_state(tx: Transaction, present: int, size: int, refuse: Refuse) -> None:
+def check_state(tx: Transaction, present: int, size: int, refuse: ErrorMaker) -> None:
     """Refuses what would make an instance's state too large."""
     limit = tx.scheduler.limits.instance_bytes
     if size and limit is not None and present + size > limit:
@@ -2526,7 +2460,7 @@ def leave(tx: Transaction) -> None:
     """What was about to begin is left to the next owner, too."""
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
-            tx.requeue(inst)
+            tx.leave_slot(inst)
 
 
 # ==================================================================================================
@@ -3174,7 +3108,7 @@ def checked(
     code: str,
     limits: Limits = Limits.UNLIMITED,
     limit: str = "step_bytes",
-    refuse: Refuse = refusal,
+    refuse: ErrorMaker = refusal,
 ) -> tuple[str, Any]:
     """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
     more bytes than the limit of that name."""
@@ -3259,7 +3193,7 @@ def check_name(name: Any) -> None:
         raise fatal("step.invalid_name", f"the step name {show(name)} {what}")
 
 
-def check_event_type(type: Any, refuse: Refuse) -> str:
+def check_event_type(type: Any, refuse: ErrorMaker) -> str:
     """Refuses what is no type of an event."""
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
@@ -3802,8 +3736,10 @@ class Attempt(Execution):
         stored, row = run.loop.create_future(), self._first_row("start")
         step.open = True
         run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
-        self.recorded = step.open = bool(await stored)
+        seq = await stored
+        self.recorded = step.open = seq is not None
         if self.recorded:
+            run.saw(seq)
             apply(run.steps, row)
         return self.recorded
 
@@ -3898,11 +3834,12 @@ class Attempt(Execution):
             row = Row(type, step.key, self.number, text)
         run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
 
-    def _end_stored(self, row: Row, fresh: Any, _: Any, refused: BaseException | None) -> None:
+    def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
         """Its end is committed; or refused, because the result is beyond a limit."""
         if refused is not None:
             self._post_end(None, refused, None)
             return
+        self.run.saw(seq)
         if self.call.attempt is self:
             self.call.attempt = None
         self.call.fresh = None if row.type == "failed" else fresh
@@ -3942,6 +3879,80 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
 # Part III: the sides
 # ==================================================================================================
 #
+# --------------------------------------------------------------------------------------------------
+# Files: which of them are refused, and what is noticed that happens to them. SQLite goes on writing
+# into a file that was removed, replaced or cut short, where nobody would ever read it.
+
+SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
+LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
+
+
+class Files:
+    """The files of an open database."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._found = {each: os.stat(each) for each in [path, *(path + side for side in SIDES)]}
+
+    def check(self) -> None:
+        """Fails if they are not what they were, or less."""
+        shorter = False
+        for path, was in self._found.items():
+            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
+                raise WorkflowInternalError(f"{path} was removed or replaced")
+            ours = LONG_LOG if path.endswith("-wal") else math.inf
+            shorter = shorter or is_now.st_size < min(was.st_size, ours)
+            self._found[path] = is_now
+        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
+            raise WorkflowInternalError("the file, or its log beside it, was truncated")
+
+    def _is_whole(self) -> bool:
+        """Whether every page is there, for one who has seen none of them yet."""
+        if os.path.getsize(self._path) == 0:  # SQLite would now delete the log
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self._path)) as db:
+                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
+
+
+def refuse_what_is_not_ours(path: str) -> None:
+    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made.
+    It is read through SQLite, because closing a plain file would drop the locks that another engine
+    of this process holds on it."""
+    if os.path.isdir(path):
+        raise WorkflowInternalError("is a directory")
+    for each in [path + side for side in ("", *SIDES)]:
+        if os.path.exists(each) and not os.access(each, os.W_OK):
+            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        # A process may have died while SQLite wrote its log back: then the schema makes sense only
+        # together with the log, which is not read here.
+        db.execute("PRAGMA writable_schema = ON")
+        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+            raise WorkflowInternalError("not a database of this module")
+        schema_version(db)
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise WorkflowInternalError(f"written by a newer version (schema {version})")
+    return version
+
+
+def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
+    if isinstance(error, WorkflowInternalError):
+        return WorkflowInternalError(f"{path}: {error}")
+    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
+        return WorkflowInternalError(f"{path}: not a database")
+    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Binding: the side that callers see, in any process. Beside each method stands what it does within
 # a transaction.
@@ -4560,6 +4571,16 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     tx.move(inst, Row("terminated"), generation=generation, termination=source, wake=tx.now)
 
 
+def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """What is left of a history when it begins again from the step with the first of these keys
+    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
+    after that begins anew, because the reason for the cancellation may be gone."""
+    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
+    counts_from = {row.step: row.seq for row in reversed(rows)}
+    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
+    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
+
+
 def _restart(tx: Transaction, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
     """From the top, or from a step: then what started before that step is kept."""
     rows = tx.journal(inst)
@@ -4653,6 +4674,18 @@ class PassiveRun(Run):
 # all; after the death of a process, a life that only searches comes first: it replays `run`, and no
 # call begins anything new.
 #
+# Three columns of an instance together say what is being done to it:
+#
+#     status                rollback            termination   meaning
+#     any but the finished  NULL                NULL          `run` runs, or will
+#     queued, running       begun               NULL          `run` has failed: its steps are undone
+#     queued, running       begun               by whom       terminated: its steps are undone first
+#     complete              NULL                NULL          the output is in the newest row
+#     errored               NULL                NULL          failed; there was nothing to undo
+#     errored               complete | failed   NULL          failed, and the undoing went like that
+#     terminated            NULL                by whom       terminated at once
+#     terminated            complete | failed   by whom       the undoing went like that, or was cut
+#
 # developers.cloudflare.com/workflows/build/rollback/
 
 SEARCH = 5000  # ms without a step call, after which a search gives up
@@ -4676,12 +4709,12 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
 
 def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
     """All handlers have run (then `failure` is "null"), or one of them has failed."""
-    if inst := tx.mine(lease):
-        (begun,) = tx.journal(inst, "type = 'rollback'")
-        row = Row("errored", data=begun.data, extra=failure)
-        if inst.termination is not None:
-            row = Row("terminated", extra=failure)
-        tx.move(inst, row, rollback="complete" if failure == "null" else "failed")
+    inst = tx.mine(lease)
+    (begun,) = tx.journal(inst, "type = 'rollback'")
+    row = Row("errored", data=begun.data, extra=failure)
+    if inst.termination is not None:
+        row = Row("terminated", extra=failure)
+    tx.move(inst, row, rollback="complete" if failure == "null" else "failed")
 
 
 def undoable(steps: Mapping[str, Step]) -> list[Step]:
@@ -4766,7 +4799,7 @@ class UndoRun(Run):
         return "null"
 
     def conclude(self, result: Any) -> None:
-        self.post(end_rollback, result)
+        self.post(end_rollback, result, then=self._go_on_as)
 
     def _is_idle(self) -> bool:
         return False
@@ -4917,7 +4950,7 @@ class History:
             self._params = data
         if row.step is None and row.extra is not None:  # how the rollback went
             types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        if row.started is not None:
+        if row.began is not None:
             types.insert(0, "attempt_started")
         if row.attempt is not None and row.extra is not None:
             types.insert(0, "step_started")
@@ -4929,7 +4962,7 @@ class History:
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         event: dict[str, Any] = {"type": type, "event_id": row.seq * 10 + n}
-        began = row.started if row.started is not None and type.endswith("_started") else row.at
+        began = row.began if row.began is not None and type.endswith("_started") else row.at
         event |= {"timestamp": to_datetime(began), "instance_id": self._instance_id}
         if row.step is not None:
             event["step_name"] = step_label(row.step)
@@ -5999,7 +6032,7 @@ def timeline(
 def _note_times(times: dict[str, Any], row: Row, ended: bool) -> None:
     """Keeps what a row tells of the times of a step and its attempts."""
     attempts, at = times["attempts"], moment(row.at)
-    began = at if row.started is None else moment(row.started)
+    began = at if row.began is None else moment(row.began)
     times.setdefault("start", began)
     if row.type == "wait":
         times["event_type"] = decode(row.data or "null")["type"]
