@@ -4049,7 +4049,7 @@ class Sigkill(Real):
             """
         )
         # (On Python 3.11 each start is a row, and may be on disk in time.)
-        self.assertRegex(" ".join(self.log()), r"^one=[01] two=0 two=[12] three=[01]$")
+        self.assertRegex(" ".join(self.log()), r"^one=[01] (two=0 )?two=[12] three=[01]$")
 
     async def test_an_event_is_consumed_in_the_commit_that_ends_its_wait(self) -> None:
         async with self.engine() as engine:

@@ -1201,8 +1201,7 @@ class Scheduler:
         elif wait.event is not None:
             (began,) = tx.journal(inst, "seq = ?", wait.seq)
             ms = json.loads(began.data or "")["timeout"]
-            error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
-            row = Row("timeout", wait.step, None, encode_error(error))
+            row = Row("timeout", wait.step, None, encode_error(timed_out(ms)))
         tx.append(inst, row)
         return Row(*row[:6], inst.seq, tx.now)
 
@@ -1281,29 +1280,28 @@ class Scheduler:
 #
 # Results reach `run` one at a time, in the order in which they were recorded, each only when the
 # run has settled down from the one before: when ten turns of the loop went by without a step call.
-# So
+# Therefore
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
-# finds the same task done in every life. What happens for the first time goes the same way: it is
-# recorded, then put into the inbox, then handed over when its turn comes. (Ten turns are more than
-# `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
-# of them may see two results at once in one life, and one after the other in another.)
+# finds the same task done in every life. What happens for the first time goes the same way:
 #
-# An attempt's start is a row of its own as soon as the callback waits for anything, or does
-# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
-# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
-# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
-# its process, and counts as failed. That leaves the callback that kills its process before its
-# first await, which would do so for ever. Therefore an instance that was running when its process
-# died is `careful`: until one more of its steps has ended, it waits for the commit of a start
-# before it calls the callback.
+#     the callback returns → its end is posted → committed → `take` → the inbox → `hand_over`
+#
+# (Ten turns are more than `gather`, `wait` and TaskGroups need between a result and the next step
+# call. Code that needs more of them may see two results at once in one life, and one after the
+# other in another. A result that can disturb nobody, because nothing else of `run` is under way, is
+# handed over at once.)
 #
 # When all that is under way waits for a moment or an event, the instance is `waiting`, and some
 # time later its life ends; only rows remain, and the scheduler begins another life when it is due.
 # A life also ends because `run` has ended, because the instance was paused, restarted, terminated
 # or deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and
 # nothing in memory is worth keeping.
+#
+# Four classes, each with one role: a `Life` has tasks and ends them; a `Replay` is a life that
+# calls `run` and gives it what is recorded; a `Run` is a replay that goes on, and records what
+# happens; an `Attempt` is what it does for a `do`.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
@@ -1319,14 +1317,14 @@ def current_attempt() -> Attempt | None:
 
 
 class Unload(asyncio.CancelledError):
-    """What step calls raise in a run that is being unloaded. A `CancelledError`, so that `finally`
+    """What step calls raise in a run that is being unloaded. A `CancelledError`: so `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
 
 
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited. It is
-    a coroutine for asyncio, so that `create_task`, `gather` and `TaskGroup` take it. While it is
-    under way, it holds what there is only then."""
+    a coroutine for asyncio: `create_task`, `gather` and `TaskGroup` take it. While it is under way,
+    it holds what there is only then."""
 
     step: Step
     task: asyncio.Task[Any] | None = None  # the one that awaits it
@@ -1338,7 +1336,7 @@ class StepCall(Coroutine[Any, Any, Any]):
 
     def __init__(
         self,
-        run: Run,
+        run: Replay,
         kind: str,
         plan: Callable[[Any], DoPlan | WaitPlan],
         name: Any,
@@ -1399,83 +1397,6 @@ class StepCall(Coroutine[Any, Any, Any]):
             resolve(self._over)
 
 
-class WorkflowStep:
-    """The `step` of `run(event, step)`. Each method returns something to await, once.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.declared: dict[tuple[str, str], StepFunction[Any]] = {}  # see the Python dialect
-
-    @overload
-    def do(
-        self, name: str, callback: AsyncFunction[Result], options: Options = None, **more: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, callback: Callable[..., Result], options: Options = None, **more: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, config: Options, callback: AsyncFunction[Result], *more: Any, **named: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, config: Options, callback: Callable[..., Result], *more: Any, **named: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(self, name: str | None = None, *args: Any, **options: Any) -> StepDecorator: ...
-    def do(self, name: Any = None, *args: Any, **options: Any) -> Any:
-        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
-        returns, and returns that, now and in every replay.
-
-        The callback is async, or plain, which runs in a thread; if it has one required parameter,
-        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
-        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
-        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
-        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
-
-        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
-        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
-
-        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
-        function: see `StepFunction`.
-
-        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
-        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
-        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
-        `limit.instance_state`."""
-        if "callback" in options or any(map(callable, args)):
-            return StepCall(self._run, "do", plan_do, name, args, options)
-        return StepDecorator(self, name, args, options)
-
-    def sleep(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
-        """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
-
-        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
-        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
-        return StepCall(self._run, "sleep", plan_sleep, name, args, options)
-
-    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
-        """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
-        milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
-        counts of a name, and the errors."""
-        return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
-
-    def wait_for_event(
-        self, name: Any = None, *args: Any, **options: Any
-    ) -> Pending[WorkflowStepEvent]:
-        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
-        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
-        days) it raises `WorkflowTimeoutError`.
-
-        developers.cloudflare.com/workflows/build/events-and-parameters/
-        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
-        plan = plan_wait_for_event
-        return StepCall(self._run, "wait_for_event", plan, name, args, options)
-
-
 class Loaded(NamedTuple):
     """What a life begins with."""
 
@@ -1485,17 +1406,18 @@ class Loaded(NamedTuple):
 
 
 class Life:
-    """The tasks of a run, and how they end."""
+    """The tasks of one life of an instance, and how they end."""
 
     def __init__(self, engine: Engine, workflow: Workflow, inst: Instance) -> None:
         self.engine, self.loop, self.workflow = engine, engine.loop, workflow
         self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
-        self.token = object()  # what code of `run` has in its context: see `runs_with_timers`
+        self.token = object()  # what code of `run` has in its context: see `tokens_with_timers`
         self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
         self.dead = False  # whatever its code does is ignored
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.orphan = False  # its task was cancelled by somebody else
         self.successor: Instance | None = None  # what the next life begins with, if one follows
+        self.interrupted: list[str] = []  # the steps whose attempts its end has cut off
         self._ending: set[asyncio.Task[Any]] = set()  # tasks that must end before that
         self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
 
@@ -1507,19 +1429,37 @@ class Life:
         # Not by `loop.create_task`, whose factory may begin it before we know it.
         name = f"workflows:{self.workflow.name}:{self.id}"
         self.task = asyncio.Task(self.main(), loop=self.loop, name=name)
-        self.task.add_done_callback(self.main_ended)
+        self.task.add_done_callback(self._main_ended)
 
     async def main(self) -> Any:
-        """What it lives for."""
+        """What its task does."""
         raise NotImplementedError
 
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
-        """Records what came of that."""
+    def conclude(self, result: Any) -> None:
+        """What to do when `main` has returned."""
         raise NotImplementedError
 
     def calling(self) -> list[asyncio.Task[Any]]:
         """The tasks that await step calls."""
         raise NotImplementedError
+
+    def _main_ended(self, task: asyncio.Task[Any]) -> None:
+        if self.dead:
+            return
+        if task.cancelled() or task.exception() is not None:
+            self.orphan = True  # usually the loop is being torn down
+            self.unload()
+            self.loop.call_later(1, self.engine.lives.adopt, self)
+        else:
+            self.conclude(task.result())
+
+    def on_news(self, news: News) -> None:
+        """The instance has changed: if that ends this life, another one may follow."""
+        inst = news.instance
+        outdated = inst.generation != self.lease.generation
+        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
+            self.successor = inst if news.admitted else self.successor
+            self.unload()
 
     def unload(self) -> None:
         """Ends this life by cancelling its tasks. `ended` is done when all have ended, or after a
@@ -1550,8 +1490,14 @@ class Life:
             self.ended.set_result(None)
             self.engine.lives.life_ended(self)
 
+    def stop_in_place(self, damage: str) -> None:
+        """Ends it because a record can't be read back; no other life follows."""
+        self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
+        self.unload()
+        self.successor = None
+
     async def refuse(self) -> NoReturn:
-        """Ends code that calls a step in a dead run. Code that catches that and goes on is told
+        """Ends code that calls a step after the end. Code that catches that and goes on is told
         more plainly, and slowed down if it never stops: a loop that catches everything does no
         harm."""
         attempt, task = current_attempt(), asyncio.current_task()
@@ -1565,33 +1511,27 @@ class Life:
         raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
 
 
-class Run(Life):
-    """One life of one instance: replays `run`, goes on, and records what happens."""
+class Replay(Life):
+    """A life that calls `run`, and gives its step calls what is recorded. What `run` would do
+    beyond that never begins: so this is all there is of a life that only looks."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
         inst, rows, damage = loaded
         if damage is not None:
             raise damage
         super().__init__(engine, workflow, inst)
-        self.careful = bool(inst.careful)
-        # As recorded; or "idling" (it asks whether it may wait), "pausing" or "ended" (it has asked
-        # for that).
-        self.status = inst.status
-        self.seq = inst.seq  # of the newest row that it knows of
         self.steps, self.inbox = fold(rows)
         payload = freeze(read_back(rows[0].data or "null", "its params"))
         about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
         self.event = WorkflowEvent(payload, *about)
         self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
         self.unawaited: set[StepCall] = set()  # of these
+        self.called: set[str] = set()  # the keys of those that were awaited
         self.active: dict[str, StepCall] = {}  # the calls that are under way
-        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
         self.handlers: dict[str, Any] = {}  # see "Rollback"
-        self._called: set[str] = set()  # the steps that were called
-        self._dos_left = workflow.steps
         self.last_move = 0  # the turn of the loop in which it last did something
+        self._dos_left = workflow.steps
         self._settling = False  # `settled` will be called
-        self._writing = 0  # operations that have no answer yet
 
     async def main(self) -> Any:
         """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
@@ -1611,38 +1551,10 @@ class Run(Life):
                 raise
             return error
 
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
-        if self.dead:
-            return
-        if task.cancelled() or task.exception() is not None:
-            self.orphan = True  # usually the loop is being torn down
-            self.unload()
-            self.loop.call_later(1, self.engine.lives.adopt, self)
-        else:
-            self.status = "ended"  # nothing else begins
-            self.conclude(task.result())
-
-    def conclude(self, result: Any) -> None:
-        """Records how `run` has ended."""
-        self._warn_about_calls()
-        self._record_cancelled()
-        if isinstance(result, BaseException):
-            log.warning("%s: an error has left run", self, exc_info=result)
-            self.post(finish, Row("errored", data=encode_error(result)), 0, then=self._go_on_as)
-        else:
-            self.post(finish, Row("complete", data=result), size_of(result), then=self._go_on_as)
-
-    def _go_on_as(self, successor: Instance | None, damage: BaseException | None) -> None:
-        """`run` has ended, and the instance with it; or its steps are undone in the next life."""
-        if damage is not None:
-            self.stop_in_place(str(damage))
-        self.successor = successor
-        self.unload()
-
     def calling(self) -> list[asyncio.Task[Any]]:
         return [call.task for call in self.active.values() if call.task is not None]
 
-    # -- step calls
+    # -- a step call
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
@@ -1656,7 +1568,7 @@ class Run(Life):
         call.task = asyncio.current_task(self.loop)
         self.active[call.key], self.steps[call.key] = call, step
         try:
-            self._note(call)
+            self.note(call)
             if step.state in ("new", "pending"):
                 await self.carry_out(call)
             elif self._is_next(step) and self._is_alone(call):
@@ -1668,7 +1580,7 @@ class Run(Life):
             return self._value(call)
         except asyncio.CancelledError:
             if not self.dead:
-                self._on_cancellation(call)
+                self.on_cancellation(call)
             raise
         except Unreadable as damage:
             self.stop_in_place(f"step {step_label(call.key)!r}: {damage}")
@@ -1679,16 +1591,173 @@ class Run(Life):
             if self.active and not self.loop.is_closed():
                 self.move_on()
 
-    def _note(self, call: StepCall) -> None:
+    def note(self, call: StepCall) -> None:
         """Notes that a step was called: counts it, if it is a `do`, and keeps its handler."""
         if call.kind == "do":
-            if call.key not in self._called:
+            if call.key not in self.called:
                 self._dos_left -= 1
             if self._dos_left < 0:
                 limit = self.workflow.steps
                 raise fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
             note_handler(self, call)
-        self._called.add(call.key)
+        self.called.add(call.key)
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Begins a step, or goes on with it. (Here the call just stays pending.)"""
+
+    def on_cancellation(self, call: StepCall) -> None:
+        """`run`, or the callback around it, has cancelled a call."""
+
+    async def wait(self, call: StepCall) -> None:
+        """Suspends a call until something has happened to its step."""
+        call.waiter = self.loop.create_future()
+        call.alone = self._is_alone(call)
+        self.move_on()
+        try:
+            await call.waiter
+        finally:
+            call.waiter = None
+
+    def _value(self, call: StepCall) -> Any:
+        """What the caller gets: the record read back, or what is equal to it (`call.fresh`)."""
+        step, fresh, data = call.step, call.fresh, call.step.data
+        if not step.nested:
+            step.data = None  # nobody asks again; the next attempt around a nested step does
+        if step.state == "error":
+            error = rebuild_error(read_back(data or "null", "its error"))
+            trace = None if fresh is None else fresh.__traceback__
+            raise BaseException.with_traceback(error, trace)
+        if fresh is not None or data is None:
+            return fresh
+        if call.kind == "wait_for_event":
+            return step_event(data, step.extra)
+        return read_back(data, "its result")
+
+    # -- results, one at a time
+
+    def _is_next(self, step: Step) -> bool:
+        return next(iter(self.inbox), None) == step.key and step.state != "cancelled"
+
+    def _is_alone(self, call: StepCall) -> bool:
+        """Whether nothing else of `run` can happen before this call goes on: it is made by the task
+        of `run` itself, no other call is under way, and no task is about to make one."""
+        return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
+
+    def move_on(self) -> None:
+        """Does what comes next by itself. Called after whatever has happened."""
+        if self.dead or self._settling or not self.has_next():
+            return
+        call = self.active.get(next(iter(self.inbox), ""))
+        if call and call.waiter and call.alone and len(self.active) == 1:
+            self._deliver(call)
+        else:
+            self._settling = True
+            self.last_move = self.engine.turns.now
+            self.engine.turns.when_settled(self)
+
+    def has_next(self) -> bool:
+        """Whether there is anything to do when it has settled."""
+        return bool(self.inbox)
+
+    def settled(self) -> None:
+        """Ten turns of the loop went by without a step call or a result."""
+        self._settling = False
+        if not self.dead:
+            self.hand_over()
+
+    def hand_over(self) -> bool:
+        """Hands over the first result that a call waits for. Those before it are skipped, because
+        their calls never came. Returns whether there was one."""
+        skipped: list[str] = []
+        for key in self.inbox:
+            call = self.active.get(key)
+            if call is not None and call.waiter is not None:
+                for key in skipped:
+                    del self.inbox[key]
+                self._deliver(call)
+                return True
+            skipped.append(key)
+        return False
+
+    def _deliver(self, call: StepCall) -> None:
+        """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
+        if call.step.ended:
+            del self.inbox[call.key]
+            self.last_move = self.engine.turns.now
+            call.wake()
+
+    def attempts_in_flight(self) -> bool:
+        """Whether an attempt has begun whose end is not stored yet."""
+        return any(call.attempt for call in self.active.values())
+
+    def busy(self) -> bool:
+        """Whether it will go on by itself, as far as we can see."""
+        return self._settling or (self.dead and not self.ended.done())
+
+
+class Run(Replay):
+    """A replay that goes on where the record ends: it carries steps out, records what happens, and
+    follows what is done to its instance."""
+
+    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.careful = bool(loaded.instance.careful)  # see `Attempt`
+        self.status = loaded.instance.status  # as recorded, as far as it knows
+        # What it has asked for, and has no answer to: "idle", "pause", "wake" or "end". Meanwhile
+        # nothing begins.
+        self.asked: str | None = None
+        self.seq = loaded.instance.seq  # of the newest row that it knows of
+        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
+        self._writing = 0  # operations that have no answer yet
+
+    def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
+        """Posts one of the operations below, whose first argument is the lease."""
+        self._writing += 1
+        written = functools.partial(self._written, then or self.saw)
+        self.engine.writer.post(operation, self.lease, *args, then=written)
+
+    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
+        self._writing -= 1
+        if isinstance(error, LeaseLost):
+            self.unload()  # somebody has changed the instance, and there will be news of that
+        elif not self.dead:
+            then(result, error)
+            self.move_on()
+
+    def saw(self, seq: int, _: BaseException | None = None) -> None:
+        """A row of its own is stored."""
+        self.seq = max(self.seq, seq)
+
+    def unload(self) -> None:
+        if not self.dead:
+            cut_off = [call.key for call in self.active.values() if call.attempt]
+            self.interrupted = [key for key in cut_off + self.cancelled if self.steps[key].open]
+        super().unload()
+
+    # -- how it ends
+
+    def conclude(self, result: Any) -> None:
+        warn_about_calls(self)
+        self._record_cancelled()
+        if isinstance(result, BaseException):
+            log.warning("%s: an error has left run", self, exc_info=result)
+            self.end(finish, Row("errored", data=encode_error(result)), 0)
+        else:
+            self.end(finish, Row("complete", data=result), size_of(result))
+
+    def end(self, operation: Operation, *args: Any) -> None:
+        """Posts what the last row says. If the instance does not end with that, because its steps
+        are undone, the answer is what its next life begins with."""
+        self.asked = "end"
+        self.post(operation, *args, then=self._go_on_as)
+
+    def _go_on_as(self, successor: Instance | None, damage: BaseException | None) -> None:
+        if damage is not None:
+            self.stop_in_place(str(damage))
+        self.successor = successor
+        self.unload()
+
+    # -- carrying out
 
     async def carry_out(self, call: StepCall) -> None:
         """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
@@ -1707,63 +1776,18 @@ class Run(Life):
         if call.outer is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
         if call.step.state == "new":
-            due = 0 if self.is_skipped(plan.kind, call) else plan.due  # 0 is before any event
+            due = 0 if is_skipped(plan.kind, call) else plan.due  # 0 is before any event
             row = Row(plan.kind, call.key, None, plan.data)
             apply(self.steps, row)
             self.post(record, row, 0, Wait(plan.kind, call.key, plan.event, due, plan.fixed))
-
-    def is_skipped(self, kind: str, call: StepCall) -> bool:
-        """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-        return any(block.skips(kind, call) for block in self.engine.scheduler.blocks)
-
-    async def wait(self, call: StepCall) -> None:
-        """Suspends a call until something has happened to its step."""
-        call.waiter = self.loop.create_future()
-        call.alone = self._is_alone(call)
-        self.move_on()
-        try:
-            await call.waiter
-        finally:
-            call.waiter = None
-
-    def _value(self, call: StepCall) -> Any:
-        """What the caller gets: always from what was stored, also the first time."""
-        step, fresh, data = call.step, call.fresh, call.step.data
-        if not step.nested:
-            step.data = None  # nobody asks again; the next attempt around a nested step does
-        if step.state == "error":
-            error = rebuild_error(read_back(data or "null", "its error"))
-            trace = None if fresh is None else fresh.__traceback__
-            raise BaseException.with_traceback(error, trace)
-        if fresh is not None or data is None:
-            return fresh
-        if call.kind == "wait_for_event":
-            return step_event(data, step.extra)
-        return read_back(data, "its result")
 
     async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
         """The attempts of a step, until the end of the last one is posted."""
         again = True
         if call.step.open:  # the process died during this one
-            attempt = Attempt(self, call, plan.config)
-            again = await attempt.end_as_dead()
+            again = await Attempt(self, call, plan.config).end_as_dead()
         while again:
-            attempt = Attempt(self, call, plan.config)
-            try:
-                await attempt.pass_gate(plan.plain)
-                await attempt.execute(self._callback(attempt, plan))
-            finally:
-                attempt.free_slot()
-            again = attempt.again
-
-    def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
-        """What an attempt calls: the callback, or what a test has put in its place."""
-        for block in reversed(self.engine.scheduler.blocks):
-            if (mock := block.substitute(attempt)) is not None:
-                return mock
-        return plan.bind(attempt)
-
-    # -- results, one at a time
+            again = await Attempt(self, call, plan.config).make(plan)
 
     def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
@@ -1773,61 +1797,68 @@ class Run(Life):
         elif call is not None and (step is not None or row.type == "due"):
             call.wake()
 
-    def _is_next(self, step: Step) -> bool:
-        return next(iter(self.inbox), None) == step.key and step.state != "cancelled"
+    # -- its status
 
-    def _is_alone(self, call: StepCall) -> bool:
-        """Whether nothing else of `run` can happen before this call goes on: it is made by the task
-        of `run` itself, no other call is under way, and no task is about to make one. Then a result
-        may be handed over at once: it can disturb nobody."""
-        return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
+    def on_news(self, news: News) -> None:
+        """The scheduler has recorded something, or somebody has changed the instance."""
+        super().on_news(news)
+        if self.dead:
+            return
+        self.seq = max(self.seq, news.instance.seq)
+        for row in news.rows:
+            if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
+                self.take(row)
+        status = news.instance.status
+        # What was committed before it asked to be idle says nothing; the answer to that will.
+        if self.asked != "end" and (self.asked, status) != ("idle", "running"):
+            self._become(status)
+
+    def _become(self, status: str) -> None:
+        self.status, self.asked = status, None
+        for call in self.active.values():
+            if not (call.step.asleep or call.attempt):
+                call.wake()  # it may stand at the gate
+        self.move_on()
+
+    def lets_begin(self, nested: bool) -> bool:
+        """The gate that a pause closes: whether an attempt may begin. A nested one may also while
+        the instance is about to pause or the engine is left, because the callback around it could
+        not end otherwise."""
+        if self.asked is not None:
+            return False
+        if nested:
+            return self.status in ("running", "waitingForPause")
+        return self.status == "running" and not self.engine.scheduler.closing
 
     def move_on(self) -> None:
-        """Does what comes next by itself. Called after whatever has happened."""
-        if self.status == "waiting" and not (self.dead or self.still_waits()):
-            self.status = "waking"
-            self.post(wake_up, then=ignore)  # `run` has gone on by itself
-        if self.dead or self.status not in ("running", "waitingForPause"):
+        if self.dead or self.asked:
             return
-        if self.status == "waitingForPause" and not self.attempts_in_flight():
-            self._record_cancelled()
-            self.status = "pausing"
-            self.post(pause_now, then=ignore)
-        elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
-            call = self.active.get(next(iter(self.inbox), ""))
-            if call and call.waiter and call.alone and len(self.active) == 1:
-                self._deliver(call)
+        if self.status in ("running", "waitingForPause"):
+            if self.status == "waitingForPause" and not self.attempts_in_flight():
+                self._record_cancelled()
+                self._ask("pause", pause_now)
             else:
-                self._settling = True
-                self.last_move = self.engine.turns.now
-                self.engine.turns.when_settled(self)
+                super().move_on()
+        elif self.status == "waiting" and not self.still_waits():
+            self._ask("wake", wake_up)  # `run` has gone on by itself
 
-    def settled(self) -> None:
-        """Ten turns of the loop went by without a step call or a result."""
-        self._settling = False
-        if self.dead or self.status not in ("running", "waitingForPause"):
-            return
+    def has_next(self) -> bool:
+        return bool(self.inbox or self.cancelled or self._is_idle())
+
+    def hand_over(self) -> bool:
+        if self.asked or self.status not in ("running", "waitingForPause"):
+            return False
         if self.active:
             self._record_cancelled()
-        skipped: list[str] = []
-        for key in self.inbox:
-            call = self.active.get(key)
-            if call is not None and call.waiter is not None:
-                for key in skipped:
-                    del self.inbox[key]  # its call never came
-                self._deliver(call)
-                return
-            skipped.append(key)
+        if handed_over := super().hand_over():
+            return True
         if self._is_idle():
-            self.status = "idling"  # until the answer comes, no attempt may begin
-            self.post(go_idle, self.seq, then=self._idled)
+            self._ask("idle", go_idle, self.seq, then=self._idled)
+        return handed_over
 
-    def _deliver(self, call: StepCall) -> None:
-        """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
-        if call.step.ended:
-            del self.inbox[call.key]
-            self.last_move = self.engine.turns.now
-            call.wake()
+    def _ask(self, what: str, operation: Operation, *args: Any, then: Then = ignore) -> None:
+        self.asked = what
+        self.post(operation, *args, then=then)
 
     def _is_idle(self) -> bool:
         """Whether all that is under way are sleeps, event waits and retry delays."""
@@ -1837,75 +1868,24 @@ class Run(Life):
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
         if idle:
-            self.status = "waiting"
+            self.status, self.asked = "waiting", None
             self.engine.lives.drowse(self)
-        elif self.status == "idling":
+        elif self.asked == "idle":
             self._become("running")
 
     def still_waits(self) -> bool:
         """Whether it may be unloaded: not if `run` has made a call meanwhile."""
-        return self.status == "waiting" and all(c.step.asleep for c in self.active.values())
-
-    def attempts_in_flight(self) -> bool:
-        """Whether an attempt has begun whose end is not stored yet."""
-        return any(call.attempt for call in self.active.values())
-
-    def busy(self) -> bool:
-        """Whether it will go on by itself, as far as we can see."""
-        return self._settling or (self.dead and not self.ended.done())
-
-    # -- what others do
-
-    def on_news(self, news: News) -> None:
-        """The scheduler has recorded something, or somebody has changed the instance."""
-        inst = news.instance
-        outdated = inst.generation != self.lease.generation
-        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
-            self.successor = inst if news.admitted else self.successor
-            self.unload()
-            return
-        self.seq = max(self.seq, inst.seq)
-        for row in news.rows:
-            if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
-                self.take(row)
-        # What was committed before it asked to be idle says nothing; the answer to that will.
-        if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
-            self._become(inst.status)
-
-    def _become(self, status: str) -> None:
-        self.status = status
-        for call in self.active.values():
-            if not (call.step.asleep or call.attempt):
-                call.wake()  # it may stand at the gate
-        self.move_on()
-
-    def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
-        """Posts one of the operations below."""
-        self._writing += 1
-        written = functools.partial(self._written, then or self.saw)
-        self.engine.writer.post(operation, self.lease, *args, then=written)
-
-    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
-        self._writing -= 1
-        if isinstance(error, LeaseLost):
-            self.unload()  # somebody has changed the instance, and there will be news of that
-        elif not self.dead:
-            then(result, error)
-            self.move_on()
-
-    def saw(self, seq: int, _: BaseException | None = None) -> None:
-        """A row of its own is stored."""
-        self.seq = max(self.seq, seq)
+        waits = self.status == "waiting" and self.asked is None
+        return waits and all(call.step.asleep for call in self.active.values())
 
     # -- cancelled calls
     #
-    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so
-    # that a run which is being torn down records nothing. In a later life that call does not begin
-    # again: it stays pending until `run` cancels it again, and what was recorded after the
-    # cancellation waits for that.
+    # When `run` cancels a call, a row says so, together with the next thing that `run` does: a run
+    # that is being torn down records nothing. In a later life that call does not begin again: it
+    # stays pending until `run` cancels it again, and what was recorded after the cancellation waits
+    # for that.
 
-    def _on_cancellation(self, call: StepCall) -> None:
-        """`run`, or the callback around it, has cancelled a call."""
+    def on_cancellation(self, call: StepCall) -> None:
         step = call.step
         self.last_move = self.engine.turns.now
         self.inbox.pop(call.key, None)
@@ -1924,31 +1904,195 @@ class Run(Life):
             cancelled, self.cancelled = self.cancelled, []
             self.post(break_off, "cancel", cancelled)
 
-    def stop_in_place(self, damage: str) -> None:
-        """A record can't be read back."""
-        self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
-        self.unload()
-        self.successor = None
 
-    def unload(self) -> None:
-        if not self.dead:
-            cut_off = [call.key for call in self.active.values() if call.attempt]
-            self.interrupted = [key for key in cut_off + self.cancelled if self.steps[key].open]
-        super().unload()
+class Attempt:
+    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
+    the step calls that the callback makes. (How the callback is called: see `Execution`.)
 
-    def _warn_about_calls(self) -> None:
-        for call in self.unawaited:
-            log.warning("%s: step %r was called but never awaited", self, call.name)
-        steps = [step for step in self.steps.values() if step.state != "new"]
-        if not any(step.state == "cancelled" for step in steps):
-            what = "%s: replay never reached the recorded step %r; is its name deterministic?"
-            for step in steps:
-                if step.key not in self._called and not step.nested:
-                    log.warning(what, self, step_label(step.key))
+    Its start is a row of its own as soon as the callback waits for anything, or does anything to
+    the history itself: on disk at the end of that turn. Most callbacks don't: then one row, written
+    with one commit, stands for the start and the end. (That saves a seventh of a step's time, and
+    half of the journal.) An attempt that has a start and no end was cut off by the death of its
+    process, and counts as failed. That leaves the callback that kills its process before its first
+    await, which would do so for ever. Therefore an instance that was running when its process died
+    is `careful`: until one more of its steps has ended, it waits for the commit of a start before
+    it calls the callback."""
+
+    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
+        self.run, self.call, self.config, self.outer = run, call, config, call.outer
+        self.execution = Execution(run, config.timeout, self)
+        self.number = self.began = 0
+        self.recorded = False  # a row says that it has begun
+        self.again = True  # another attempt follows
+        self.counts: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        return f"step {self.call.name!r}"
+
+    def context(self) -> WorkflowStepContext:
+        """What the callback gets."""
+        return step_context(self.call, self.number, self.config)
+
+    async def make(self, plan: DoPlan) -> bool:
+        """Calls the callback when it may. Returns whether another attempt follows."""
+        try:
+            await self._pass_gate(plan.plain)
+            await self.execution.execute(mocked(self) or plan.bind(self))
+        finally:
+            self.execution.free_slot()
+        return self.again
+
+    # -- its beginning
+
+    async def _pass_gate(self, plain: bool) -> None:
+        """Returns when it may begin: the retry delay is over, the run lets it, and a plain callback
+        has a thread. From then on a pause waits for it."""
+        run, call, step = self.run, self.call, self.call.step
+        while True:
+            if step.asleep or not run.lets_begin(nested=self.outer is not None):
+                self.execution.free_slot()
+                await run.wait(call)
+            elif plain and not self.execution.slot:
+                await self.execution.take_slot()
+            else:
+                call.attempt, self.number = self, step.attempts + 1
+                self.began = run.engine.clock.now()
+                if not run.careful or await self._store_start():
+                    return
+                call.attempt = None
+
+    def _first_row(self, type: str, data: str | None = None) -> Row:
+        """Its start; or its end, if that stands for both."""
+        config = self.config.text if self.call.step.config is None else None
+        return Row(type, self.call.key, self.number, data, config, self.began)
+
+    def post_start(self) -> None:
+        """Records that it has begun, unless that was done."""
+        if not self.recorded:
+            self.recorded = True
+            row = self._first_row("start")
+            apply(self.run.steps, row)
+            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
+
+    async def _store_start(self) -> bool:
+        """Waits until its start is stored; False if a pause was stored before."""
+        run, step = self.run, self.call.step
+        stored, row = run.loop.create_future(), self._first_row("start")
+        step.open = True
+        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
+        seq = await stored
+        self.recorded = step.open = seq is not None
+        if self.recorded:
+            run.saw(seq)
+            apply(run.steps, row)
+        return self.recorded
+
+    # -- its end
+
+    async def end_as_dead(self) -> bool:
+        """Ends one whose process has died. Returns whether another one follows."""
+        self.call.attempt, self.recorded = self, True
+        self.number = self.call.step.attempts
+        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        return self.again
+
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        """Posts its end, and decides whether another one follows."""
+        delay, result = None, None
+        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
+            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
+            try:
+                limits = self.run.engine.limits
+                result = checked(value, what, code, limits, "step_bytes", fatal)
+            except (WorkflowFatalError, MemoryError) as refused:
+                error = refused
+        if error is not None:
+            delay, error = await self._retry_delay(error)
+        self.again = delay is not None
+        self._post_end(result, error, delay)
+
+    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
+        """How long to wait before the next attempt, or None if there is none; and the error that
+        counts."""
+        run, limit = self.run, self.config.limit
+        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
+        if given_up or self.number > limit:
+            return None, error
+        try:
+            delay = await self._delay_after(error)
+        except WorkflowFatalError as failure:
+            return None, failure
+        delay *= self.config.backoff(self.number)
+        delay = min(delay, 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep)
+        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        return delay, error
+
+    async def _delay_after(self, error: BaseException) -> int:
+        """The delay after this error. A function may say it, within five seconds; its failure is
+        that of the step."""
+        delay = self.config.delay
+        if not callable(delay):
+            return int(delay)
+        asked = Execution(self.run, ASKING)
+        context = WorkflowDelayContext(self.context(), error)
+        if not is_async(delay):
+            await asked.take_slot()
+        try:
+            await asked.execute(functools.partial(delay, context))
+        finally:
+            asked.free_slot()
+        answer, failure = asked.outcome
+        try:
+            if failure is None:
+                return parse_duration(answer)
+        except ValueError as wrong:
+            failure = wrong
+        message = f"the delay function of {self} failed: {show_error(failure)}"
+        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+
+    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
+        run, step = self.run, self.call.step
+        fresh: Any = error
+        size, wait = 0, None
+        if error is None:
+            type, (text, fresh) = "done", result or (None, None)
+            size = size_of(text or "")
+        elif delay is None:
+            type, text = "error", encode_error(error)
+        else:
+            type, text = "failed", encode_error(error, retry_delay_ms=delay)
+            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
+            step.asleep = True
+        step.open = False
+        row = self._first_row(type, text)
+        if self.recorded:
+            row = Row(type, step.key, self.number, text)
+        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+
+    def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
+        """Its end is committed; or refused, because the result is beyond a limit."""
+        run, call = self.run, self.call
+        if refused is not None:
+            self._post_end(None, refused, None)
+            return
+        run.saw(seq)
+        if call.attempt is self:
+            call.attempt = None
+        call.fresh = None if row.type == "failed" else fresh
+        run.careful = run.careful and row.type == "failed"
+        run.take(row)
+
+    def dropped(self) -> None:
+        """Its callback has ignored its cancellation: the calls in it end without that."""
+        for key, call in self.run.active.items():
+            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
+                call.task.cancel()
 
 
-# What a run posts. Each of these is guarded by the run's lease; the answer None says that the run
-# may write no more, and ends its life.
+# What a run posts. Each of these is guarded by the run's lease: if that is lost, nothing of it is
+# written, and the life ends.
 
 
 def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
@@ -2074,9 +2218,9 @@ class Turns:
         self._call_soon = call_soon
         self.now = 0
         self.ticking = False  # whether the next turn will be counted
-        self._waiting: deque[tuple[int, Run]] = deque()  # whom to ask again, and when
+        self._waiting: deque[tuple[int, Replay]] = deque()  # whom to ask again, and when
 
-    def when_settled(self, run: Run) -> None:
+    def when_settled(self, run: Replay) -> None:
         """Calls `run.settled` when the run has done nothing for `SETTLED` turns."""
         self._waiting.append((self.now + SETTLED, run))
         if not self.ticking:
@@ -2101,7 +2245,7 @@ class Lives:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.runs: dict[int, Run] = {}  # by the instance's key
+        self.runs: dict[int, Replay] = {}  # by the instance's key
         self.damaged: dict[int, str] = {}  # those that can't be read back, and why
         self._drowsy: dict[Run, float] = {}  # those that wait, and when they are unloaded
         self._sweeping: Any = None  # the timer for that
@@ -2117,12 +2261,12 @@ class Lives:
         if admitted:
             self._load(admitted)
 
-    def _load(self, instances: list[Instance], previous: Run | None = None) -> None:
+    def _load(self, instances: list[Instance], previous: Replay | None = None) -> None:
         if not self.engine.scheduler.closing:
             begin = functools.partial(self._begin_lives, previous)
             self.engine.writer.post(load, instances, then=begin)
 
-    def _begin_lives(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
+    def _begin_lives(self, previous: Replay | None, loaded: Any, _: BaseException | None) -> None:
         for found in loaded or ():
             inst = found.instance
             if not self.engine.scheduler.closing and inst.key not in self.runs:
@@ -2151,14 +2295,14 @@ class Lives:
             if run.successor is not None:
                 self._load([run.successor], run)
 
-    def adopt(self, run: Run) -> None:
+    def adopt(self, run: Life) -> None:
         """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
         if not self.engine.scheduler.closing:
             run.orphan = False
             self.hand_back(run)
             self.life_ended(run)
 
-    def hand_back(self, run: Run) -> None:
+    def hand_back(self, run: Life) -> None:
         """Leaves an instance to its next life, in whichever process."""
         self.engine.writer.post(hand_back, run.lease, run.interrupted)
 
@@ -2210,20 +2354,6 @@ class Watchers:
         for topic in topics or ():
             if (future := self._futures.pop(topic, None)) is not None:
                 resolve(future)
-
-
-class WorkflowEntrypoint(Generic[Params]):
-    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
-    of each instance; `self.env` has the engine's `env` and bindings.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
-
-    def __init__(self, ctx: Any, env: Any) -> None:
-        self.ctx, self.env = ctx, env
-
-    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
-        """The workflow. What it returns becomes the output, an error that leaves it the error."""
-        raise NotImplementedError
 
 
 class Engine:
@@ -3258,6 +3388,12 @@ class DoPlan(NamedTuple):
     plain: bool
 
 
+def step_context(call: StepCall, attempt: int, config: StepConfig) -> WorkflowStepContext:
+    """What the callback of an attempt gets."""
+    info = WorkflowStepInfo(call.name, call.count)
+    return WorkflowStepContext(info, attempt, copy.deepcopy(config.raw))
+
+
 def plan_do(call: StepCall) -> DoPlan:
     """Reads a `step.do` that has no result yet."""
     try:
@@ -3523,12 +3659,11 @@ class Threads:
 
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else."""
+    cancellation reaches that and nothing else. An attempt is told what happens to it; without one
+    it has an `outcome`."""
 
-    outer: Attempt | None = None  # in whose callback it was asked for
-
-    def __init__(self, run: Run, patience: int) -> None:
-        self.run, self.patience = run, patience
+    def __init__(self, run: Run, patience: int, attempt: Attempt | None = None) -> None:
+        self.run, self.patience, self._attempt = run, patience, attempt
         self.cpu = 0  # ns
         self.slot = False  # it has one of the threads' slots
         self.task: asyncio.Task[None] | None = None
@@ -3538,29 +3673,21 @@ class Execution:
         self._timer: Any = None
         self._verdict: BaseException | None = None  # what it fails with, whatever happens now
 
-    def begins(self) -> None:
-        """Called by its task, right before the function."""
-
-    def goes_on(self) -> None:
-        """Called when the function has not ended at once."""
-
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Called by its task, right after the function."""
-        self.outcome = value, error
-
     async def execute(self, function: Callable[[], Any]) -> None:
-        """Calls the function, and `ends`."""
-        run = self.run
+        """Calls the function, and tells what came of it."""
+        run, attempt = self.run, self._attempt
+        outer = attempt.outer.execution if attempt and attempt.outer else None
         self._caller: Any = asyncio.current_task(run.loop)
         self.task = task = start_task(self._perform(function), run.loop)
-        if self.outer is not None and self.outer.task is self._caller:
-            self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
+        if outer is not None and outer.task is self._caller:
+            outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                self.goes_on()
+                if attempt is not None:
+                    attempt.post_start()
                 await self._over
         except asyncio.CancelledError:
             self._dropped = True
@@ -3569,24 +3696,31 @@ class Execution:
             raise
         finally:
             run.engine.cpu_ns += self.cpu
-            self.task = None  # whose context leads back to here
+            self.task = self._attempt = None  # both lead back to here
         if self._dropped:
-            await self.ends(None, self._verdict)
+            await self._tell(attempt, None, self._verdict)
         elif not task.cancelled():
             task.result()  # KeyboardInterrupt, at most
 
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
+    def _has_ended(self, task: asyncio.Task[Any]) -> None:
         self.run.callbacks.discard(task)
         resolve(self._over)
 
     async def _perform(self, function: Callable[[], Any]) -> None:
-        self.task = asyncio.current_task(self.run.loop)
-        self.begins()
+        self.task, attempt = asyncio.current_task(self.run.loop), self._attempt
+        if attempt is not None:
+            _scope.set(attempt)
         value, error = await self._outcome_of(function)
         # Whoever tears down the loop cancels the caller, too.
         torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
         if not (self._dropped or self.run.dead or torn_down):
-            await self.ends(value, error)
+            await self._tell(attempt, value, error)
+
+    async def _tell(self, attempt: Attempt | None, value: Any, error: BaseException | None) -> None:
+        if attempt is None:
+            self.outcome = value, error
+        else:
+            await attempt.ends(value, error)
 
     @types.coroutine
     def _outcome_of(
@@ -3641,18 +3775,18 @@ class Execution:
             raise error
         return await value if inspect.isawaitable(value) else value
 
+    async def take_slot(self) -> None:
+        """Waits for one of the threads' slots."""
+        self.slot = await self.run.engine.threads.slots.acquire()
+
     def free_slot(self) -> None:
         """Gives its thread's place to the next, if it has one."""
         if self.slot:
             self.slot = False
             self.run.engine.threads.slots.release()
 
-    def timeout_error(self) -> WorkflowError:
-        """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
-
     def _time_out(self) -> None:
-        self._decide(self.timeout_error())
+        self._decide(timed_out(self.patience))
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
@@ -3669,188 +3803,17 @@ class Execution:
             self._timer = self.run.loop.call_later(GRACE, self._drop)
 
     def _drop(self) -> None:
-        log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
+        what = self._attempt or "a delay function"
+        log.warning("%s: %s ignores its cancellation; abandoned", self.run, what)
         self._dropped = True
         resolve(self._over)
+        if self._attempt is not None:
+            self._attempt.dropped()
 
 
-class Attempt(Execution):
-    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
-    the step calls that the callback makes."""
-
-    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
-        super().__init__(run, config.timeout)
-        self.call, self.config, self.outer = call, config, call.outer
-        self.number = self.began = 0
-        self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
-        self.counts: dict[str, int] = {}
-
-    def __str__(self) -> str:
-        return f"step {self.call.name!r}"
-
-    def context(self) -> WorkflowStepContext:
-        """What the callback gets."""
-        info = WorkflowStepInfo(self.call.name, self.call.count)
-        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
-
-    # -- its beginning
-
-    async def pass_gate(self, plain: bool) -> None:
-        """Returns when it may begin: the retry delay is over, the instance is running, and a plain
-        callback has a thread. (A nested one may begin while the instance pauses or the engine is
-        left, because the callback around it could not end otherwise.) From then on a pause waits
-        for it."""
-        run, call, step = self.run, self.call, self.call.step
-        while True:
-            runs = run.status == "running" or (call.outer and run.status == "waitingForPause")
-            leaving = run.engine.scheduler.closing and not call.outer
-            if step.asleep or not runs or leaving:
-                self.free_slot()
-                await run.wait(call)
-            elif plain and not self.slot:
-                self.slot = await run.engine.threads.slots.acquire()
-            else:
-                call.attempt, self.number = self, step.attempts + 1
-                self.began = run.engine.clock.now()
-                if not run.careful or await self._store_start():
-                    return
-                call.attempt = None
-
-    def _first_row(self, type: str, data: str | None = None) -> Row:
-        """Its start; or its end, if that stands for both."""
-        config = self.config.text if self.call.step.config is None else None
-        return Row(type, self.call.key, self.number, data, config, self.began)
-
-    def post_start(self) -> None:
-        """Records that it has begun, unless that was done."""
-        if not self.recorded:
-            self.recorded = True
-            row = self._first_row("start")
-            apply(self.run.steps, row)
-            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
-
-    async def _store_start(self) -> bool:
-        """Waits until its start is stored; False if a pause was stored before."""
-        run, step = self.run, self.call.step
-        stored, row = run.loop.create_future(), self._first_row("start")
-        step.open = True
-        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
-        seq = await stored
-        self.recorded = step.open = seq is not None
-        if self.recorded:
-            run.saw(seq)
-            apply(run.steps, row)
-        return self.recorded
-
-    def begins(self) -> None:
-        _scope.set(self)
-
-    def goes_on(self) -> None:
-        self.post_start()
-
-    # -- its end
-
-    async def end_as_dead(self) -> bool:
-        """Ends it, whose process has died; says whether another one follows."""
-        self.call.attempt, self.recorded = self, True
-        self.number = self.call.step.attempts
-        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return self.again
-
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Posts its end, and decides whether another one follows."""
-        delay, result = None, None
-        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
-            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
-            try:
-                limits = self.run.engine.limits
-                result = checked(value, what, code, limits, "step_bytes", fatal)
-            except (WorkflowFatalError, MemoryError) as refused:
-                error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(error)
-        self.again = delay is not None
-        self._post_end(result, error, delay)
-
-    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        run, limit = self.run, self.config.limit
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or self.number > limit:
-            return None, error
-        try:
-            delay = await self._delay_after(error)
-        except WorkflowFatalError as failure:
-            return None, failure
-        delay *= self.config.backoff(self.number)
-        delay = min(delay, 0 if run.is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay, error
-
-    async def _delay_after(self, error: BaseException) -> int:
-        """The delay after this error. A function may say it, within five seconds; its failure is
-        that of the step."""
-        delay = self.config.delay
-        if not callable(delay):
-            return int(delay)
-        asked = Execution(self.run, ASKING)
-        if not is_async(delay):
-            asked.slot = await self.run.engine.threads.slots.acquire()
-        try:
-            await asked.execute(
-                functools.partial(delay, WorkflowDelayContext(self.context(), error))
-            )
-        finally:
-            asked.free_slot()
-        answer, failure = asked.outcome
-        try:
-            if failure is None:
-                return parse_duration(answer)
-        except ValueError as wrong:
-            failure = wrong
-        message = f"the delay function of {self} failed: {show_error(failure)}"
-        raise WorkflowFatalError(message, name="NonRetryableDelayError")
-
-    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
-        run, step = self.run, self.call.step
-        fresh: Any = error
-        size, wait = 0, None
-        if error is None:
-            type, (text, fresh) = "done", result or (None, None)
-            size = size_of(text or "")
-        elif delay is None:
-            type, text = "error", encode_error(error)
-        else:
-            type, text = "failed", encode_error(error, retry_delay_ms=delay)
-            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        row = self._first_row(type, text)
-        if self.recorded:
-            row = Row(type, step.key, self.number, text)
-        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
-
-    def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
-        """Its end is committed; or refused, because the result is beyond a limit."""
-        if refused is not None:
-            self._post_end(None, refused, None)
-            return
-        self.run.saw(seq)
-        if self.call.attempt is self:
-            self.call.attempt = None
-        self.call.fresh = None if row.type == "failed" else fresh
-        self.run.careful = self.run.careful and row.type == "failed"
-        self.run.take(row)
-
-    def _drop(self) -> None:
-        super()._drop()
-        for key, call in self.run.active.items():
-            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
-                call.task.cancel()
+def timed_out(ms: int) -> WorkflowTimeoutError:
+    """What fails because its time is up."""
+    return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
 
 
 def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
@@ -3879,6 +3842,101 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
 # Part III: the sides
 # ==================================================================================================
 #
+# --------------------------------------------------------------------------------------------------
+# The authoring of workflows: what their code is made of.
+
+
+class WorkflowEntrypoint(Generic[Params]):
+    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
+    of each instance; `self.env` has the engine's `env` and bindings.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
+        """The workflow. What it returns becomes the output, an error that leaves it the error."""
+        raise NotImplementedError
+
+
+class WorkflowStep:
+    """The `step` of `run(event, step)`. Each method returns something to await, once.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
+
+    def __init__(self, run: Replay) -> None:
+        self._run = run
+        self.declared: dict[tuple[str, str], StepFunction[Any]] = {}  # see the Python dialect
+
+    @overload
+    def do(
+        self, name: str, callback: AsyncFunction[Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, callback: Callable[..., Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: AsyncFunction[Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: Callable[..., Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(self, name: str | None = None, *args: Any, **options: Any) -> StepDecorator: ...
+    def do(self, name: Any = None, *args: Any, **options: Any) -> Any:
+        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
+        returns, and returns that, now and in every replay.
+
+        The callback is async, or plain, which runs in a thread; if it has one required parameter,
+        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
+        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
+        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
+        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
+
+        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
+        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
+
+        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
+        function: see `StepFunction`.
+
+        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
+        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
+        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
+        `limit.instance_state`."""
+        if "callback" in options or any(map(callable, args)):
+            return StepCall(self._run, "do", plan_do, name, args, options)
+        return StepDecorator(self, name, args, options)
+
+    def sleep(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
+        """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
+
+        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
+        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
+        return StepCall(self._run, "sleep", plan_sleep, name, args, options)
+
+    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
+        """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
+        milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
+        counts of a name, and the errors."""
+        return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
+
+    def wait_for_event(
+        self, name: Any = None, *args: Any, **options: Any
+    ) -> Pending[WorkflowStepEvent]:
+        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
+        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
+        days) it raises `WorkflowTimeoutError`.
+
+        developers.cloudflare.com/workflows/build/events-and-parameters/
+        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
+        plan = plan_wait_for_event
+        return StepCall(self._run, "wait_for_event", plan, name, args, options)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files: which of them are refused, and what is noticed that happens to them. SQLite goes on writing
 # into a file that was removed, replaced or cut short, where nobody would ever read it.
@@ -4644,27 +4702,6 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking without touching: a life that only replays `run`. What is recorded it hears again; what it
-# would do beyond that never begins.
-
-
-class PassiveRun(Run):
-    """A life in which no callback runs, and which writes nothing."""
-
-    async def carry_out(self, call: StepCall) -> None:
-        """Nothing begins: the call stays pending."""
-
-    def _on_cancellation(self, call: StepCall) -> None:
-        """Nothing is recorded."""
-
-    def conclude(self, result: Any) -> None:
-        """Nothing is recorded."""
-
-    def _is_idle(self) -> bool:
-        return False
-
-
-# --------------------------------------------------------------------------------------------------
 # Rollback: what steps have done is undone, the last step first, by the handlers that they were
 # given, when an error leaves `run` or somebody terminates the instance like that.
 #
@@ -4727,7 +4764,7 @@ def undoable(steps: Mapping[str, Step]) -> list[Step]:
     return found
 
 
-def note_handler(run: Run, call: StepCall) -> None:
+def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
     if call.options or len(call.args) > 1:
         with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
@@ -4736,19 +4773,22 @@ def note_handler(run: Run, call: StepCall) -> None:
                 run.handlers[call.key] = handler, config
 
 
-def next_life(engine: Engine, workflow: Workflow, loaded: Loaded, previous: Run | None) -> Run:
+def next_life(
+    engine: Engine, workflow: Workflow, loaded: Loaded, previous: Replay | None
+) -> Replay:
     """The life that an instance needs now."""
     if loaded.instance.rollback != "begun":
         return Run(engine, workflow, loaded)
     handlers = {} if previous is None else previous.handlers
     wanted = [step.key for step in undoable(fold(loaded.rows)[0])]
     searched = isinstance(previous, SearchRun) or all(key in handlers for key in wanted)
-    run = UndoRun(engine, workflow, loaded) if searched else SearchRun(engine, workflow, loaded)
+    kind = UndoRun if searched else SearchRun
+    run: Replay = kind(engine, workflow, loaded)
     run.handlers |= handlers
     return run
 
 
-class SearchRun(PassiveRun):
+class SearchRun(Replay):
     """A life that looks for rollback handlers: until it has found them all, `run` has ended, or
     nothing has happened for a while."""
 
@@ -4764,8 +4804,8 @@ class SearchRun(PassiveRun):
         super().begin()
         self._look_for_more()
 
-    def _note(self, call: StepCall) -> None:
-        super()._note(call)
+    def note(self, call: StepCall) -> None:
+        super().note(call)
         self._look_for_more()
 
     def _look_for_more(self) -> None:
@@ -4799,7 +4839,7 @@ class UndoRun(Run):
         return "null"
 
     def conclude(self, result: Any) -> None:
-        self.post(end_rollback, result, then=self._go_on_as)
+        self.end(end_rollback, result)
 
     def _is_idle(self) -> bool:
         return False
@@ -4821,10 +4861,9 @@ def plan_undo(call: UndoCall) -> DoPlan:
     if handler is None:
         what = f"the rollback handler of step {call.name!r} was not found by replay"
         raise fatal("workflow.fatal", what)
-    last = Attempt(call.run, call, StepConfig.load(step.config or ""))
-    last.number = max(1, step.attempts)
+    last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
     output = read_back(step.data, "its result") if step.state == "done" and step.data else None
-    info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
+    info = WorkflowRollbackContext(last, call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
     return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
 
@@ -4854,20 +4893,19 @@ class WorkflowReplay(_Record):
     safe: bool
 
 
-class ReplayRun(PassiveRun):
+class ReplayRun(Replay):
     """A life that only looks. The engine knows nothing of it."""
 
     def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
-        self.status = "running"
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
         self._reached: list[str] = []
         self._new: list[str] = []
         self._early: list[str] = []
         self._moved = self.loop.time()
 
-    def _note(self, call: StepCall) -> None:
-        super()._note(call)
+    def note(self, call: StepCall) -> None:
+        super().note(call)
         self._moved = self.loop.time()
         label = step_label(call.key)
         if call.key in self._unreached:
@@ -4906,6 +4944,19 @@ class ReplayRun(PassiveRun):
         if not self.active or self.token in timers:
             return SILENCE
         return 0.1 if self._unreached else 0.02
+
+
+def warn_about_calls(run: Run) -> None:
+    """Says at the end of `run` which calls were never awaited, and which recorded steps it has not
+    reached."""
+    for call in run.unawaited:
+        log.warning("%s: step %r was called but never awaited", run, call.name)
+    steps = [step for step in run.steps.values() if step.state != "new"]
+    if not any(step.state == "cancelled" for step in steps):
+        what = "%s: replay never reached the recorded step %r; is its name deterministic?"
+        for step in steps:
+            if step.key not in run.called and not step.nested:
+                log.warning(what, run, step_label(step.key))
 
 
 def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
@@ -5360,7 +5411,7 @@ class WorkflowInstanceModifier:
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
         """The same with a timeout: each of these attempts times out at once."""
-        return self._mock(step, times, Attempt.timeout_error)
+        return self._mock(step, times, lambda attempt: timed_out(attempt.config.timeout))
 
     def mock_event(self, options: Any = None, /, **given: Any) -> Self:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
@@ -5554,6 +5605,19 @@ class _Timer:
     def cancel(self) -> None:
         self.clock.timers.pop(self, None)
         self.clock.limits.pop(self, None)
+
+
+def is_skipped(kind: str, call: StepCall) -> bool:
+    """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
+    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
+
+
+def mocked(attempt: Attempt) -> Callable[[], Any] | None:
+    """What a test has put in the place of an attempt's callback."""
+    for block in reversed(attempt.run.engine.scheduler.blocks):
+        if (mock := block.substitute(attempt)) is not None:
+            return mock
+    return None
 
 
 class ManualClock(Clock):
