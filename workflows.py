@@ -881,7 +881,7 @@ class Answer(NamedTuple):
 class Writer:
     """Runs what is posted, and then tells the engine."""
 
-    def __init__(self, engine: Engine, database: Database) -> None:
+    def __init__(self, engine: Core, database: Database) -> None:
         self.engine, self.database, self.scheduler = engine, database, engine.scheduler
         self.exact = engine.clock.exact
         self.failure: WorkflowInternalError | None = None
@@ -1408,7 +1408,7 @@ class Loaded(NamedTuple):
 class Life:
     """The tasks of one life of an instance, and how they end."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, inst: Instance) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, inst: Instance) -> None:
         self.engine, self.loop, self.workflow = engine, engine.loop, workflow
         self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
         self.token = object()  # what code of `run` has in its context: see `tokens_with_timers`
@@ -1515,7 +1515,7 @@ class Replay(Life):
     """A life that calls `run`, and gives its step calls what is recorded. What `run` would do
     beyond that never begins: so this is all there is of a life that only looks."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         inst, rows, damage = loaded
         if damage is not None:
             raise damage
@@ -1699,7 +1699,7 @@ class Run(Replay):
     """A replay that goes on where the record ends: it carries steps out, records what happens, and
     follows what is done to its instance."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.careful = bool(loaded.instance.careful)  # see `Attempt`
         self.status = loaded.instance.status  # as recorded, as far as it knows
@@ -2243,7 +2243,7 @@ class Turns:
 class Lives:
     """The instances that are in memory."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Core) -> None:
         self.engine = engine
         self.runs: dict[int, Replay] = {}  # by the instance's key
         self.damaged: dict[int, str] = {}  # those that can't be read back, and why
@@ -2356,84 +2356,22 @@ class Watchers:
                 resolve(future)
 
 
-class Engine:
-    """Runs workflows on a database file (or ":memory:").
+class Core:
+    """The engine, without what its users call (see "The API"): it opens and closes, turns what
+    transactions tell into lives, and stops when storage fails."""
 
-    Enter it with `async with`. Any number of processes may open one file: one of them runs the
-    instances, the others are full clients, and one of those takes over when it goes away.
+    path: str
+    env: Env
+    limits: Limits
+    clock: Clock
+    hibernate_after: int
+    drain: int
 
-    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
-    `hibernate_after` how long a waiting instance stays in memory; `drain` how long attempts that
-    are in flight may take to end when it is left."""
-
-    def __init__(
-        self,
-        database: str | os.PathLike[str] = "workflows.db",
-        *,
-        env: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
-        clock: Clock | None = None,
-        hibernate_after: Duration = "1 second",
-        drain: Duration = 0,
-    ) -> None:
-        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {show(database)}: expected a path")
-        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
-        for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
-        self.path = path if path == ":memory:" else os.path.realpath(path)
-        self.env = Env(env or {})
-        self.limits, self.clock = limits or Limits(), clock or Clock()
-        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+    def __init__(self) -> None:
+        self._workflows: dict[str, Workflow] = {}  # that are bound, by name
         self.cpu_ns = 0  # of all callbacks
         self.activity = 0  # counts what callbacks do: see `ManualClock`
         self._state = "not open yet"  # → open → closed
-        self._workflows: dict[str, Workflow] = {}
-        self.creations = Rate(self.limits.creations_per_second, self.clock)
-
-    @classmethod
-    def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
-        """An engine in which the workflows of a configuration file of Cloudflare's `wrangler` are
-        bound: `wrangler.jsonc`, `.json` or `.toml`; without a path, the one in the working folder.
-
-        The file's `vars` become `env`, and its `limits.cpu_ms` that of the `limits`. The options
-        are those of `Engine(…)`; of a name that both `vars` and `env` have, `env`'s value counts.
-
-        Error: `ValueError` for whatever is wrong with the file, or a module that it names."""
-        config = Configuration(path)
-        engine = cls(**config.options(options))
-        config.bind_workflows(engine)
-        return engine
-
-    def bind(
-        self,
-        cls: type[WorkflowEntrypoint[Any]],
-        name: str | None = None,
-        binding: str | None = None,
-        **settings: Any,
-    ) -> Workflow:
-        """Makes a workflow known, before entering the engine or later. `name` defaults to the
-        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
-
-        `steps` is the most steps that a run may call, up to 25,000; `running` the most instances of
-        this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
-        `success_retention` and `error_retention` how long an instance is kept when it has ended,
-        unless `create` says something else. The defaults are the engine's limits."""
-        workflow = bindable(self, cls, name, binding, **settings)
-        if workflow.name in self._workflows:
-            raise ValueError(f"workflow {workflow.name!r} is bound already")
-        if workflow.binding in self.env:
-            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
-        if self._state != "not open yet":
-            self.check_open()
-            self.writer.post(define, workflow)
-        self._workflows[workflow.name] = workflow
-        self.env[workflow.binding] = workflow
-        return workflow
-
-    # -- opening and closing
 
     async def __aenter__(self) -> Self:
         if self._state != "not open yet":
@@ -2469,9 +2407,9 @@ class Engine:
         try:
             await asyncio.shield(leaving)
         finally:
-            await (
-                leaving
-            )  # also when that is cancelled: it takes a second more than `drain` at most
+            # Also when that is cancelled: it takes a second more than `drain` at most. (`shield`
+            # has passed the cancellation on to our caller, not to it.)
+            await leaving
 
     async def _leave(self) -> None:
         runs, patience = self.lives.runs, self.loop.time() + self.drain / 1000
@@ -2502,7 +2440,7 @@ class Engine:
         if self.writer.failure is not None:
             raise WorkflowInternalError(str(self.writer.failure))
 
-    # -- what others of this file ask of it
+    # -- what the rest of this file asks of it
 
     async def call(self, operation: Operation, *args: Any) -> Any:
         """The result of an operation, once it is committed."""
@@ -2551,26 +2489,6 @@ class Engine:
         """Whether anything will happen without an event, a timer or the world outside."""
         runs = self.lives.runs.values()
         return self.writer.busy or self.threads.may_end_soon() or any(run.busy() for run in runs)
-
-    async def workflow(self, name: str) -> Workflow:
-        """The workflow of a name that some process has bound, for one that has not its class: to
-        create instances and to steer them. Error: `workflow.not_found`."""
-        if name in self._workflows:
-            return self._workflows[name]
-        binding, steps = await self.call(find_workflow, name)
-        return Workflow(self, name, binding, steps)
-
-    async def usage(self) -> Usage:
-        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        return usage_of(await self.call(read_usage))
-
-
-def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
-    """Binding and limit of steps of a name that some process has bound."""
-    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
-    if not found:
-        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
-    return tuple(found[0])
 
 
 def define(tx: Transaction, workflow: Workflow) -> None:
@@ -2668,7 +2586,7 @@ class Clock:
     exact = False  # whether tests rely on the order of all that happens: see `ManualClock`
 
     def __init__(self) -> None:
-        self.engines: list[Engine] = []  # the open ones that go by it
+        self.engines: list[Core] = []  # the open ones that go by it
 
     def now(self) -> int:
         """Milliseconds since the epoch."""
@@ -3843,7 +3761,103 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
 # ==================================================================================================
 #
 # --------------------------------------------------------------------------------------------------
-# The authoring of workflows: what their code is made of.
+# The API: engines, workflows, and the steps that they are made of. (What callers do to instances is
+# in "Binding".)
+
+
+class Engine(Core):
+    """Runs workflows on a database file (or ":memory:").
+
+    Enter it with `async with`. Any number of processes may open one file: one of them runs the
+    instances, the others are full clients, and one of those takes over when it goes away.
+
+    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
+    `hibernate_after` how long a waiting instance stays in memory; `drain` how long attempts that
+    are in flight may take to end when it is left."""
+
+    def __init__(
+        self,
+        database: str | os.PathLike[str] = "workflows.db",
+        *,
+        env: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        hibernate_after: Duration = "1 second",
+        drain: Duration = 0,
+    ) -> None:
+        super().__init__()
+        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
+        if not isinstance(path, str) or not path:
+            raise TypeError(f"database is {show(database)}: expected a path")
+        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
+        for name, (given, kind) in kinds.items():
+            if not isinstance(given, (kind, type(None))):
+                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+        self.path = path if path == ":memory:" else os.path.realpath(path)
+        self.env = Env(env or {})
+        self.limits, self.clock = limits or Limits(), clock or Clock()
+        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+        self.creations = Rate(self.limits.creations_per_second, self.clock)
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
+        """An engine in which the workflows of a configuration file of Cloudflare's `wrangler` are
+        bound: `wrangler.jsonc`, `.json` or `.toml`; without a path, the one in the working folder.
+
+        The file's `vars` become `env`, and its `limits.cpu_ms` that of the `limits`. The options
+        are those of `Engine(…)`; of a name that both `vars` and `env` have, `env`'s value counts.
+
+        Error: `ValueError` for whatever is wrong with the file, or a module that it names."""
+        config = Configuration(path)
+        engine = cls(**config.options(options))
+        config.bind_workflows(engine)
+        return engine
+
+    def bind(
+        self,
+        cls: type[WorkflowEntrypoint[Any]],
+        name: str | None = None,
+        binding: str | None = None,
+        **settings: Any,
+    ) -> Workflow:
+        """Makes a workflow known, before entering the engine or later. `name` defaults to the
+        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
+
+        `steps` is the most steps that a run may call, up to 25,000; `running` the most instances of
+        this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
+        `success_retention` and `error_retention` how long an instance is kept when it has ended,
+        unless `create` says something else. The defaults are the engine's limits."""
+        workflow = bindable(self, cls, name, binding, **settings)
+        if workflow.name in self._workflows:
+            raise ValueError(f"workflow {workflow.name!r} is bound already")
+        if workflow.binding in self.env:
+            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
+        if self._state != "not open yet":
+            self.check_open()
+            self.writer.post(define, workflow)
+        self._workflows[workflow.name] = workflow
+        self.env[workflow.binding] = workflow
+        return workflow
+
+    async def workflow(self, name: str) -> Workflow:
+        """The workflow of a name that some process has bound, for one that has not its class: to
+        create instances and to steer them. Error: `workflow.not_found`."""
+        if name in self._workflows:
+            return self._workflows[name]
+        binding, steps = await self.call(find_workflow, name)
+        return Workflow(self, name, binding, steps)
+
+    async def usage(self) -> Usage:
+        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
+        return usage_of(await self.call(read_usage))
+
+
+def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
+    """Binding and limit of steps of a name that some process has bound."""
+    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
+    if not found:
+        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
+    return tuple(found[0])
 
 
 class WorkflowEntrypoint(Generic[Params]):
@@ -4773,9 +4787,7 @@ def note_handler(run: Replay, call: StepCall) -> None:
                 run.handlers[call.key] = handler, config
 
 
-def next_life(
-    engine: Engine, workflow: Workflow, loaded: Loaded, previous: Replay | None
-) -> Replay:
+def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
     """The life that an instance needs now."""
     if loaded.instance.rollback != "begun":
         return Run(engine, workflow, loaded)
@@ -4792,7 +4804,7 @@ class SearchRun(Replay):
     """A life that looks for rollback handlers: until it has found them all, `run` has ended, or
     nothing has happened for a while."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.successor = loaded.instance
         self._wanted = {step.key for step in undoable(self.steps)}
@@ -4822,7 +4834,7 @@ class SearchRun(Replay):
 class UndoRun(Run):
     """A life that runs the rollback handlers, each as a step."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.inbox.clear()  # `run` does not run here
         cause = next(row.data for row in loaded.rows if row.type == "rollback")
@@ -4896,7 +4908,7 @@ class WorkflowReplay(_Record):
 class ReplayRun(Replay):
     """A life that only looks. The engine knows nothing of it."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
         self._reached: list[str] = []
