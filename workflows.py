@@ -1076,7 +1076,7 @@ class Writer:
                     self._checked = self._ticked
                     if self.database.files is not None:
                         self.database.files.check()
-                    self.scheduler.warn_about_unbound_work()
+                    warn_about_unbound_work(self.scheduler)
                 if others_wrote or self.scheduler.is_due():
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
@@ -1107,8 +1107,8 @@ class Scheduler:
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # nothing begins any more
-        self._warned: set[int] = set()  # workflows that are not bound, and have been warned about
-        self._room = 0  # so many may be created before the queue must be counted again
+        self.queue_limit = QueueLimit(self)
+        self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
 
     def is_due(self) -> bool:
@@ -1213,8 +1213,8 @@ class Scheduler:
             head = tx.select(
                 "workflow = ? AND status = 'queued' ORDER BY place LIMIT ?", key, BATCH
             )
-            queued += head[: self._free(tx, workflow.running, [key])] if head else []
-        most = min(BATCH, self._free(tx, self.limits.running, self.bound)) if queued else 0
+            queued += head[: self.free(tx, workflow.running, [key])] if head else []
+        most = min(BATCH, self.free(tx, self.limits.running, self.bound)) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
         for inst in queued[:most]:
             first_time = inst.started is None
@@ -1228,38 +1228,12 @@ class Scheduler:
             tx.news.append(News(inst, [], admitted=True))
         return len(queued) >= BATCH == most
 
-    def _free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
+    def free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
         """How many more may run."""
         if limit is None:
             return 10**9
         taken: int = sum(self._one(tx, "count(*)", key, _TAKES_A_SLOT) for key in workflows)
         return max(0, limit - taken)
-
-    def check_queue(self, tx: Transaction, new: int) -> None:
-        """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
-        that it is done again only when a tenth of the room is used up."""
-        limit = self.limits.queued
-        if limit is not None and new > self._room:
-            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
-            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
-            room = limit + self._free(tx, self.limits.running, self.bound) - length
-            if new > room:
-                what = f"more than {limit} instances would be queued (limit queued)"
-                raise refusal("limit.queued_instances", what)
-            self._room = (room - new) // 10 + new
-        self._room -= new
-
-    def warn_about_unbound_work(self) -> None:
-        """All processes that run a file bind the same workflows: says so, once, if that is not
-        so."""
-        sql = """SELECT key, name FROM workflows AS w WHERE
-                 EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
-                 OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
-        for key, name in self.database.rows(sql, self.clock.now()) if self.database.owner else ():
-            if key not in self.bound and key not in self._warned:
-                self._warned.add(key)
-                path = self.database.path
-                log.warning("%s: there is work for %r, which is not bound here", path, name)
 
     def _of_bound(self, tx: Transaction, where: str, *args: Any) -> list[Instance]:
         where = f"workflow = ? AND {where}"
@@ -3852,6 +3826,19 @@ class Engine(Core):
         return usage_of(await self.call(read_usage))
 
 
+def warn_about_unbound_work(scheduler: Scheduler) -> None:
+    """All processes that run a file bind the same workflows: the owner says so, once for each name,
+    if that is not so."""
+    sql = """SELECT key, name FROM workflows AS w WHERE
+             EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
+             OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
+    db, now = scheduler.database, scheduler.clock.now()
+    for key, name in db.rows(sql, now) if db.owner else ():
+        if key not in scheduler.bound and key not in scheduler.warned:
+            scheduler.warned.add(key)
+            log.warning("%s: there is work for %r, which is not bound here", db.path, name)
+
+
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
     """Binding and limit of steps of a name that some process has bound."""
     found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
@@ -4315,6 +4302,28 @@ class Rate:
         self._calls.append(now)
 
 
+class QueueLimit:
+    """How many instances may be queued. Counting takes time with a long queue, so that it is done
+    again only when a tenth of the room is used up."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._room = 0  # so many may be created before the queue must be counted again
+
+    def check(self, tx: Transaction, new: int) -> None:
+        """Refuses so many new ones if they would be too many."""
+        scheduler, limit = self._scheduler, self._scheduler.limits.queued
+        if limit is not None and new > self._room:
+            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
+            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
+            room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
+            if new > room:
+                what = f"more than {limit} instances would be queued (limit queued)"
+                raise refusal("limit.queued_instances", what)
+            self._room = (room - new) // 10 + new
+        self._room -= new
+
+
 def create_instances(
     tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str
 ) -> list[str]:
@@ -4324,7 +4333,7 @@ def create_instances(
         check_state(tx, 0, size_of(params), refusal)
     taken = {*tx.find(workflow, [entry[0] for entry in entries])}
     if trigger != "cron":  # nobody would hear of the refusal
-        tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
+        tx.scheduler.queue_limit.check(tx, len({entry[0] for entry in entries} - taken))
     made = []
     for id, params, success, error in entries:
         if id not in taken:
