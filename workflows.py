@@ -42,15 +42,15 @@ life; what a step did is done once:
 Below is the same, but stored, concurrent, and asleep most of the time.
 
     Part I, the heart      the words; the journal; the database; transactions; writing;
-                           scheduling; a run; the engine
-    Part II, the rules     durations and the clock; values and errors; limits; arguments; retries;
-                           records; executions
-    Part III, the sides    binding; rollback; history; usage; the Python dialect; test tools; the
-                           command line
+                           scheduling; lives; replay; a run; attempts; the engine
+    Part II, the rules     durations and the clock; records; codec; limits; arguments; retries;
+                           executions
+    Part III, the sides    the API; files; binding; rollback; replay reports; history; usage; the
+                           Python dialect; test tools; schedules; configuration; showing;
+                           resources; HTTP; the demo; the command line
 
 Whoever reads the first part knows how durable execution works. Each section of the second can be
-read alone, and knows nothing of the heart. Each section of the third could be deleted: the heart
-calls it in one place or two.
+read alone. Each section of the third could be left out: the heart calls it in one place or two.
 """
 
 from __future__ import annotations
@@ -1246,7 +1246,7 @@ class Scheduler:
 
 
 # --------------------------------------------------------------------------------------------------
-# A run: one life of one instance, from its loading to its unloading.
+# Lives: an instance is in memory from time to time, and each of these stays is a life.
 #
 # A life begins with the folded journal, and calls `run` from the top. Each step call is looked up:
 # if the journal has its result, it gets that, and nothing else happens; otherwise the step begins,
@@ -1273,9 +1273,9 @@ class Scheduler:
 # or deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and
 # nothing in memory is worth keeping.
 #
-# Four classes, each with one role: a `Life` has tasks and ends them; a `Replay` is a life that
-# calls `run` and gives it what is recorded; a `Run` is a replay that goes on, and records what
-# happens; an `Attempt` is what it does for a `do`.
+# Each of the next sections is about one class: a `Life` has tasks, and ends them; a `Replay` is a
+# life that calls `run`, and gives it what is recorded; a `Run` is a replay that goes on, and
+# records what happens; an `Attempt` is what it does for a `do`.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
@@ -1293,82 +1293,6 @@ def current_attempt() -> Attempt | None:
 class Unload(asyncio.CancelledError):
     """What step calls raise in a run that is being unloaded. A `CancelledError`: so `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
-
-
-class StepCall(Coroutine[Any, Any, Any]):
-    """What `step.do(…)` and its siblings return: counted when made, begun when first awaited. It is
-    a coroutine for asyncio: `create_task`, `gather` and `TaskGroup` take it. While it is under way,
-    it holds what there is only then."""
-
-    step: Step
-    task: asyncio.Task[Any] | None = None  # the one that awaits it
-    attempt: Attempt | None = None  # from when it may begin until its end is committed
-    waiter: asyncio.Future[None] | None = None  # done when it should look again
-    alone = False  # nothing else of the run was under way when it began to wait
-    fresh: Any = None  # its value or its error itself, if that was made in this life
-    _over: asyncio.Future[None] | None = None
-
-    def __init__(
-        self,
-        run: Replay,
-        kind: str,
-        plan: Callable[[Any], DoPlan | WaitPlan],
-        name: Any,
-        args: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> None:
-        self.run, self.kind, self.plan = run, kind, plan
-        self.name, self.args, self.options = name, args, options
-        self._coroutine: Coroutine[Any, Any, Any] | None = None
-        outer = current_attempt()
-        # The attempt in whose callback it is made, if that belongs to this run.
-        self.outer = outer if outer is not None and outer.run is run else None
-        counts = (self.outer or run).counts
-        self.key = f"{kind}{SEPARATOR}{name}"
-        self.count = counts[self.key] = counts.get(self.key, 0) + 1
-        self.key += f"{SEPARATOR}{self.count}"
-        if self.outer is None:
-            run.unawaited.add(self)
-        else:
-            self.key = self.outer.call.key + SEPARATOR + self.key
-
-    def way(self) -> Coroutine[Any, Any, Any]:
-        """What awaiting it does."""
-        return self.run.perform(self)
-
-    def _begin(self) -> Coroutine[Any, Any, Any]:
-        if self._coroutine is None:
-            self.run.unawaited.discard(self)
-            self._coroutine = self.way()
-        return self._coroutine
-
-    def __await__(self) -> Any:
-        return self._begin().__await__()
-
-    def send(self, value: Any) -> Any:
-        return self._begin().send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._begin().throw(*error)
-
-    def close(self) -> None:
-        self._begin().close()
-
-    def wake(self) -> None:
-        """Something has happened to its step."""
-        if self.waiter is not None:
-            resolve(self.waiter)
-
-    async def join(self) -> None:
-        """Waits until it is under way no more."""
-        self._over = self._over or self.run.loop.create_future()
-        await asyncio.shield(self._over)
-
-    def end(self) -> None:
-        """It is under way no more."""
-        self.task = None
-        if self._over is not None:
-            resolve(self._over)
 
 
 class Loaded(NamedTuple):
@@ -1483,6 +1407,86 @@ class Life:
         if self._refused[task] > 100:
             await asyncio.sleep(GRACE)
         raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay: step calls, and the results that they get.
+
+
+class StepCall(Coroutine[Any, Any, Any]):
+    """What `step.do(…)` and its siblings return: counted when made, begun when first awaited. It is
+    a coroutine for asyncio: `create_task`, `gather` and `TaskGroup` take it. While it is under way,
+    it holds what there is only then."""
+
+    step: Step
+    task: asyncio.Task[Any] | None = None  # the one that awaits it
+    attempt: Attempt | None = None  # from when it may begin until its end is committed
+    waiter: asyncio.Future[None] | None = None  # done when it should look again
+    alone = False  # nothing else of the run was under way when it began to wait
+    fresh: Any = None  # its value or its error itself, if that was made in this life
+    _over: asyncio.Future[None] | None = None
+
+    def __init__(
+        self,
+        run: Replay,
+        kind: str,
+        plan: Callable[[Any], DoPlan | WaitPlan],
+        name: Any,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self.run, self.kind, self.plan = run, kind, plan
+        self.name, self.args, self.options = name, args, options
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+        outer = current_attempt()
+        # The attempt in whose callback it is made, if that belongs to this run.
+        self.outer = outer if outer is not None and outer.run is run else None
+        counts = (self.outer or run).counts
+        self.key = f"{kind}{SEPARATOR}{name}"
+        self.count = counts[self.key] = counts.get(self.key, 0) + 1
+        self.key += f"{SEPARATOR}{self.count}"
+        if self.outer is None:
+            run.unawaited.add(self)
+        else:
+            self.key = self.outer.call.key + SEPARATOR + self.key
+
+    def way(self) -> Coroutine[Any, Any, Any]:
+        """What awaiting it does."""
+        return self.run.perform(self)
+
+    def _begin(self) -> Coroutine[Any, Any, Any]:
+        if self._coroutine is None:
+            self.run.unawaited.discard(self)
+            self._coroutine = self.way()
+        return self._coroutine
+
+    def __await__(self) -> Any:
+        return self._begin().__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._begin().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._begin().throw(*error)
+
+    def close(self) -> None:
+        self._begin().close()
+
+    def wake(self) -> None:
+        """Something has happened to its step."""
+        if self.waiter is not None:
+            resolve(self.waiter)
+
+    async def join(self) -> None:
+        """Waits until it is under way no more."""
+        self._over = self._over or self.run.loop.create_future()
+        await asyncio.shield(self._over)
+
+    def end(self) -> None:
+        """It is under way no more."""
+        self.task = None
+        if self._over is not None:
+            resolve(self._over)
 
 
 class Replay(Life):
@@ -1667,6 +1671,10 @@ class Replay(Life):
     def busy(self) -> bool:
         """Whether it will go on by itself, as far as we can see."""
         return self._settling or (self.dead and not self.ended.done())
+
+
+# --------------------------------------------------------------------------------------------------
+# A run: what happens for the first time, and what it waits for.
 
 
 class Run(Replay):
@@ -1879,18 +1887,23 @@ class Run(Replay):
             self.post(break_off, "cancel", cancelled)
 
 
+# --------------------------------------------------------------------------------------------------
+# Attempts of steps.
+#
+# The start of an attempt is a row of its own as soon as the callback waits for anything, or does
+# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
+# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
+# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
+# its process, and counts as failed.
+#
+# That leaves the callback that kills its process before its first await, which would do so for
+# ever. Therefore an instance that was running when its process died is `careful`: until one more of
+# its steps has ended, it waits for the commit of a start before it calls the callback.
+
+
 class Attempt:
     """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
-    the step calls that the callback makes. (How the callback is called: see `Execution`.)
-
-    Its start is a row of its own as soon as the callback waits for anything, or does anything to
-    the history itself: on disk at the end of that turn. Most callbacks don't: then one row, written
-    with one commit, stands for the start and the end. (That saves a seventh of a step's time, and
-    half of the journal.) An attempt that has a start and no end was cut off by the death of its
-    process, and counts as failed. That leaves the callback that kills its process before its first
-    await, which would do so for ever. Therefore an instance that was running when its process died
-    is `careful`: until one more of its steps has ended, it waits for the commit of a start before
-    it calls the callback."""
+    the step calls that the callback makes. (How the callback is called: see `Execution`.)"""
 
     def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
         self.run, self.call, self.config, self.outer = run, call, config, call.outer
@@ -2065,8 +2078,9 @@ class Attempt:
                 call.task.cancel()
 
 
-# What a run posts. Each of these is guarded by the run's lease: if that is lost, nothing of it is
-# written, and the life ends.
+# --------------------------------------------------------------------------------------------------
+# What a run records: the operations that it posts. Each is guarded by the run's lease. If that is
+# lost, nothing is written, and the life ends.
 
 
 def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
