@@ -5470,7 +5470,7 @@ HOURLY = {"retries": {"limit": 5, "delay": "1 hour", "backoff": "constant"}}
 async def failures(instance: Any) -> list[Any]:
     """The failed attempts so far."""
     workflow, history = instance.workflow, workflows.History(instance.id)
-    _, rows = await workflow.engine.call(workflows.read_journal, workflow.name, instance.id, 0, 0)
+    _, rows = await workflow.engine.call(workflows.read_journal, workflow.name, instance.id, None)
     events = [event for row in rows for event in history.events(row)]
     return [event for event in events if event.type == "attempt_errored"]
 

@@ -3958,9 +3958,7 @@ def not_found(workflow: str, id: str) -> WorkflowError:
     return refusal("instance.not_found", what)
 
 
-def create_instances(
-    tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str
-) -> list[str]:
+def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
     """Stores instances, in order; returns the ids of those that are new."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
     taken = tx.find(workflow, [entry[0] for entry in entries])
@@ -4002,15 +4000,15 @@ def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list
 
 
 def read_journal(
-    tx: Transaction, workflow: str, id: str, key: int, seen: int
+    tx: Transaction, workflow: str, id: str, known: Instance | None
 ) -> tuple[Instance | None, list[Row]]:
-    """The instance with that id, if there is one, and its rows: only those after `seen`, if it
-    still is the one with that key."""
+    """The instance with that id, if there is one, and its rows: only the new ones, if it is still
+    the one that is known."""
     inst = tx.find(workflow, [id]).get(id)
     if inst is None:
         return None, []
-    rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
-    return inst.as_of_now(), rows
+    seen = known.seq if known is not None and known.key == inst.key else 0
+    return inst.as_of_now(), tx.journal(inst, "seq > ?", seen)
 
 
 def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
@@ -4177,11 +4175,9 @@ class Workflow:
         return created[0]
 
     @overload
-    async def create_batch(
-        self, batch: Iterable[Mapping[str, Any]]
-    ) -> builtins.list[WorkflowInstance]: ...
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]: ...
     @overload
-    async def create_batch(self, batch: Mapping[str, Any]) -> dict[str, builtins.list[Any]]: ...
+    async def create_batch(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]: ...
     async def create_batch(self, batch: Any) -> Any:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
@@ -4210,7 +4206,7 @@ class Workflow:
             seen.add(id)
         return {"created": created, "errors": errors}
 
-    async def _create(self, entries: Sequence[Entry]) -> builtins.list[WorkflowInstance]:
+    async def _create(self, entries: Sequence[Entry]) -> list[WorkflowInstance]:
         self.engine.creations.count()
         made = await self.engine.call(create_instances, self.name, entries, self.source)
         return [WorkflowInstance(self, id) for id in made]
@@ -4221,6 +4217,17 @@ class Workflow:
             raise TypeError(f"id is {show(id)}: expected a str")
         await self.engine.call(on_instance, self.name, id, read_end)
         return WorkflowInstance(self, id)
+
+    async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
+        [{"id", "code", "message"}]}`, with one entry for each id.
+
+        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
+        legal = self._batch(ids, "ids", self.check_id)
+        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
+        return answer
+
+    # (From here on, `list` is this method in the class, and the built-in one inside of methods.)
 
     async def list(
         self, status: str | None = None, limit: int | None = None
@@ -4258,15 +4265,6 @@ class Workflow:
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
         return report_on_unfinished(self)
-
-    async def delete_batch(self, ids: Iterable[str]) -> dict[str, builtins.list[dict[str, Any]]]:
-        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
-        [{"id", "code", "message"}]}`, with one entry for each id.
-
-        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        legal = self._batch(ids, "ids", self.check_id)
-        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
-        return answer
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -4417,10 +4415,9 @@ class WorkflowInstance:
         elif inst.status == "errored":
             error = _Attributes(brief(read_back(last.data or "", f"the error of {self}")))
         if inst.status in FINISHED and inst.rollback is not None:
-            failed = read_back(last.extra or "null", f"the rollback of {self}")
-            rollback = _Attributes(
-                outcome=inst.rollback, error=failed and _Attributes(brief(failed))
-            )
+            failure = read_back(last.extra or "null", f"the rollback of {self}")
+            failure = failure and _Attributes(brief(failure))
+            rollback = _Attributes(outcome=inst.rollback, error=failure)
         return InstanceStatus(inst.status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
@@ -4475,10 +4472,8 @@ class WorkflowInstance:
         """Waits for the end. Returns the output; raises the error that left `run`, or
         `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
         after `timeout`."""
-        engine, patience = (
-            self.workflow.engine,
-            None if timeout is None else parse_duration(timeout),
-        )
+        patience = None if timeout is None else parse_duration(timeout)
+        engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
         timer = None
         if patience is not None:
@@ -4514,7 +4509,7 @@ class WorkflowInstance:
         list of the types to show. Each event comes once, in order.
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
-        if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
+        if cursor is not None and type(cursor) is not int:
             raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
         shown = EVENT_TYPES if filter is None else {*filter}
         if unknown := shown - EVENT_TYPES:
@@ -4541,13 +4536,11 @@ class WorkflowInstance:
     async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
-        engine, key, seq = self.workflow.engine, 0, 0
+        engine, inst = self.workflow.engine, None
         while True:
             changed = engine.watchers.watch(self.id)  # before it is read, so that nothing is missed
-            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, key, seq)
+            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, inst)
             yield inst, rows
-            if inst is not None:
-                key, seq = inst.key, inst.seq
             await asyncio.wait({changed})
 
 
@@ -4632,10 +4625,10 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
         return False
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
+    inst.generation += 1
     ran = inst.status in ("running", "waitingForPause")
-    status, generation = "running" if ran else inst.status, inst.generation + 1
-    begun = {"rollback": "begun", "paused": None, "wake": tx.now}
-    tx.change(inst, status=status, generation=generation, **begun)
+    status = "running" if ran else inst.status
+    tx.change(inst, status=status, rollback="begun", paused=None, wake=tx.now)
     if not ran:
         tx.requeue(inst)
     return True
@@ -5272,7 +5265,7 @@ class WorkflowInstanceModifier:
 
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
         self.workflow, self.id = workflow, id
-        self.after = 0  # the key of the last instance that is too old
+        self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
         self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
         # By step: how its attempts end, in their order, and so many of them like that.
@@ -5481,8 +5474,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        older = await self.workflow.engine.call(_created, self.workflow.name, 0)
-        self.after = older[-1].key if older else 0
+        self.after = await self.workflow.engine.call(Transaction.next_number)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
