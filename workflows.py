@@ -4422,8 +4422,8 @@ class WorkflowInstance:
 
     async def history(self) -> list[WorkflowHistoryEvent]:
         """What has happened so far: the events of `subscribe` up to now."""
-        rows, told = await self._call(Transaction.journal), History(self.id)
-        return [event for row in rows for event in told.events(row)]
+        rows, history = await self._call(Transaction.journal), History(self.id)
+        return [event for row in rows for event in history.events(row)]
 
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
@@ -4992,17 +4992,17 @@ class StepDecorator(StepCall):
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
         self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
-        self._declared = step, name, args, options
+        self._given = step, name, args, options
 
     @overload
     def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
     @overload
     def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
     def __call__(self, function: Any) -> Any:
-        return StepFunction(function, *self._declared)
+        return StepFunction(function, *self._given)
 
     async def way(self) -> NoReturn:
-        what = f"step {self._declared[1]!r}: the callback is missing"
+        what = f"step {self._given[1]!r}: the callback is missing"
         raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
 
 
@@ -5016,7 +5016,7 @@ class DecoratedCall(StepCall):
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
-        return self.function.perform(self)
+        return self.function.after_dependencies(self)
 
 
 class StepFunction(Generic[Result]):
@@ -5050,25 +5050,25 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         return DecoratedCall(self, self._args, dict(self._options))
 
-    async def perform(self, call: DecoratedCall) -> Any:
+    async def after_dependencies(self, call: DecoratedCall) -> Any:
         """The dependencies, then the step itself."""
         outcomes, outcome = self._outcomes, self.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            call.results = await self._get_results(call)
+            call.results = await self._results_for(call)
             call.options["callback"] = self._with_copies(call.results)
             value = await self.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
-            outcomes[call.outer] = outcome
-            return value
-        except Exception as error:
-            outcome.set_exception(error)
-            raise
-        finally:
-            outcome.cancel()  # if it has not ended
-            failed = outcome.cancelled() or outcome.exception()
-            if failed and outcomes.get(call.outer) is outcome:
+        except BaseException as error:
+            if outcomes.get(call.outer) is outcome:
                 del outcomes[call.outer]  # so the next step that depends on it runs it again
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # asyncio logs an error that nobody has asked for
+            outcome.cancel()  # if it has no end yet
+            raise
+        outcomes[call.outer] = outcome
+        return value
 
     def plan(self, call: DecoratedCall) -> DoPlan:
         """Reads a call that has no result yet: each attempt gets copies of its own."""
@@ -5083,7 +5083,7 @@ class StepFunction(Generic[Result]):
         bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
         return functools.partial(self._function, *bound.args, **bound.kwargs)
 
-    async def _get_results(self, call: DecoratedCall) -> dict[str, Any]:
+    async def _results_for(self, call: DecoratedCall) -> dict[str, Any]:
         """The results of the steps that it depends on, by parameter."""
         found = self._dependencies()
         needed = [*found.values()]
@@ -5091,11 +5091,11 @@ class StepFunction(Generic[Result]):
             needed += [other for other in step._dependencies().values() if other not in needed]
         if self in needed:  # it would wait for ever
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
-        getting = (step._get_result(call) for step in found.values())
-        results = await asyncio.gather(*getting) if self._concurrent else [await r for r in getting]
+        asked = (step._result_for(call) for step in found.values())
+        results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
         return dict(zip(found, results, strict=True))
 
-    async def _get_result(self, dependent: DecoratedCall) -> Any:
+    async def _result_for(self, dependent: DecoratedCall) -> Any:
         """The result of this step for a call that depends on it."""
         while (outcome := self._recall(dependent.outer)) is not None:
             await asyncio.wait({outcome})
@@ -5210,7 +5210,7 @@ def _any_name(name: str) -> Any:
     return _Inert(name, (_Placeholder,), {})
 
 
-class _Workers(importlib.abc.Loader):
+class _WorkersImporter(importlib.abc.Loader):
     """Finds and makes the package `workers`, and any module in it. Each of them has every name."""
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
@@ -5222,7 +5222,7 @@ class _Workers(importlib.abc.Loader):
         vars(module).update(ours, fetch=fetch, __getattr__=_any_name)
 
 
-_workers = _Workers()
+_importer = _WorkersImporter()
 
 
 def install_workers_shim() -> None:
@@ -5234,14 +5234,14 @@ def install_workers_shim() -> None:
     with contextlib.suppress(Exception):  # which is what the installed SDK gives
         importlib.import_module("workers")
     other = sys.modules.get("workers")
-    if getattr(other, "__loader__", None) is _workers:
+    if getattr(other, "__loader__", None) is _importer:
         return
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
     for name in [name for name in sys.modules if name.split(".")[0] == "workers"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _workers)
+    sys.meta_path.insert(0, _importer)
     for name in ("workers.workflows", "workers.fetch"):
         importlib.import_module(name)
     vars(sys.modules["workers"])["fetch"] = fetch  # the import has put the module in its place
