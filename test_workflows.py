@@ -3612,6 +3612,52 @@ class Refusals(Case):
         self.assertEqual(began, ["a", "c", "b", "d"])
 
 
+class Listing(Case):
+    async def test_the_newest_come_first_also_beyond_a_page(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            made: list[str] = []
+            for count in (100, 100, 1):
+                made += [one.id for one in await bound.create_batch([{}] * count)]
+            self.assertEqual([one.id async for one in bound.list()], made[::-1])
+            for limit in (0, 1, 100, 150, 1000):
+                listed = [one.id async for one in bound.list(limit=limit)]
+                self.assertEqual(listed, made[::-1][:limit], limit)
+
+    async def test_only_those_with_the_status_are_listed(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_event))
+            await bound.create_batch([{"id": "ended"}, {"id": "waits"}, {"id": "paused"}])
+            await self.clock.settle()
+            await (await bound.get("ended")).terminate()
+            await (await bound.get("paused")).pause()
+            for status, id in (("terminated", "ended"), ("waiting", "waits"), ("paused", "paused")):
+                self.assertEqual([one.id async for one in bound.list(status)], [id])
+            self.assertEqual([one async for one in bound.list("errored")], [])
+
+    async def test_a_limit_counts_none_that_has_expired_or_was_deleted(self) -> None:
+        async with self.engine() as engine, self.engine() as client:
+            bound = engine.bind(workflow(one_event))
+            await bound.create_batch([{"id": "old"}, {"id": "ends"}, {"id": "deleted"}])
+            short = {"successRetention": "1 hour"}
+            await bound.create(id="expired", retention=short)
+            await self.clock.settle()
+            await (await bound.get("expired")).terminate()
+            await self.clock.settle()
+            self.clock._now += 7_200_000  # the owner has not cleared it away yet
+            seen = await client.workflow("test")
+            await (await seen.get("deleted")).delete()
+            self.assertEqual([one.id async for one in seen.list(limit=2)], ["ends", "old"])
+
+    async def test_a_status_or_limit_that_is_none_is_refused(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            for bad in ({"status": "done"}, {"limit": -1}, {"limit": True}, {"limit": "2"}):
+                with self.subTest(bad), self.assertRaisesRegex(ValueError, f"^{[*bad][0]} is "):
+                    async for _ in bound.list(**bad):
+                        pass
+
+
 class Deleting(Case):
     async def test_who_waits_for_its_result_does_not_wait_for_the_next_one_with_its_id(
         self,
@@ -5470,7 +5516,7 @@ HOURLY = {"retries": {"limit": 5, "delay": "1 hour", "backoff": "constant"}}
 async def failures(instance: Any) -> list[Any]:
     """The failed attempts so far."""
     workflow, history = instance.workflow, workflows.History(instance.id)
-    _, rows = await workflow.engine.call(workflows.read_journal, workflow.name, instance.id, 0, 0)
+    _, rows = await workflow.engine.call(workflows.read_journal, workflow.name, instance.id, None)
     events = [event for row in rows for event in history.events(row)]
     return [event for event in events if event.type == "attempt_errored"]
 

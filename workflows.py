@@ -4027,24 +4027,213 @@ def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
 
 
 # --------------------------------------------------------------------------------------------------
-# Binding: the side that callers see, in any process. Beside each method stands what it does within
-# a transaction.
+# Operations: what callers do to instances, each within a transaction. The next section posts these,
+# in whichever process; where that is not the owner, the owner hears of it by `wake`.
+#
+# Who raises an instance's generation ends the lease of its run.
+
+Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
+Ids = list[str]
+
+
+def not_found(workflow: str, id: str) -> WorkflowError:
+    # Cloudflare's Python SDK passes on nothing but the text.
+    what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
+    return refusal("instance.not_found", what)
+
+
+def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
+    """Stores instances, in order; returns the ids of those that are new."""
+    (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
+    taken = tx.find(workflow, [entry[0] for entry in entries])
+    new: dict[str, Entry] = {}
+    for entry in entries:
+        check_state(tx, 0, size_of(entry[1]), refusal)
+        if entry[0] not in taken:
+            new.setdefault(entry[0], entry)
+    if trigger != "cron":  # nobody would hear of the refusal
+        tx.scheduler.queue_limit.check(tx, len(new))
+    for id, params, success, error in new.values():
+        number = tx.next_number()
+        inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
+        tx.move(inst, Row("queued", data=params), size_of(params))
+    tx.requests += len(new)
+    return [*new]
+
+
+def list_instances(
+    tx: Transaction, workflow: str, status: str | None, before: int, most: int
+) -> list[tuple[int, str | None]]:
+    """Key and id of a workflow's instances with a key below `before`, newest first; None instead
+    of the id of one that has expired."""
+    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
+    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
+    return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
+
+
+def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list[Any]]:
+    """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
+    known = tx.find(workflow, ids)
+    for inst in known.values():
+        _delete(tx, inst)
+    error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
+    return {
+        "deleted": [{"id": id} for id in ids if id in known],
+        "errors": [{"id": id, **error} for id in ids if id not in known],
+    }
+
+
+def read_journal(
+    tx: Transaction, workflow: str, id: str, known: Instance | None
+) -> tuple[Instance | None, list[Row]]:
+    """The instance with that id, if there is one, and its rows: only the new ones, if it is still
+    the one that is known."""
+    inst = tx.find(workflow, [id]).get(id)
+    if inst is None:
+        return None, []
+    seen = known.seq if known is not None and known.key == inst.key else 0
+    return inst.as_of_now(), tx.journal(inst, "seq > ?", seen)
+
+
+def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
+    """On which of these there may be news, when another process wrote."""
+    sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
+             ON i.key = asked.value AND asked.type = 'integer'
+             WHERE i.id IS NULL OR i.ended IS NOT NULL"""
+    return [topic for (topic,) in tx.db.rows(sql, json.dumps(topics))]
+
+
+def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *args: Any) -> Any:
+    """Carries out one of the operations below on the instance with that id."""
+    inst = tx.find(workflow, [id]).get(id)
+    if inst is None:
+        raise not_found(workflow, id)
+    return operation(tx, inst, *args)
+
+
+def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
+    """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
+    that has the error of the rollback handler that has failed."""
+    if inst.status not in FINISHED:
+        return inst.as_of_now(), Row(inst.status)
+    (last,) = tx.journal(inst, "seq = ?", inst.seq)
+    return inst.as_of_now(), last
+
+
+def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
+    if inst.status in FINISHED:
+        what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
+        raise refusal("instance.not_running", what)
+    check_state(tx, inst.state, size_of(payload), refusal)
+    tx.buffer(inst, type, payload)
+
+
+def _pause(tx: Transaction, inst: Instance) -> None:
+    if inst.rollback == "begun":
+        return
+    if inst.status == "running":
+        tx.move(inst, Row("waitingForPause"), wake=tx.now)
+    elif inst.status in ("waiting", "queued"):
+        tx.move(inst, Row("paused"), paused=tx.now, wake=tx.now)
+
+
+def _resume(tx: Transaction, inst: Instance) -> None:
+    """A paused one goes back to where it was: to its place in the queue, if it had one."""
+    if inst.status == "waitingForPause":
+        tx.move(inst, Row("running"), wake=tx.now)
+    elif inst.status == "paused":
+        unpause(tx, inst)
+        status = "waiting" if inst.place is None else "queued"
+        tx.move(inst, Row(status), paused=None, wake=tx.now)
+
+
+def unpause(tx: Transaction, inst: Instance) -> None:
+    """What fell due before the pause, and wasn't noticed, stays due: only the rest stood still."""
+    if inst.paused is not None:
+        sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
+        tx.db.execute(sql, (tx.now - inst.paused, inst.key, inst.paused))
+
+
+def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> None:
+    """At once; or, with a rollback that has anything to undo, at the end of that."""
+    if inst.status in FINISHED:
+        what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
+        raise refusal("instance.cannot_terminate", what)
+    if rollback and inst.rollback == "begun":  # the one that is under way will do
+        tx.change(inst, termination=inst.termination or source)
+        return
+    if rollback:
+        message = f"instance {inst.id!r} was terminated"
+        error = WorkflowError(message, code="instance.terminated", name="Terminated")
+        if begin_rollback(tx, inst, encode_error(error)):
+            tx.change(inst, termination=source)
+            return
+    if inst.rollback == "begun":
+        inst.rollback = "failed"
+    inst.generation += 1
+    tx.move(inst, Row("terminated"), termination=source, wake=tx.now)
+
+
+def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """What is left of a history when it begins again from the step with the first of these keys
+    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
+    after that begins anew, because the reason for the cancellation may be gone."""
+    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
+    counts_from = {row.step: row.seq for row in reversed(rows)}
+    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
+    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
+
+
+def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
+    """From the step with the first of these keys that there is: then what started before that step
+    is kept. Without any keys from the top."""
+    rows = tx.journal(inst)
+    kept = cut(rows, steps)
+    if steps and not kept:
+        what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
+        raise refusal("instance.cannot_restart", what)
+    if not steps:
+        tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
+        inst.started = None
+    for table in ("journal", "waits"):
+        sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
+        tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
+    unpause(tx, inst)
+    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
+    texts = [rows[0].data, *(payload for (payload,) in payloads)]
+    for step in fold(kept)[0].values():
+        if step.state == "done":
+            texts.append(step.data)
+        if step.open:  # it was in flight: that is as after a clean stop
+            tx.append(inst, Row("stop", step.key))
+    size = sum(size_of(text or "") for text in texts) - inst.state
+    inst.generation += 1
+    inst.ended = inst.paused = inst.termination = inst.rollback = None
+    inst.careful, inst.place = 0, tx.next_number()
+    tx.move(inst, Row("queued", data=None if kept else rows[0].data), size, wake=tx.now)
+
+
+def _delete(tx: Transaction, inst: Instance) -> None:
+    """Frees the id; the owner clears the rest away when it has stopped the run."""
+    tx.touched |= {inst.key, inst.id or ""}
+    tx.db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
+    inst.id = None
+    inst.generation += 1
+    tx.change(inst, status="terminated", wake=tx.now)
+
+
+# --------------------------------------------------------------------------------------------------
+# Binding: the objects that callers hold, and how what they are given is checked.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
-Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
-# `Workflow` has a method `list`, and so no other `list` of its own.
-Checked = list[Any]
-Entries = list[Entry]
-Ids = list[str]
-Instances = list["WorkflowInstance"]
-Created = dict[str, list[Any]]
-Deleted = dict[str, list[dict[str, Any]]]
 # Options and their defaults. (A hint where to run has no effect in one process.)
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}
+_CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
 _SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
+_KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
+_KINDS = {camel(kind): kind for kind in STEP_KINDS}
 
 
 class Workflow:
@@ -4072,16 +4261,17 @@ class Workflow:
         Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
         `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
         `limit.queued_instances`, `limit.retention`."""
-        entry = self._entry(merge(options, given, [*_CREATE], "create"), "create")
-        if not await self._create([entry]):
+        entry = self._entry(merge(options, given, ("id", *_CREATE), "create"), "create")
+        created = await self._create([entry])
+        if not created:
             what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
             raise refusal("instance.already_exists", what)
-        return WorkflowInstance(self, entry[0])
+        return created[0]
 
     @overload
-    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> Instances: ...
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]: ...
     @overload
-    async def create_batch(self, batch: Mapping[str, Any]) -> Created: ...
+    async def create_batch(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]: ...
     async def create_batch(self, batch: Any) -> Any:
         """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
         repeat, are skipped and left out of the result. Errors as in `create`, and
@@ -4091,59 +4281,72 @@ class Workflow:
         options of `create` but no id. The result is `{"created": […], "errors": […]}` then, with
         `{"index", "id", "code", "message"}` for each that was skipped."""
         if not isinstance(batch, Mapping):
-            made = await self._create(self._batch(batch, "batch", self._entry))
-            return [WorkflowInstance(self, id) for id in made]
+            return await self._create(self._batch(batch, "batch", self._entry))
         if "instances" in batch:
             given = options_of(batch, ["instances"], "batch")["instances"]
         else:
-            options = options_of(batch, ("count", *[*_CREATE][1:]), "batch")  # no id
+            options = options_of(batch, ("count", *_CREATE), "batch")
             with naming("batch: count"):
                 count = read_count(options.pop("count", None))
             given = [options] * min(count, self.engine.limits.batch + 1)
         entries = self._batch(given, "batch", self._entry)
-        new, seen = {*await self._create(entries)}, set()
-        created: Instances = []
-        errors: list[Any] = []
+        created = await self._create(entries)
+        new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
-            if id in new and id not in seen:
-                created.append(WorkflowInstance(self, id))
-            else:
+            if id in seen or id not in new:
                 code = 10415 if id in seen else 10405
                 what = f"workflows.api.error.instance.{_SKIPPED[code]}"
                 errors.append({"index": index, "id": id, "code": code, "message": what})
             seen.add(id)
         return {"created": created, "errors": errors}
 
-    async def _create(self, entries: Entries) -> Ids:
+    async def _create(self, entries: Sequence[Entry]) -> list[WorkflowInstance]:
         self.engine.creations.count()
-        made: Ids = await self.engine.call(create_instances, self.name, entries, self.source)
-        return made
+        made = await self.engine.call(create_instances, self.name, entries, self.source)
+        return [WorkflowInstance(self, id) for id in made]
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Error: `instance.not_found`."""
         if not isinstance(id, str):
             raise TypeError(f"id is {show(id)}: expected a str")
-        await self.engine.call(on_instance, self.name, id, read_status)
+        await self.engine.call(on_instance, self.name, id, read_end)
         return WorkflowInstance(self, id)
+
+    async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
+        [{"id", "code", "message"}]}`, with one entry for each id.
+
+        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
+        legal = self._batch(ids, "ids", self.check_id)
+        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
+        return answer
+
+    # (From here on, `list` is this method in the class, and the built-in one inside of methods.)
 
     async def list(
         self, status: str | None = None, limit: int | None = None
     ) -> AsyncGenerator[WorkflowInstance, None]:
         """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
         first."""
-        if status is not None and status not in STATUSES:
+        if status not in (None, *STATUSES):
             expected = f"one of {', '.join(STATUSES)}"
             raise ValueError(f"status is {show(status)}: expected {expected}")
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
-        before, left = 2**62, math.inf if limit is None else limit
-        while left > 0:
-            page = await self.engine.call(list_instances, self.name, status, before, min(left, 100))
-            for _, id in page:
-                if id is not None:
-                    yield WorkflowInstance(self, id)
-            before = page[-1][0] if page else 0
-            left = left - len(page) if page else 0
+        left = math.inf if limit is None else limit
+        async for page in self._pages(status):
+            for id in page:
+                if left == 0:
+                    return
+                yield WorkflowInstance(self, id)
+                left -= 1
+
+    async def _pages(self, status: str | None = None) -> AsyncGenerator[Ids, None]:
+        """The ids of the instances, newest first, up to a hundred at a time."""
+        before = 2**62
+        while page := await self.engine.call(list_instances, self.name, status, before, 100):
+            yield [id for _, id in page if id is not None]
+            before = page[-1][0]
 
     async def replay(self, id: str) -> WorkflowReplay:
         """Whether an instance would go on as recorded, with the class that this process has bound:
@@ -4151,88 +4354,11 @@ class Workflow:
         and nothing is written, so that this is safe beside the process that runs the instance.
 
         Error: `instance.not_found`."""
-        loaded = await self.engine.call(load_for_replay, self.name, id)
-        inst = loaded.instance
-        has_failed = inst.status == "errored" or (
-            inst.rollback is not None and not inst.termination
-        )
-        return await ReplayRun(self.engine, self, loaded).report(has_failed)
+        return await report_on(self, id)
 
-    async def replay_all(self) -> collections.abc.AsyncGenerator[WorkflowReplay, None]:
+    def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
-        for status in (*LIVE, "paused"):
-            page: Ids = []
-            async for instance in self.list(status):
-                page.append(instance.id)
-                if len(page) == 100:
-                    for report in await self._replay(page):
-                        yield report
-                    page = []
-            for report in await self._replay(page):
-                yield report
-
-    async def _replay(self, ids: Ids) -> Sequence[WorkflowReplay]:
-        found = await asyncio.gather(*map(self.replay, ids), return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException) and not isinstance(error, WorkflowError):
-                raise error  # one that was deleted meanwhile is left out
-        return [report for report in found if isinstance(report, WorkflowReplay)]
-
-    async def delete_batch(self, ids: Iterable[str]) -> Deleted:
-        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
-        [{"id", "code", "message"}]}`, with one entry for each id.
-
-        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        legal = self._batch(ids, "ids", self.check_id)
-        answer: Deleted = await self.engine.call(delete_instances, self.name, legal)
-        return answer
-
-    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> Checked:
-        """What `check` makes of each entry of a caller's list, if there aren't too many."""
-        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-            raise TypeError(f"{what} is {type(given).__name__}: expected a list")
-        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
-        limit = self.engine.limits.batch
-        if not 0 < len(entries) <= limit:
-            what = f"{what}: expected 1 to {limit} entries (limit batch)"
-            raise refusal("limit.batch_size", what)
-        return entries
-
-    def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _CREATE | options_of(given, [*_CREATE], where), self.engine.limits
-        id = (
-            str(uuid.uuid4())
-            if options["id"] is None
-            else self.check_id(options["id"], where, new=True)
-        )
-        what, code = f"{where}: params", "params.not_serializable"
-        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
-        names, longest = (
-            ("successRetention", "errorRetention"),
-            (
-                limits.success_retention,
-                limits.error_retention,
-            ),
-        )
-        kept = dict(zip(names, self.retention, strict=True))
-        retention = {} if options["retention"] is None else options["retention"]
-        for name in options_of(retention, names, f"{where}: retention"):
-            kept[name] = ms = duration_of(retention, name, f"{where}: retention")
-            most = longest[names.index(name)]
-            if most is not None and ms > most:
-                what = f"{where}: {name} is longer than {most} ms (limit retention)"
-                raise refusal("limit.retention", what)
-        return id, text, kept["successRetention"], kept["errorRetention"]
-
-    def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
-        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
-        limit = self.engine.limits.id_length
-        if isinstance(id, str) and len(id) <= limit:
-            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
-            if given or (_SCHEDULED.fullmatch(id) and not new):
-                return id
-        what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
-        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+        return report_on_unfinished(self)
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -4244,6 +4370,48 @@ class Workflow:
         """`async with workflow.introspect_instance(id) as one`: the same for one instance, which
         may also be created inside the block. Error: `instance.invalid_id`."""
         return WorkflowInstanceIntrospector(self, self.check_id(id))
+
+    # -- what it is given, checked
+
+    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> Any:
+        """What `check` makes of each entry of a caller's list, if there aren't too many."""
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+            raise TypeError(f"{what} is {type(given).__name__}: expected a list")
+        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
+        limit = self.engine.limits.batch
+        if not 0 < len(entries) <= limit:
+            what = f"{what}: expected 1 to {limit} entries (limit batch)"
+            raise refusal("limit.batch_size", what)
+        return entries
+
+    def _entry(self, given: Any, where: str) -> Entry:
+        options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
+        id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
+        id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
+        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
+        return id, text, *self._retention(options["retention"], where)
+
+    def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
+        """How long an instance is kept whose `create` is given this."""
+        limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+        given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
+        for name in given:
+            kept[name] = ms = duration_of(given, name, f"{where}: retention")
+            most = limits.error_retention if name == _KEPT_FOR[1] else limits.success_retention
+            if most is not None and ms > most:
+                what = f"{where}: {name} is longer than {most} ms (limit retention)"
+                raise refusal("limit.retention", what)
+        return kept["successRetention"], kept["errorRetention"]
+
+    def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
+        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
+        limit = self.engine.limits.id_length
+        if isinstance(id, str) and len(id) <= limit:
+            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
+            if given or (_SCHEDULED.fullmatch(id) and not new):
+                return id
+        what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
+        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
 
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
@@ -4338,52 +4506,6 @@ class QueueLimit:
         self._room -= new
 
 
-def create_instances(
-    tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str
-) -> list[str]:
-    """Stores instances, in order; returns the ids of those that are new."""
-    (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    for _, params, *_ in entries:
-        check_state(tx, 0, size_of(params), refusal)
-    taken = {*tx.find(workflow, [entry[0] for entry in entries])}
-    if trigger != "cron":  # nobody would hear of the refusal
-        tx.scheduler.queue_limit.check(tx, len({entry[0] for entry in entries} - taken))
-    made = []
-    for id, params, success, error in entries:
-        if id not in taken:
-            number = tx.next_number()
-            inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
-            tx.move(inst, Row("queued", data=params), size_of(params))
-            taken.add(id)
-            made.append(id)
-    tx.requests += len(made)
-    return made
-
-
-def list_instances(
-    tx: Transaction, workflow: str, status: str | None, before: int, most: int
-) -> list[tuple[int, str | None]]:
-    """Key and id of a workflow's instances with a key below `before`, newest first; None instead
-    of the id of one that has expired."""
-    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
-    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
-    return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
-
-
-def delete_instances(
-    tx: Transaction, workflow: str, ids: list[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
-    known = tx.find(workflow, ids)
-    for inst in known.values():
-        _delete(tx, inst)
-    error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
-    return {
-        "deleted": [{"id": id} for id in ids if id in known],
-        "errors": [{"id": id, **error} for id in ids if id not in known],
-    }
-
-
 class WorkflowInstance:
     """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible
     to `status()` in every process when it returns. Every method may raise `instance.not_found`.
@@ -4402,24 +4524,22 @@ class WorkflowInstance:
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now, and how a rollback went."""
-        _, status, data, outcome, failure = await self._call(read_status)
-        output = read_back(data, f"the output of {self}") if status == "complete" else None
-        error = None
-        if status == "errored":
-            error = _Attributes(brief(read_back(data, f"the error of {self}")))
-        rollback = None
-        if outcome is not None:
-            failed = decode(failure or "null")
-            rollback = _Attributes(outcome=outcome, error=failed and _Attributes(brief(failed)))
-        return InstanceStatus(status, output, error, rollback)
+        inst, last = await self._call(read_end)
+        output = error = rollback = None
+        if inst.status == "complete":
+            output = read_back(last.data or "", f"the output of {self}")
+        elif inst.status == "errored":
+            error = _Attributes(brief(read_back(last.data or "", f"the error of {self}")))
+        if inst.status in FINISHED and inst.rollback is not None:
+            failure = read_back(last.extra or "null", f"the rollback of {self}")
+            failure = failure and _Attributes(brief(failure))
+            rollback = _Attributes(outcome=inst.rollback, error=failure)
+        return InstanceStatus(inst.status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
         """What has happened so far: the events of `subscribe` up to now."""
-        name, told = self.workflow.name, History(self.id)
-        inst, rows = await self.workflow.engine.call(read_journal, name, self.id, 0, 0)
-        if inst is None:
-            raise not_found(name, self.id)
-        return [event for row in rows for event in told.events(row)]
+        rows, history = await self._call(Transaction.journal), History(self.id)
+        return [event for row in rows for event in history.events(row)]
 
     async def pause(self) -> None:
         """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
@@ -4450,7 +4570,7 @@ class WorkflowInstance:
 
         Error: `instance.cannot_restart` if its history has no such step."""
         start = merge(options, given, ("from",), "restart").get("from")
-        await self._call(_restart, None if start is None else _start(start))
+        await self._call(_restart, () if start is None else _keys_of(start))
 
     async def delete(self) -> None:
         """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
@@ -4469,31 +4589,32 @@ class WorkflowInstance:
         `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
         after `timeout`."""
         patience = None if timeout is None else parse_duration(timeout)
-        key, status, data, *_ = await self._call(read_status)
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
         timer = None
         if patience is not None:
             timer = engine.clock.call_later(patience, functools.partial(resolve, late))
         try:
-            while status not in FINISHED:
-                ended = engine.watchers.watch(key)
-                present, status, data, *_ = await self._call(read_status)
-                if present != key:  # deleted, and its id is used again
+            inst, last = await self._call(read_end)
+            key = inst.key
+            while inst.status not in FINISHED:
+                ended = engine.watchers.watch(key)  # before it is read, so that nothing is missed
+                inst, last = await self._call(read_end)
+                if inst.key != key:  # deleted, and its id is used again
                     raise not_found(self.workflow.name, self.id)
-                if key in engine.lives.damaged and status in ("running", "waitingForPause"):
+                if key in engine.lives.damaged and inst.status in ("running", "waitingForPause"):
                     raise WorkflowInternalError(engine.lives.damaged[key])
-                if status not in FINISHED and late.done():
-                    raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
-                if status not in FINISHED:
+                if inst.status not in FINISHED:
+                    if late.done():
+                        raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                     await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if timer is not None:
                 timer.cancel()
-        if status == "complete":
-            return read_back(data, f"the output of {self}")
-        if status == "errored":
-            raise rebuild_error(read_back(data, f"the error of {self}"))
+        if inst.status == "complete":
+            return read_back(last.data or "", f"the output of {self}")
+        if inst.status == "errored":
+            raise rebuild_error(read_back(last.data or "", f"the error of {self}"))
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     def subscribe(
@@ -4504,7 +4625,7 @@ class WorkflowInstance:
         list of the types to show. Each event comes once, in order.
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
-        if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
+        if cursor is not None and type(cursor) is not int:
             raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
         shown = EVENT_TYPES if filter is None else {*filter}
         if unknown := shown - EVENT_TYPES:
@@ -4531,13 +4652,11 @@ class WorkflowInstance:
     async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
-        engine, key, seq = self.workflow.engine, 0, 0
+        engine, inst = self.workflow.engine, None
         while True:
             changed = engine.watchers.watch(self.id)  # before it is read, so that nothing is missed
-            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, key, seq)
+            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, inst)
             yield inst, rows
-            if inst is not None:
-                key, seq = inst.key, inst.seq
             await asyncio.wait({changed})
 
 
@@ -4567,175 +4686,16 @@ class WorkflowSubscription:
         await self._events.aclose()
 
 
-def not_found(workflow: str, id: str) -> WorkflowError:
-    # Cloudflare's Python SDK passes on nothing but the text.
-    what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
-    return refusal("instance.not_found", what)
-
-
-def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *args: Any) -> Any:
-    """Carries out one of the operations below on the instance with that id."""
-    inst = tx.find(workflow, [id]).get(id)
-    if inst is None:
-        raise not_found(workflow, id)
-    return operation(tx, inst, *args)
-
-
-def read_status(
-    tx: Transaction, inst: Instance
-) -> tuple[int, str, str | None, str | None, str | None]:
-    """Key and status; of a finished one also the data of its last row, and if it was rolled back,
-    how that went ("complete" or "failed") and the error of the handler that has failed."""
-    if inst.status not in FINISHED:
-        return inst.key, inst.status, None, None, None
-    (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return inst.key, inst.status, last.data, inst.rollback, last.extra
-
-
-def read_journal(
-    tx: Transaction, workflow: str, id: str, key: int, seen: int
-) -> tuple[Instance | None, list[Row]]:
-    """The instance with that id, if there is one, and its rows: only those after `seen`, if it
-    still is the one with that key."""
-    inst = tx.find(workflow, [id]).get(id)
-    if inst is None:
-        return None, []
-    rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
-    return inst.as_of_now(), rows
-
-
-def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
-    """On which of these there may be news, when another process wrote."""
-    sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
-             ON i.key = asked.value AND asked.type = 'integer'
-             WHERE i.id IS NULL OR i.ended IS NOT NULL"""
-    return [topic for (topic,) in tx.db.rows(sql, json.dumps(topics))]
-
-
-def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
-        raise refusal("instance.not_running", what)
-    check_state(tx, inst.state, size_of(payload), refusal)
-    tx.buffer(inst, type, payload)
-
-
-def _pause(tx: Transaction, inst: Instance) -> None:
-    if inst.rollback == "begun":
-        return
-    if inst.status == "running":
-        tx.move(inst, Row("waitingForPause"), wake=tx.now)
-    elif inst.status in ("waiting", "queued"):
-        tx.move(inst, Row("paused"), paused=tx.now, wake=tx.now)
-
-
-def _resume(tx: Transaction, inst: Instance) -> None:
-    """A paused one goes back to where it was: to its place in the queue, if it had one."""
-    if inst.status == "waitingForPause":
-        tx.move(inst, Row("running"), wake=tx.now)
-    elif inst.status == "paused":
-        unpause(tx, inst)
-        status = "waiting" if inst.place is None else "queued"
-        tx.move(inst, Row(status), paused=None, wake=tx.now)
-
-
-def unpause(tx: Transaction, inst: Instance) -> None:
-    """What fell due before the pause, and wasn't noticed, stays due: only the rest stood still."""
-    if inst.paused is not None:
-        sql = "UPDATE waits SET due = due + ? WHERE instance = ? AND NOT fixed AND due > ?"
-        tx.db.execute(sql, (tx.now - inst.paused, inst.key, inst.paused))
-
-
-def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> None:
-    """At once; or, with a rollback that has anything to undo, at the end of that."""
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
-        raise refusal("instance.cannot_terminate", what)
-    if rollback and inst.rollback == "begun":  # the one that is under way will do
-        tx.change(inst, termination=inst.termination or source)
-        return
-    if rollback:
-        message = f"instance {inst.id!r} was terminated"
-        error = WorkflowError(message, code="instance.terminated", name="Terminated")
-        if begin_rollback(tx, inst, encode_error(error)):
-            tx.change(inst, termination=source)
-            return
-    if inst.rollback == "begun":
-        inst.rollback = "failed"
-    generation = inst.generation + 1
-    tx.move(inst, Row("terminated"), generation=generation, termination=source, wake=tx.now)
-
-
-def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """What is left of a history when it begins again from the step with the first of these keys
-    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
-    after that begins anew, because the reason for the cancellation may be gone."""
-    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
-    counts_from = {row.step: row.seq for row in reversed(rows)}
-    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
-    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
-
-
-def _restart(tx: Transaction, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
-    """From the top, or from a step: then what started before that step is kept."""
-    rows = tx.journal(inst)
-    kept: list[Row] = []
-    if start is None:
-        tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
-        inst.started = None
-    else:
-        name, count, kind = start
-        kinds = STEP_KINDS if kind is None else [kind]
-        kept = cut(rows, [SEPARATOR.join((kind, name, str(count))) for kind in kinds])
-        if not kept:
-            what = f"{kind or 'step'} {name!r} with count {count}"
-            raise refusal("instance.cannot_restart", f"instance {inst.id!r} has no {what}")
-    for table in ("journal", "waits"):
-        sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
-        tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
-    unpause(tx, inst)
-    steps = fold(kept)[0].values()
-    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
-    texts = [rows[0].data, *(payload for (payload,) in payloads)]
-    texts += [step.data for step in steps if step.state == "done"]
-    size = sum(size_of(text or "") for text in texts) - inst.state
-    for step in steps:
-        if step.open:  # it was in flight: that is as after a clean stop
-            tx.append(inst, Row("stop", step.key))
-    began_again = Row("queued", data=None if kept else rows[0].data)
-    cleared = dict.fromkeys(("ended", "paused", "termination", "rollback"))
-    generation, place = inst.generation + 1, tx.next_number()
-    tx.move(
-        inst,
-        began_again,
-        size,
-        **cleared,
-        generation=generation,
-        place=place,
-        careful=0,
-        wake=tx.now,
-    )
-
-
-_KINDS = {camel(kind): kind for kind in STEP_KINDS}
-
-
-def _start(given: Any) -> tuple[str, int, str | None]:
-    """The step that a restart begins from: name, count, and kind if that is given."""
+def _keys_of(given: Any) -> Ids:
+    """The keys that the step may have from which a restart begins: one for each kind, unless the
+    kind is given."""
     step = options_of(given, ("name", "count", "type"), "from")
     kind = step.pop("type", None)
-    if kind is not None and kind not in [*_KINDS]:
+    if kind not in (None, *_KINDS):
         raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
-    return *step_named(step, "count"), kind and _KINDS[kind]
-
-
-def _delete(tx: Transaction, inst: Instance) -> None:
-    """Frees the id; the owner clears the rest away when it has stopped the run."""
-    tx.touched |= {inst.key, inst.id or ""}
-    tx.db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
-    inst.id = None
-    generation = inst.generation + 1
-    tx.change(inst, status="terminated", generation=generation, wake=tx.now)
+    name, count = step_named(step, "count")
+    kinds = STEP_KINDS if kind is None else [_KINDS[kind]]
+    return [SEPARATOR.join((kind, name, str(count))) for kind in kinds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4772,10 +4732,10 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
         return False
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
+    inst.generation += 1
     ran = inst.status in ("running", "waitingForPause")
-    status, generation = "running" if ran else inst.status, inst.generation + 1
-    begun = {"rollback": "begun", "paused": None, "wake": tx.now}
-    tx.change(inst, status=status, generation=generation, **begun)
+    status = "running" if ran else inst.status
+    tx.change(inst, status=status, rollback="begun", paused=None, wake=tx.now)
     if not ran:
         tx.requeue(inst)
     return True
@@ -4994,6 +4954,25 @@ def warn_about_calls(run: Run) -> None:
                 log.warning(what, run, step_label(step.key))
 
 
+async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
+    loaded = await workflow.engine.call(load_for_replay, workflow.name, id)
+    inst = loaded.instance
+    ended_by_error = inst.rollback is not None and not inst.termination
+    run = ReplayRun(workflow.engine, workflow, loaded)
+    return await run.report(has_failed=inst.status == "errored" or ended_by_error)
+
+
+async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
+    for status in (*LIVE, "paused"):
+        async for page in workflow._pages(status):
+            reports = (report_on(workflow, id) for id in page)
+            for report in await asyncio.gather(*reports, return_exceptions=True):
+                if isinstance(report, WorkflowReplay):
+                    yield report
+                elif not isinstance(report, WorkflowError):  # of one that was deleted meanwhile
+                    raise report
+
+
 def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
     """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
     for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
@@ -5132,17 +5111,17 @@ class StepDecorator(StepCall):
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
         self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
-        self._declared = step, name, args, options
+        self._given = step, name, args, options
 
     @overload
     def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
     @overload
     def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
     def __call__(self, function: Any) -> Any:
-        return StepFunction(function, *self._declared)
+        return StepFunction(function, *self._given)
 
     async def way(self) -> NoReturn:
-        what = f"step {self._declared[1]!r}: the callback is missing"
+        what = f"step {self._given[1]!r}: the callback is missing"
         raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
 
 
@@ -5156,7 +5135,7 @@ class DecoratedCall(StepCall):
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
-        return self.function.perform(self)
+        return self.function.after_dependencies(self)
 
 
 class StepFunction(Generic[Result]):
@@ -5190,25 +5169,25 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         return DecoratedCall(self, self._args, dict(self._options))
 
-    async def perform(self, call: DecoratedCall) -> Any:
+    async def after_dependencies(self, call: DecoratedCall) -> Any:
         """The dependencies, then the step itself."""
         outcomes, outcome = self._outcomes, self.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            call.results = await self._get_results(call)
+            call.results = await self._results_for(call)
             call.options["callback"] = self._with_copies(call.results)
             value = await self.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
-            outcomes[call.outer] = outcome
-            return value
-        except Exception as error:
-            outcome.set_exception(error)
-            raise
-        finally:
-            outcome.cancel()  # if it has not ended
-            failed = outcome.cancelled() or outcome.exception()
-            if failed and outcomes.get(call.outer) is outcome:
+        except BaseException as error:
+            if outcomes.get(call.outer) is outcome:
                 del outcomes[call.outer]  # so the next step that depends on it runs it again
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # asyncio logs an error that nobody has asked for
+            outcome.cancel()  # if it has no end yet
+            raise
+        outcomes[call.outer] = outcome
+        return value
 
     def plan(self, call: DecoratedCall) -> DoPlan:
         """Reads a call that has no result yet: each attempt gets copies of its own."""
@@ -5223,7 +5202,7 @@ class StepFunction(Generic[Result]):
         bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
         return functools.partial(self._function, *bound.args, **bound.kwargs)
 
-    async def _get_results(self, call: DecoratedCall) -> dict[str, Any]:
+    async def _results_for(self, call: DecoratedCall) -> dict[str, Any]:
         """The results of the steps that it depends on, by parameter."""
         found = self._dependencies()
         needed = [*found.values()]
@@ -5231,11 +5210,11 @@ class StepFunction(Generic[Result]):
             needed += [other for other in step._dependencies().values() if other not in needed]
         if self in needed:  # it would wait for ever
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
-        getting = (step._get_result(call) for step in found.values())
-        results = await asyncio.gather(*getting) if self._concurrent else [await r for r in getting]
+        asked = (step._result_for(call) for step in found.values())
+        results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
         return dict(zip(found, results, strict=True))
 
-    async def _get_result(self, dependent: DecoratedCall) -> Any:
+    async def _result_for(self, dependent: DecoratedCall) -> Any:
         """The result of this step for a call that depends on it."""
         while (outcome := self._recall(dependent.outer)) is not None:
             await asyncio.wait({outcome})
@@ -5350,7 +5329,7 @@ def _any_name(name: str) -> Any:
     return _Inert(name, (_Placeholder,), {})
 
 
-class _Workers(importlib.abc.Loader):
+class _WorkersImporter(importlib.abc.Loader):
     """Finds and makes the package `workers`, and any module in it. Each of them has every name."""
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
@@ -5362,7 +5341,7 @@ class _Workers(importlib.abc.Loader):
         vars(module).update(ours, fetch=fetch, __getattr__=_any_name)
 
 
-_workers = _Workers()
+_importer = _WorkersImporter()
 
 
 def install_workers_shim() -> None:
@@ -5374,14 +5353,14 @@ def install_workers_shim() -> None:
     with contextlib.suppress(Exception):  # which is what the installed SDK gives
         importlib.import_module("workers")
     other = sys.modules.get("workers")
-    if getattr(other, "__loader__", None) is _workers:
+    if getattr(other, "__loader__", None) is _importer:
         return
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
     for name in [name for name in sys.modules if name.split(".")[0] == "workers"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _workers)
+    sys.meta_path.insert(0, _importer)
     for name in ("workers.workflows", "workers.fetch"):
         importlib.import_module(name)
     vars(sys.modules["workers"])["fetch"] = fetch  # the import has put the module in its place
@@ -5405,7 +5384,7 @@ class WorkflowInstanceModifier:
 
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
         self.workflow, self.id = workflow, id
-        self.after = 0  # the key of the last instance that is too old
+        self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
         self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
         # By step: how its attempts end, in their order, and so many of them like that.
@@ -5614,8 +5593,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        older = await self.workflow.engine.call(_created, self.workflow.name, 0)
-        self.after = older[-1].key if older else 0
+        self.after = await self.workflow.engine.call(Transaction.next_number)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
