@@ -3556,24 +3556,22 @@ class Threads:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, reply = job
-            began = time.thread_time_ns()
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                error = raised
-            outcome = (value, error, time.thread_time_ns() - began)
-            try:
-                self._loop.call_soon_threadsafe(self._done, reply, outcome)
-            except RuntimeError:  # the loop is gone, and so is whoever asked
-                _discard(value)
-            del job, function, reply, outcome, value, error  # or it keeps them until the next job
+            self._do(*job)
+            del job  # or it is kept until the next one
+
+    def _do(self, function: Callable[[], Any], reply: asyncio.Future[Any]) -> None:
+        began = time.thread_time_ns()
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        outcome = (value, error, time.thread_time_ns() - began)
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+            self._loop.call_soon_threadsafe(self._done, reply, outcome)
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
-        if reply.done():  # abandoned
-            _discard(outcome[0])
         resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
@@ -3587,79 +3585,91 @@ class Threads:
             self._jobs.put(None)
 
 
+Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
+# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
+_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
     cancellation reaches that and nothing else."""
 
-    outer: Attempt | None = None  # in whose callback it was asked for
-
-    def __init__(self, run: Run, patience: int) -> None:
+    def __init__(self, run: Run, patience: int, outer: Attempt | None) -> None:
         self.run, self.patience = run, patience
+        self.outer = outer  # the attempt in whose callback it was asked for
         self.cpu = 0  # ns
         self.slot = False  # it has one of the threads' slots
-        self.task: asyncio.Task[None] | None = None
-        self.outcome: tuple[Any, BaseException | None] = (None, None)
-        self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
-        self._dropped = False  # what the task still does concerns nobody
-        self._timer: Any = None
-        self._verdict: BaseException | None = None  # what it fails with, whatever happens now
-
-    def begins(self) -> None:
-        """Called by its task, right before the function."""
+        self.task: asyncio.Task[Any] | None = None
+        self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
+        self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
 
     def goes_on(self) -> None:
         """Called when the function has not ended at once."""
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Called by its task, right after the function."""
-        self.outcome = value, error
+        """Called with the outcome: by the task, or when there is no use in waiting for that."""
 
-    async def execute(self, function: Callable[[], Any]) -> None:
-        """Calls the function, and `ends`."""
-        run = self.run
-        self._caller: Any = asyncio.current_task(run.loop)
-        self.task = task = start_task(self._perform(function), run.loop)
-        if self.outer is not None and self.outer.task is self._caller:
+    def give_up(self) -> None:
+        """Called when the function goes on although it was cancelled."""
+        log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
+
+    async def execute(self, function: Callable[[], Any], scope: Attempt | None = None) -> Outcome:
+        """Calls the function, then `ends`; returns the outcome. Step calls of the function belong
+        to the attempt `scope`, or else to this one."""
+        run, caller = self.run, asyncio.current_task(self.run.loop)
+        task = asyncio.Task(self._perform(function, scope or self), loop=run.loop, **_EAGERLY)
+        self.task = task
+        if self.outer is not None and self.outer.task is caller:
             self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
-                self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
                 self.goes_on()
-                await self._over
+                await self._supervise(task)
+            if task.done() and not task.cancelled():
+                task.result()  # raises what `ends` has raised
+            return self._outcome.result()
         except asyncio.CancelledError:
-            self._dropped = True
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
             raise
         finally:
             run.engine.cpu_ns += self.cpu
+            self.free_slot()
             self.task = None  # whose context leads back to here
-        if self._dropped:
-            await self.ends(None, self._verdict)
-        elif not task.cancelled():
-            task.result()  # KeyboardInterrupt, at most
+
+    async def _supervise(self, task: asyncio.Task[None]) -> None:
+        """Waits until the task has ended, or is given up: a second after its time was up."""
+        timer = self.run.engine.clock.limit(self.patience, self._time_out)
+        try:
+            await self._outcome
+        finally:
+            timer.cancel()
+        if self._failure is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
+            if not task.done():
+                self.give_up()
+            await self.ends(None, self._failure)
+        elif not task.done():
+            await asyncio.wait({task})
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
-        resolve(self._over)
+        self._outcome.cancel()  # if there is none, because of a KeyboardInterrupt
 
-    async def _perform(self, function: Callable[[], Any]) -> None:
+    async def _perform(self, function: Callable[[], Any], scope: Execution) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        self.begins()
-        value, error = await self._outcome_of(function)
-        # Whoever tears down the loop cancels the caller, too.
-        torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
-        if not (self._dropped or self.run.dead or torn_down):
-            await self.ends(value, error)
+        _scope.set(scope)
+        outcome = await self._drive(function)
+        if not self._outcome.done():  # otherwise it was decided, or nobody waits for it any more
+            self._outcome.set_result(outcome)
+            await self.ends(*outcome)
 
     @types.coroutine
-    def _outcome_of(
-        self, function: Callable[[], Any]
-    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
-        """What the function returns or raises, or what it fails with instead. Its CPU time is
-        measured while its code runs; its patience begins when it first waits."""
+    def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
+        """Does what `await` does, and measures CPU time while the function's own code runs."""
         value, error, given = None, None, None
         try:
             coroutine: Any = self._in_thread(function) if self.slot else function()
@@ -3671,9 +3681,8 @@ class Execution:
                     awaited = resume(given)
                 finally:
                     self.cpu += time.thread_time_ns() - began
-                if self._timer is None:
-                    self._timer = self.run.engine.clock.limit(self.patience, self._time_out)
-                self._decide(self._excess())
+                if (excess := self._excess()) is not None:
+                    self._fail(excess)
                 try:
                     resume, given = coroutine.send, (yield awaited)
                 except BaseException as raised:
@@ -3684,25 +3693,15 @@ class Execution:
             raise
         except BaseException as raised:
             error = raised
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return value, self._verdict or self._excess() or error
+        return value, self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        threads = self.run.engine.threads
-        reply = threads.execute(functools.partial(contextvars.copy_context().run, function))
+        in_context = functools.partial(contextvars.copy_context().run, function)
         try:
-            value, error, cpu = await reply
-        except asyncio.CancelledError:
-            if not reply.cancelled():
-                _discard(reply.result()[0])
-            raise
+            value, error, cpu = await self.run.engine.threads.execute(in_context)
         finally:
             self.free_slot()
         self.cpu += cpu
-        if isinstance(error, StopIteration):  # which a coroutine can't raise
-            error = RuntimeError(message_of(error))
         if error is not None:
             raise error
         return await value if inspect.isawaitable(value) else value
@@ -3718,7 +3717,7 @@ class Execution:
         return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
 
     def _time_out(self) -> None:
-        self._decide(self.timeout_error())
+        self._fail(self.timeout_error())
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
@@ -3726,18 +3725,11 @@ class Execution:
             return None
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
-    def _decide(self, verdict: BaseException | None) -> None:
+    def _fail(self, failure: WorkflowError) -> None:
         """Decides that it has failed, whatever the function does from now on."""
-        if verdict is not None and self._verdict is None and self.task is not None:
-            self._verdict = verdict
-            self.task.cancel()
-            self._timer.cancel()
-            self._timer = self.run.loop.call_later(GRACE, self._drop)
-
-    def _drop(self) -> None:
-        log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
-        self._dropped = True
-        resolve(self._over)
+        if not self._outcome.done():
+            self._failure = failure
+            self._outcome.set_result((None, failure))
 
 
 class Attempt(Execution):
@@ -3745,8 +3737,8 @@ class Attempt(Execution):
     the step calls that the callback makes."""
 
     def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
-        super().__init__(run, config.timeout)
-        self.call, self.config, self.outer = call, config, call.outer
+        super().__init__(run, config.timeout, call.outer)
+        self.call, self.config = call, config
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
         self.again = True  # another attempt follows
@@ -3783,32 +3775,33 @@ class Attempt(Execution):
                     return
                 call.attempt = None
 
-    def _first_row(self, type: str, data: str | None = None) -> Row:
-        """Its start; or its end, if that stands for both."""
+    def _row(self, type: str, data: str | None = None) -> Row:
+        """A row about it. The first one says when it has begun, and the first one of the step has
+        its configuration."""
+        key = self.call.step.key
+        if self.recorded:
+            return Row(type, key, self.number, data)
         config = self.config.text if self.call.step.config is None else None
-        return Row(type, self.call.key, self.number, data, config, self.began)
+        return Row(type, key, self.number, data, config, self.began)
 
     def post_start(self) -> None:
         """Records that it has begun, unless that was done."""
         if not self.recorded:
+            row = self._row("start")
             self.recorded = True
-            row = self._first_row("start")
             apply(self.run.steps, row)
             self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
 
     async def _store_start(self) -> bool:
         """Waits until its start is stored; False if a pause was stored before."""
         run, step = self.run, self.call.step
-        stored, row = run.loop.create_future(), self._first_row("start")
+        stored, row = run.loop.create_future(), self._row("start")
         step.open = True
         run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
         self.recorded = step.open = bool(await stored)
         if self.recorded:
             apply(run.steps, row)
         return self.recorded
-
-    def begins(self) -> None:
-        _scope.set(self)
 
     def goes_on(self) -> None:
         self.post_start()
@@ -3824,53 +3817,44 @@ class Attempt(Execution):
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
         """Posts its end, and decides whether another one follows."""
-        delay, result = None, None
+        text, fresh, delay = None, None, None
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
                 limits = self.run.engine.limits
-                result = checked(value, what, code, limits, "step_bytes", fatal)
+                text, fresh = checked(value, what, code, limits, "step_bytes", fatal)
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(error)
-        self.again = delay is not None
-        self._post_end(result, error, delay)
-
-    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        run, limit = self.run, self.config.limit
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or self.number > limit:
-            return None, error
+        if error is None:
+            self.again = False
+            self._post(self._row("done", text), fresh, size_of(text or ""))
+            return
         try:
-            delay = await self._delay_after(error)
+            delay = await self._retry_delay(error)
         except WorkflowFatalError as failure:
-            return None, failure
-        delay *= self.config.backoff(self.number)
+            error = failure
+        self._post_failure(error, delay)
+
+    async def _retry_delay(self, error: BaseException) -> int | None:
+        """How many ms to wait before the next attempt, or None if there is none."""
+        run, config = self.run, self.config
+        if isinstance(error, (NonRetryableError, WorkflowFatalError)) or self.number > config.limit:
+            return None
+        delay = await self._ask(error) if callable(config.delay) else config.delay
+        delay *= config.backoff(self.number)
         delay = min(delay, 0 if run.is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
         log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
         log.debug("%s", what, exc_info=error)
-        return delay, error
+        return delay
 
-    async def _delay_after(self, error: BaseException) -> int:
-        """The delay after this error. A function may say it, within five seconds; its failure is
-        that of the step."""
-        delay = self.config.delay
-        if not callable(delay):
-            return int(delay)
-        asked = Execution(self.run, ASKING)
-        if not is_async(delay):
+    async def _ask(self, error: BaseException) -> int:
+        """What the delay function says, within five seconds. Its failure is that of the step."""
+        function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
+        asked = Execution(self.run, ASKING, self.outer)
+        if not is_async(function):
             asked.slot = await self.run.engine.threads.slots.acquire()
-        try:
-            await asked.execute(
-                functools.partial(delay, WorkflowDelayContext(self.context(), error))
-            )
-        finally:
-            asked.free_slot()
-        answer, failure = asked.outcome
+        answer, failure = await asked.execute(functools.partial(function, info), self)
         try:
             if failure is None:
                 return parse_duration(answer)
@@ -3879,29 +3863,24 @@ class Attempt(Execution):
         message = f"the delay function of {self} failed: {show_error(failure)}"
         raise WorkflowFatalError(message, name="NonRetryableDelayError")
 
-    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
-        run, step = self.run, self.call.step
-        fresh: Any = error
-        size, wait = 0, None
-        if error is None:
-            type, (text, fresh) = "done", result or (None, None)
-            size = size_of(text or "")
-        elif delay is None:
-            type, text = "error", encode_error(error)
+    def _post_failure(self, error: BaseException, delay: int | None) -> None:
+        step = self.call.step
+        self.again = step.asleep = delay is not None
+        if delay is None:
+            self._post(self._row("error", encode_error(error)), error)
         else:
-            type, text = "failed", encode_error(error, retry_delay_ms=delay)
-            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        row = self._first_row(type, text)
-        if self.recorded:
-            row = Row(type, step.key, self.number, text)
-        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
+            due = self.run.engine.clock.now() + delay
+            self._post(row, error, 0, Wait("retry", step.key, None, due))
+
+    def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
+        self.call.step.open = False
+        self.run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
 
     def _end_stored(self, row: Row, fresh: Any, _: Any, refused: BaseException | None) -> None:
         """Its end is committed; or refused, because the result is beyond a limit."""
         if refused is not None:
-            self._post_end(None, refused, None)
+            self._post_failure(refused, None)
             return
         if self.call.attempt is self:
             self.call.attempt = None
@@ -3909,24 +3888,11 @@ class Attempt(Execution):
         self.run.careful = self.run.careful and row.type == "failed"
         self.run.take(row)
 
-    def _drop(self) -> None:
-        super()._drop()
+    def give_up(self) -> None:
+        super().give_up()
         for key, call in self.run.active.items():
             if call.task is not None and key.startswith(self.call.key + SEPARATOR):
                 call.task.cancel()
-
-
-def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
-    """A task; from Python 3.12 on it has taken its first step, with which most callbacks end."""
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop)
-
-
-def _discard(value: Any) -> None:
-    """Closes what nobody will await."""
-    if inspect.iscoroutine(value):
-        value.close()
 
 
 def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
