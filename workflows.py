@@ -1757,7 +1757,7 @@ class Run(Life):
             self._record_cancelled()
         else:
             call.outer.post_start()  # comes first in the history
-        plan = call.plan(call)
+        plan = plan_of(call)
         if isinstance(plan, DoPlan):
             await self._attempts(call, plan)
         else:
@@ -3217,10 +3217,8 @@ def merge(given: Any, named: dict[str, Any], known: Sequence[str], what: str) ->
 
 def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
     """The milliseconds of a duration in an options object."""
-    try:
+    with naming(f"{what} key {key!r}"):
         return parse_duration(part[key])
-    except ValueError as error:
-        raise ValueError(f"{what} key {key!r}: {error}") from None
 
 
 def read_count(value: Any, most: int | None = None) -> int:
@@ -3286,33 +3284,6 @@ def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -
     return merge(given, call.options, (*names, *more), "the call")
 
 
-def _misused(call: StepCall, error: Exception) -> WorkflowFatalError:
-    code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-    return fatal(code, f"{call.kind} {call.name!r}: {error}")
-
-
-def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
-    """Config, callback, rollback handler and its config, of any form of `step.do`."""
-    names, args = ["config", "callback", "options"], call.args
-    if len(args) == 1 and callable(args[0]) and not call.options:
-        return None, args[0], None, None  # most calls
-    only_one = len(args) == 1 and not isinstance(args[0], (Mapping, type(None)))
-    if only_one or (args and callable(args[0])):
-        names.remove("config")
-    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
-    options = given.get("options")
-    handler, undo_config = given.get("rollback"), given.get("rollback_config")
-    if options is not None:
-        options = options_of(options, ("rollback", "rollbackConfig"), "options")
-        handler = options.get("rollback", handler)
-        undo_config = options.get("rollbackConfig", undo_config)
-    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
-        raise ValueError(f"rollback is {show(handler)}: expected a function")
-    if undo_config is not None:
-        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
-    return given.get("config"), given.get("callback"), handler, undo_config
-
-
 Bind = Callable[["Attempt"], Callable[[], Any]]  # gives the callback of an attempt
 
 
@@ -3322,31 +3293,6 @@ class DoPlan(NamedTuple):
     config: StepConfig
     bind: Bind
     plain: bool
-
-
-def plan_do(call: StepCall) -> DoPlan:
-    """Reads a `step.do` that has no result yet."""
-    try:
-        given, callback, handler, undo_config = do_arguments(call)
-        if call.step.config is not None:
-            config = StepConfig.load(call.step.config, given)
-        elif given is None and handler is None:
-            config = NO_CONFIG
-        else:
-            longest = call.run.engine.limits.max_sleep
-            config = StepConfig(given, longest)
-            if handler is not None:
-                config.undo = StepConfig(undo_config, longest, "rollbackConfig")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
-    if not callable(callback):
-        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
-        message = f"step {call.name!r}: {what}: expected an async or plain function"
-        raise fatal("step.invalid_callback", message)
-    if handler is not None and not _takes(handler, None):
-        message = f"step {call.name!r}: the rollback handler must take one argument"
-        raise fatal("step.invalid_callback", message)
-    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
 
 
 class WaitPlan(NamedTuple):
@@ -3359,37 +3305,77 @@ class WaitPlan(NamedTuple):
     data: str
 
 
+def plan_of(call: StepCall) -> DoPlan | WaitPlan:
+    """Reads a call that has no result yet, by one of the functions below."""
+    try:
+        return call.plan(call)
+    except (TypeError, ValueError, OverflowError) as error:
+        code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
+        raise fatal(code, f"{call.kind} {call.name!r}: {error}") from None
+
+
+def plan_do(call: StepCall) -> DoPlan:
+    """Reads a `step.do`, in any of its forms."""
+    given, callback, handler, undo_config = do_arguments(call)
+    if call.step.config is not None:
+        config = StepConfig.load(call.step.config, given)
+    elif given is None and handler is None:
+        config = NO_CONFIG
+    else:
+        longest = call.run.engine.limits.max_sleep
+        config = StepConfig(given, longest)
+        if handler is not None:
+            config.undo = StepConfig(undo_config, longest, "rollbackConfig")
+    if not callable(callback):
+        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
+        raise _bad_callback(call.name, f"{what}: expected an async or plain function")
+    if handler is not None and not _takes(handler, None):
+        raise _bad_callback(call.name, "the rollback handler must take one argument")
+    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
+
+
+def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
+    """Config, callback, rollback handler and its config, of any form of `step.do`."""
+    names, args = ["config", "callback", "options"], call.args
+    if len(args) == 1 and callable(args[0]) and not call.options:
+        return None, args[0], None, None  # most calls
+    if args and callable(args[0]):
+        names.remove("config")
+    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
+    options = given.get("options")
+    undo = {"rollback": given.get("rollback"), "rollbackConfig": given.get("rollback_config")}
+    if options is not None:
+        undo |= options_of(options, [*undo], "options")
+    handler, undo_config = undo.values()
+    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
+        raise ValueError(f"rollback is {show(handler)}: expected a function")
+    if undo_config is not None:
+        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
+    return given.get("config"), given.get("callback"), handler, undo_config
+
+
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    try:
-        ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
+    ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
     return WaitPlan("sleep", None, _due(call, ms), False, str(ms))
 
 
 def plan_sleep_until(call: StepCall) -> WaitPlan:
     """Reads `sleep_until(name, when)`; Cloudflare's SDK says `timestamp`."""
-    try:
-        given = _arguments(call, ["when"], ["timestamp"])
-        moment = parse_moment(given.get("when", given.get("timestamp")))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
+    given = _arguments(call, ["when"], ["timestamp"])
+    moment = parse_moment(given.get("when", given.get("timestamp")))
     left = max(0, moment - call.run.engine.clock.now())
-    _due(call, left)
+    _due(call, left)  # refuses one that is too long
     return WaitPlan("sleep", None, moment, True, str(left))
 
 
 def plan_wait_for_event(call: StepCall) -> WaitPlan:
-    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both."""
-    try:
-        given = _arguments(call, ["type", "timeout"], ["event_type"])
-        if isinstance(given.get("type"), Mapping):
-            given |= options_of(given.pop("type"), ("type", "timeout"), "options")
-        ms = parse_duration(given.get("timeout", "24 hours"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
-    # `event_type` is what Cloudflare's SDK says.
+    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both; Cloudflare's SDK says
+    `event_type`."""
+    given = _arguments(call, ["type", "timeout"], ["event_type"])
+    if isinstance(given.get("type"), Mapping):
+        given |= options_of(given.pop("type"), ("type", "timeout"), "options")
+    ms = parse_duration(given.get("timeout", "24 hours"))
     type = check_event_type(given.get("event_type", given.get("type")), fatal)
     data = json.dumps({"type": type, "timeout": ms})
     return WaitPlan("wait", type, _due(call, ms), False, data)
@@ -3406,10 +3392,12 @@ def _due(call: StepCall, ms: int) -> int:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine."""
-    if type(function) is types.FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
-        return True  # most are, and this costs least
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _bad_callback(name: str, what: str) -> WorkflowFatalError:
+    return fatal("step.invalid_callback", f"step {name!r}: {what}")
 
 
 def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
@@ -3443,7 +3431,7 @@ def bind_context(name: str, callback: Any) -> Bind:
     if _takes(callback, None):
         return lambda attempt: functools.partial(callback, attempt.context())
     what = f"the callback takes {inspect.signature(callback)}: it gets the step context at most"
-    raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+    raise _bad_callback(name, what)
 
 
 # --------------------------------------------------------------------------------------------------
