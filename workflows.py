@@ -2654,7 +2654,7 @@ class _Record(Mapping[str, Any]):
         return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return sum(1 for _ in self)
 
 
 class WorkflowSchedule(_Record):
@@ -2677,9 +2677,6 @@ class WorkflowEvent(_Record, Generic[Params]):
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self._keys if key != "schedule" or self.schedule is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class WorkflowStepEvent(_Record):
@@ -2803,8 +2800,8 @@ def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 # A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
 # written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
 # times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
-# itself has a tag as a key). Only errors may hold a "$tuple", and a "$str" (base64, of text with
-# lone surrogates, which UTF-8 can't hold).
+# itself has a tag as a key). Only errors may hold a "$tuple", and text with lone surrogates, which
+# UTF-8 can't hold: theirs is ASCII.
 
 DEEPEST = 300  # levels of nesting
 ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
@@ -2814,7 +2811,6 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$bytes": base64.b64decode,
     "$dict": dict,
     "$tuple": tuple,
-    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
 }
 
 
@@ -2832,9 +2828,9 @@ def _untag(pairs: dict[str, Any]) -> Any:
     return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
 
 
-_to_json = json.JSONEncoder(
-    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_tag
-).encode
+_FORMAT: dict[str, Any] = {"allow_nan": False, "separators": (",", ":"), "default": _tag}
+_to_json = json.JSONEncoder(ensure_ascii=False, **_FORMAT).encode
+_to_ascii = json.JSONEncoder(**_FORMAT).encode
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
 # (`_parse` is json.loads without its search for blanks, which we don't write.)
 
@@ -2847,8 +2843,9 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     """The JSON text of a value, and what decoding that text gives: an equal value, except that a
     tuple comes back as a list (not `of_error`), a record as a dict, and a subclass of an allowed
     type as that type. What can't be stored is an `_Unserializable`."""
+    to_json = _to_ascii if of_error else _to_json
     try:
-        text = _to_json(value)
+        text = to_json(value)
         if text.isascii() or _utf8(text) == text:
             decoded = decode(text)
             many = text.count("[") + text.count("{") > DEEPEST
@@ -2857,7 +2854,7 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     except Exception:
         pass  # the slow way finds out what can't be stored, and where
     try:
-        text = _to_json(_plain(value, "$", frozenset(), of_error))
+        text = to_json(_plain(value, "$", frozenset(), of_error))
         return text, decode(text)
     except (_Unserializable, MemoryError):
         raise
@@ -2901,9 +2898,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
     """The same value with nothing in it that `_to_json` would change or refuse, or
     `_Unserializable` with the path of what can't be stored. `above` is what the value lies in: the
     ids of dicts and lists."""
-    if isinstance(value, str) and _utf8(value) != value:
-        if of_error:
-            return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
+    if isinstance(value, str) and not of_error and _utf8(value) != value:
         raise _Unserializable(f"{path}: text with a lone surrogate, which UTF-8 can't hold")
     if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
         try:
@@ -2928,8 +2923,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
         (_plain(key, path, above, of_error), _plain(item, f"{path}.{key}", above, of_error))
         for key, item in value.items()
     ]
-    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
-    return dict(pairs) if plain else {"$dict": pairs}
+    return {"$dict": pairs} if any(key in _TAGS for key, _ in pairs) else dict(pairs)
 
 
 def _read_only(*_: Any, **__: Any) -> NoReturn:
@@ -3080,19 +3074,19 @@ def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception
         known = dict.fromkeys(record["lost"]) | known
     if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
         known = known | {"_recorded_name": record["name"]}
-    error: Exception | None = _safely(None, _make, cls, record["args"], known, text)
+    make = functools.partial(_safely, None, _make, cls, text)
+    error: Exception | None = make(record["args"], known)
     if error is not None:
         return error
     # Perhaps with its text as the only argument, and those attributes that don't change the text.
     fitting: dict[str, Any] = {}
     for name, value in known.items():
-        more = fitting | {name: value}
-        if _safely(None, _make, cls, [_Text(text)], more, text) is not None:
-            fitting = more
-    return _make(cls, [_Text(text)], fitting, text)
+        if make([_Text(text)], fitting | {name: value}) is not None:
+            fitting[name] = value
+    return _make(cls, text, [_Text(text)], fitting)
 
 
-def _make(cls: Any, args: list[Any], attributes: dict[str, Any], text: str) -> Exception | None:
+def _make(cls: Any, text: str, args: list[Any], attributes: dict[str, Any]) -> Exception | None:
     """An error as the built-in base of its class makes it, or None if it doesn't show that text.
     (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
     native = _native(cls)
@@ -3591,7 +3585,7 @@ class Execution:
         self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
         self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
 
-    def goes_on(self) -> None:
+    def post_start(self) -> None:
         """Called when the function has not ended at once."""
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
@@ -3613,7 +3607,7 @@ class Execution:
             if not task.done():
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                self.goes_on()
+                self.post_start()
                 await self._supervise(task)
             if task.done() and not task.cancelled():
                 task.result()  # raises what `ends` has raised
@@ -3790,9 +3784,6 @@ class Attempt(Execution):
         if self.recorded:
             apply(run.steps, row)
         return self.recorded
-
-    def goes_on(self) -> None:
-        self.post_start()
 
     # -- its end
 
