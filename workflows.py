@@ -1747,7 +1747,7 @@ class Run(Replay):
             self._record_cancelled()
         else:
             call.outer.post_start()  # comes first in the history
-        plan = call.plan(call)
+        plan = plan_of(call)
         if isinstance(plan, DoPlan):
             await self._attempts(call, plan)
         else:
@@ -1921,13 +1921,23 @@ class Attempt:
         return step_context(self.call, self.number, self.config)
 
     async def make(self, plan: DoPlan) -> bool:
-        """Calls the callback when it may. Returns whether another attempt follows."""
+        """Calls the callback when it may; returns whether another attempt follows. `execute` calls
+        `post_start` when the callback first waits for something, and `ends` when it has ended."""
         try:
             await self._pass_gate(plan.plain)
             await self.execution.execute(mocked(self) or plan.bind(self))
         finally:
-            self.execution.free_slot()
+            self.execution.free_thread()
         return self.again
+
+    def _row(self, type: str, data: str | None = None) -> Row:
+        """A row about it. Its first one says when it has begun, and the first one of the step has
+        the configuration."""
+        key = self.call.step.key
+        if self.recorded:
+            return Row(type, key, self.number, data)
+        config = self.config.text if self.call.step.config is None else None
+        return Row(type, key, self.number, data, config, self.began)
 
     # -- its beginning
 
@@ -1937,10 +1947,10 @@ class Attempt:
         run, call, step = self.run, self.call, self.call.step
         while True:
             if step.asleep or not run.lets_begin(nested=self.outer is not None):
-                self.execution.free_slot()
+                self.execution.free_thread()
                 await run.wait(call)
-            elif plain and not self.execution.slot:
-                await self.execution.take_slot()
+            elif plain and not self.execution.thread:
+                await self.execution.take_thread()
             else:
                 call.attempt, self.number = self, step.attempts + 1
                 self.began = run.engine.clock.now()
@@ -1948,24 +1958,20 @@ class Attempt:
                     return
                 call.attempt = None
 
-    def _first_row(self, type: str, data: str | None = None) -> Row:
-        """Its start; or its end, if that stands for both."""
-        config = self.config.text if self.call.step.config is None else None
-        return Row(type, self.call.key, self.number, data, config, self.began)
-
     def post_start(self) -> None:
         """Records that it has begun, unless that was done."""
         if not self.recorded:
+            row = self._row("start")
             self.recorded = True
-            row = self._first_row("start")
             apply(self.run.steps, row)
-            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
+            # Nobody need wait for the answer: the end, which comes behind it, has one.
+            self.run.engine.writer.post(record, self.run.lease, row)
 
     async def _store_start(self) -> bool:
         """Waits until its start is stored; False if a pause was stored before."""
         run, step = self.run, self.call.step
-        stored, row = run.loop.create_future(), self._first_row("start")
-        step.open = True
+        stored, row = run.loop.create_future(), self._row("start")
+        step.open = True  # a stop counts from here on
         run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
         seq = await stored
         self.recorded = step.open = seq is not None
@@ -1985,52 +1991,44 @@ class Attempt:
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
         """Posts its end, and decides whether another one follows."""
-        delay, result = None, None
+        text, fresh, delay = None, None, None
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
                 limits = self.run.engine.limits
-                result = checked(value, what, code, limits, "step_bytes", fatal)
+                text, fresh = checked(value, what, code, limits, "step_bytes", fatal)
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(error)
-        self.again = delay is not None
-        self._post_end(result, error, delay)
-
-    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        run, limit = self.run, self.config.limit
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or self.number > limit:
-            return None, error
+        if error is None:
+            self.again = False
+            self._post(self._row("done", text), fresh, size_of(text or ""))
+            return
         try:
-            delay = await self._delay_after(error)
+            delay = await self._retry_delay(error)
         except WorkflowFatalError as failure:
-            return None, failure
-        delay *= self.config.backoff(self.number)
+            error = failure
+        self._post_failure(error, delay)
+
+    async def _retry_delay(self, error: BaseException) -> int | None:
+        """How long to wait before the next attempt, or None if there is none."""
+        run, config = self.run, self.config
+        if isinstance(error, (NonRetryableError, WorkflowFatalError)) or self.number > config.limit:
+            return None
+        delay = await self._ask(error) if callable(config.delay) else config.delay
+        delay *= config.backoff(self.number)
         delay = min(delay, 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
         log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
         log.debug("%s", what, exc_info=error)
-        return delay, error
+        return delay
 
-    async def _delay_after(self, error: BaseException) -> int:
-        """The delay after this error. A function may say it, within five seconds; its failure is
-        that of the step."""
-        delay = self.config.delay
-        if not callable(delay):
-            return int(delay)
+    async def _ask(self, error: BaseException) -> int:
+        """What the delay function says, within five seconds. Its failure is that of the step."""
+        function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
         asked = Execution(self.run, ASKING)
-        context = WorkflowDelayContext(self.context(), error)
-        if not is_async(delay):
-            await asked.take_slot()
-        try:
-            await asked.execute(functools.partial(delay, context))
-        finally:
-            asked.free_slot()
-        answer, failure = asked.outcome
+        if not is_async(function):
+            await asked.take_thread()
+        answer, failure = await asked.execute(functools.partial(function, info))
         try:
             if failure is None:
                 return parse_duration(answer)
@@ -2039,30 +2037,24 @@ class Attempt:
         message = f"the delay function of {self} failed: {show_error(failure)}"
         raise WorkflowFatalError(message, name="NonRetryableDelayError")
 
-    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
-        run, step = self.run, self.call.step
-        fresh: Any = error
-        size, wait = 0, None
-        if error is None:
-            type, (text, fresh) = "done", result or (None, None)
-            size = size_of(text or "")
-        elif delay is None:
-            type, text = "error", encode_error(error)
+    def _post_failure(self, error: BaseException, delay: int | None) -> None:
+        self.again = self.call.step.asleep = delay is not None
+        if delay is None:
+            self._post(self._row("error", encode_error(error)), error)
         else:
-            type, text = "failed", encode_error(error, retry_delay_ms=delay)
-            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        row = self._first_row(type, text)
-        if self.recorded:
-            row = Row(type, step.key, self.number, text)
-        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
+            due = self.run.engine.clock.now() + delay
+            self._post(row, error, 0, Wait("retry", self.call.step.key, None, due))
+
+    def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
+        self.call.step.open = False
+        self.run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
 
     def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
         """Its end is committed; or refused, because the result is beyond a limit."""
         run, call = self.run, self.call
         if refused is not None:
-            self._post_end(None, refused, None)
+            self._post_failure(refused, None)
             return
         run.saw(seq)
         if call.attempt is self:
@@ -2071,8 +2063,8 @@ class Attempt:
         run.careful = run.careful and row.type == "failed"
         run.take(row)
 
-    def dropped(self) -> None:
-        """Its callback has ignored its cancellation: the calls in it end without that."""
+    def abandoned(self) -> None:
+        """Its callback ignores its cancellation: the calls in it end without that."""
         for key, call in self.run.active.items():
             if call.task is not None and key.startswith(self.call.key + SEPARATOR):
                 call.task.cancel()
@@ -2624,7 +2616,7 @@ class _Record(Mapping[str, Any]):
         return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return sum(1 for _ in self)
 
 
 class WorkflowSchedule(_Record):
@@ -2647,9 +2639,6 @@ class WorkflowEvent(_Record, Generic[Params]):
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self._keys if key != "schedule" or self.schedule is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class WorkflowStepEvent(_Record):
@@ -2773,8 +2762,8 @@ def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 # A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
 # written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
 # times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
-# itself has a tag as a key). Only errors may hold a "$tuple", and a "$str" (base64, of text with
-# lone surrogates, which UTF-8 can't hold).
+# itself has a tag as a key). Only errors may hold a "$tuple", and text with lone surrogates, which
+# UTF-8 can't hold: theirs is ASCII.
 
 DEEPEST = 300  # levels of nesting
 ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
@@ -2784,7 +2773,6 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$bytes": base64.b64decode,
     "$dict": dict,
     "$tuple": tuple,
-    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
 }
 
 
@@ -2802,9 +2790,9 @@ def _untag(pairs: dict[str, Any]) -> Any:
     return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
 
 
-_to_json = json.JSONEncoder(
-    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_tag
-).encode
+_FORMAT: dict[str, Any] = {"allow_nan": False, "separators": (",", ":"), "default": _tag}
+_to_json = json.JSONEncoder(ensure_ascii=False, **_FORMAT).encode
+_to_ascii = json.JSONEncoder(**_FORMAT).encode
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
 # (`_parse` is json.loads without its search for blanks, which we don't write.)
 
@@ -2817,8 +2805,9 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     """The JSON text of a value, and what decoding that text gives: an equal value, except that a
     tuple comes back as a list (not `of_error`), a record as a dict, and a subclass of an allowed
     type as that type. What can't be stored is an `_Unserializable`."""
+    to_json = _to_ascii if of_error else _to_json
     try:
-        text = _to_json(value)
+        text = to_json(value)
         if text.isascii() or _utf8(text) == text:
             decoded = decode(text)
             many = text.count("[") + text.count("{") > DEEPEST
@@ -2827,7 +2816,7 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     except Exception:
         pass  # the slow way finds out what can't be stored, and where
     try:
-        text = _to_json(_plain(value, "$", frozenset(), of_error))
+        text = to_json(_plain(value, "$", frozenset(), of_error))
         return text, decode(text)
     except (_Unserializable, MemoryError):
         raise
@@ -2871,9 +2860,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
     """The same value with nothing in it that `_to_json` would change or refuse, or
     `_Unserializable` with the path of what can't be stored. `above` is what the value lies in: the
     ids of dicts and lists."""
-    if isinstance(value, str) and _utf8(value) != value:
-        if of_error:
-            return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
+    if isinstance(value, str) and not of_error and _utf8(value) != value:
         raise _Unserializable(f"{path}: text with a lone surrogate, which UTF-8 can't hold")
     if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
         try:
@@ -2898,8 +2885,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
         (_plain(key, path, above, of_error), _plain(item, f"{path}.{key}", above, of_error))
         for key, item in value.items()
     ]
-    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
-    return dict(pairs) if plain else {"$dict": pairs}
+    return {"$dict": pairs} if any(key in _TAGS for key, _ in pairs) else dict(pairs)
 
 
 def _read_only(*_: Any, **__: Any) -> NoReturn:
@@ -3050,19 +3036,19 @@ def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception
         known = dict.fromkeys(record["lost"]) | known
     if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
         known = known | {"_recorded_name": record["name"]}
-    error: Exception | None = _safely(None, _make, cls, record["args"], known, text)
+    make = functools.partial(_safely, None, _make, cls, text)
+    error: Exception | None = make(record["args"], known)
     if error is not None:
         return error
     # Perhaps with its text as the only argument, and those attributes that don't change the text.
     fitting: dict[str, Any] = {}
     for name, value in known.items():
-        more = fitting | {name: value}
-        if _safely(None, _make, cls, [_Text(text)], more, text) is not None:
-            fitting = more
-    return _make(cls, [_Text(text)], fitting, text)
+        if make([_Text(text)], fitting | {name: value}) is not None:
+            fitting[name] = value
+    return _make(cls, text, [_Text(text)], fitting)
 
 
-def _make(cls: Any, args: list[Any], attributes: dict[str, Any], text: str) -> Exception | None:
+def _make(cls: Any, text: str, args: list[Any], attributes: dict[str, Any]) -> Exception | None:
     """An error as the built-in base of its class makes it, or None if it doesn't show that text.
     (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
     native = _native(cls)
@@ -3187,10 +3173,8 @@ def merge(given: Any, named: dict[str, Any], known: Sequence[str], what: str) ->
 
 def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
     """The milliseconds of a duration in an options object."""
-    try:
+    with naming(f"{what} key {key!r}"):
         return parse_duration(part[key])
-    except ValueError as error:
-        raise ValueError(f"{what} key {key!r}: {error}") from None
 
 
 def read_count(value: Any, most: int | None = None) -> int:
@@ -3256,33 +3240,6 @@ def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -
     return merge(given, call.options, (*names, *more), "the call")
 
 
-def _misused(call: StepCall, error: Exception) -> WorkflowFatalError:
-    code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-    return fatal(code, f"{call.kind} {call.name!r}: {error}")
-
-
-def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
-    """Config, callback, rollback handler and its config, of any form of `step.do`."""
-    names, args = ["config", "callback", "options"], call.args
-    if len(args) == 1 and callable(args[0]) and not call.options:
-        return None, args[0], None, None  # most calls
-    only_one = len(args) == 1 and not isinstance(args[0], (Mapping, type(None)))
-    if only_one or (args and callable(args[0])):
-        names.remove("config")
-    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
-    options = given.get("options")
-    handler, undo_config = given.get("rollback"), given.get("rollback_config")
-    if options is not None:
-        options = options_of(options, ("rollback", "rollbackConfig"), "options")
-        handler = options.get("rollback", handler)
-        undo_config = options.get("rollbackConfig", undo_config)
-    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
-        raise ValueError(f"rollback is {show(handler)}: expected a function")
-    if undo_config is not None:
-        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
-    return given.get("config"), given.get("callback"), handler, undo_config
-
-
 Bind = Callable[["Attempt"], Callable[[], Any]]  # gives the callback of an attempt
 
 
@@ -3292,37 +3249,6 @@ class DoPlan(NamedTuple):
     config: StepConfig
     bind: Bind
     plain: bool
-
-
-def step_context(call: StepCall, attempt: int, config: StepConfig) -> WorkflowStepContext:
-    """What the callback of an attempt gets."""
-    info = WorkflowStepInfo(call.name, call.count)
-    return WorkflowStepContext(info, attempt, copy.deepcopy(config.raw))
-
-
-def plan_do(call: StepCall) -> DoPlan:
-    """Reads a `step.do` that has no result yet."""
-    try:
-        given, callback, handler, undo_config = do_arguments(call)
-        if call.step.config is not None:
-            config = StepConfig.load(call.step.config, given)
-        elif given is None and handler is None:
-            config = NO_CONFIG
-        else:
-            longest = call.run.engine.limits.max_sleep
-            config = StepConfig(given, longest)
-            if handler is not None:
-                config.undo = StepConfig(undo_config, longest, "rollbackConfig")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
-    if not callable(callback):
-        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
-        message = f"step {call.name!r}: {what}: expected an async or plain function"
-        raise fatal("step.invalid_callback", message)
-    if handler is not None and not _takes(handler, None):
-        message = f"step {call.name!r}: the rollback handler must take one argument"
-        raise fatal("step.invalid_callback", message)
-    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
 
 
 class WaitPlan(NamedTuple):
@@ -3335,37 +3261,83 @@ class WaitPlan(NamedTuple):
     data: str
 
 
+def plan_of(call: StepCall) -> DoPlan | WaitPlan:
+    """Reads a call that has no result yet, by one of the functions below."""
+    try:
+        return call.plan(call)
+    except (TypeError, ValueError, OverflowError) as error:
+        code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
+        raise fatal(code, f"{call.kind} {call.name!r}: {error}") from None
+
+
+def step_context(call: StepCall, attempt: int, config: StepConfig) -> WorkflowStepContext:
+    """What the callback of an attempt gets."""
+    info = WorkflowStepInfo(call.name, call.count)
+    return WorkflowStepContext(info, attempt, copy.deepcopy(config.raw))
+
+
+def plan_do(call: StepCall) -> DoPlan:
+    """Reads a `step.do`, in any of its forms."""
+    given, callback, handler, undo_config = do_arguments(call)
+    if call.step.config is not None:
+        config = StepConfig.load(call.step.config, given)
+    elif given is None and handler is None:
+        config = NO_CONFIG
+    else:
+        longest = call.run.engine.limits.max_sleep
+        config = StepConfig(given, longest)
+        if handler is not None:
+            config.undo = StepConfig(undo_config, longest, "rollbackConfig")
+    if not callable(callback):
+        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
+        raise _bad_callback(call.name, f"{what}: expected an async or plain function")
+    if handler is not None and not _takes(handler, None):
+        raise _bad_callback(call.name, "the rollback handler must take one argument")
+    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
+
+
+def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
+    """Config, callback, rollback handler and its config, of any form of `step.do`."""
+    names, args = ["config", "callback", "options"], call.args
+    if len(args) == 1 and callable(args[0]) and not call.options:
+        return None, args[0], None, None  # most calls
+    if args and callable(args[0]):
+        names.remove("config")
+    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
+    options = given.get("options")
+    undo = {"rollback": given.get("rollback"), "rollbackConfig": given.get("rollback_config")}
+    if options is not None:
+        undo |= options_of(options, [*undo], "options")
+    handler, undo_config = undo.values()
+    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
+        raise ValueError(f"rollback is {show(handler)}: expected a function")
+    if undo_config is not None:
+        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
+    return given.get("config"), given.get("callback"), handler, undo_config
+
+
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    try:
-        ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
+    ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
     return WaitPlan("sleep", None, _due(call, ms), False, str(ms))
 
 
 def plan_sleep_until(call: StepCall) -> WaitPlan:
     """Reads `sleep_until(name, when)`; Cloudflare's SDK says `timestamp`."""
-    try:
-        given = _arguments(call, ["when"], ["timestamp"])
-        moment = parse_moment(given.get("when", given.get("timestamp")))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
+    given = _arguments(call, ["when"], ["timestamp"])
+    moment = parse_moment(given.get("when", given.get("timestamp")))
     left = max(0, moment - call.run.engine.clock.now())
-    _due(call, left)
+    _due(call, left)  # refuses one that is too long
     return WaitPlan("sleep", None, moment, True, str(left))
 
 
 def plan_wait_for_event(call: StepCall) -> WaitPlan:
-    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both."""
-    try:
-        given = _arguments(call, ["type", "timeout"], ["event_type"])
-        if isinstance(given.get("type"), Mapping):
-            given |= options_of(given.pop("type"), ("type", "timeout"), "options")
-        ms = parse_duration(given.get("timeout", "24 hours"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
-    # `event_type` is what Cloudflare's SDK says.
+    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both; Cloudflare's SDK says
+    `event_type`."""
+    given = _arguments(call, ["type", "timeout"], ["event_type"])
+    if isinstance(given.get("type"), Mapping):
+        given |= options_of(given.pop("type"), ("type", "timeout"), "options")
+    ms = parse_duration(given.get("timeout", "24 hours"))
     type = check_event_type(given.get("event_type", given.get("type")), fatal)
     data = json.dumps({"type": type, "timeout": ms})
     return WaitPlan("wait", type, _due(call, ms), False, data)
@@ -3382,10 +3354,12 @@ def _due(call: StepCall, ms: int) -> int:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine."""
-    if type(function) is types.FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
-        return True  # most are, and this costs least
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _bad_callback(name: str, what: str) -> WorkflowFatalError:
+    return fatal("step.invalid_callback", f"step {name!r}: {what}")
 
 
 def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
@@ -3419,7 +3393,7 @@ def bind_context(name: str, callback: Any) -> Bind:
     if _takes(callback, None):
         return lambda attempt: functools.partial(callback, attempt.context())
     what = f"the callback takes {inspect.signature(callback)}: it gets the step context at most"
-    raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+    raise _bad_callback(name, what)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3532,24 +3506,22 @@ class Threads:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, reply = job
-            began = time.thread_time_ns()
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                error = raised
-            outcome = (value, error, time.thread_time_ns() - began)
-            try:
-                self._loop.call_soon_threadsafe(self._done, reply, outcome)
-            except RuntimeError:  # the loop is gone, and so is whoever asked
-                _discard(value)
-            del job, function, reply, outcome, value, error  # or it keeps them until the next job
+            self._do(*job)
+            del job  # or it is kept until the next one
+
+    def _do(self, function: Callable[[], Any], reply: asyncio.Future[Any]) -> None:
+        began = time.thread_time_ns()
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        outcome = (value, error, time.thread_time_ns() - began)
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+            self._loop.call_soon_threadsafe(self._done, reply, outcome)
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
-        if reply.done():  # abandoned
-            _discard(outcome[0])
         resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
@@ -3563,80 +3535,92 @@ class Threads:
             self._jobs.put(None)
 
 
+Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
+# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
+_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else. An attempt is told what happens to it; without one
-    it has an `outcome`."""
+    cancellation reaches that and nothing else. If the function is the callback of an attempt, the
+    attempt is told how it goes: `post_start`, `ends` and `abandoned`."""
 
     def __init__(self, run: Run, patience: int, attempt: Attempt | None = None) -> None:
         self.run, self.patience, self._attempt = run, patience, attempt
         self.cpu = 0  # ns
-        self.slot = False  # it has one of the threads' slots
-        self.task: asyncio.Task[None] | None = None
-        self.outcome: tuple[Any, BaseException | None] = (None, None)
-        self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
-        self._dropped = False  # what the task still does concerns nobody
-        self._timer: Any = None
-        self._verdict: BaseException | None = None  # what it fails with, whatever happens now
+        self.thread = False  # it has one of the threads
+        self.task: asyncio.Task[Any] | None = None
+        self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
+        self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
 
-    async def execute(self, function: Callable[[], Any]) -> None:
-        """Calls the function, and tells what came of it."""
-        run, attempt = self.run, self._attempt
-        outer = attempt.outer.execution if attempt and attempt.outer else None
-        self._caller: Any = asyncio.current_task(run.loop)
-        self.task = task = start_task(self._perform(function), run.loop)
-        if outer is not None and outer.task is self._caller:
-            outer.cpu -= self.cpu  # the first step of the task was taken inside that
+    async def execute(self, function: Callable[[], Any]) -> Outcome:
+        """Calls the function; returns the outcome."""
+        run, attempt, caller = self.run, self._attempt, asyncio.current_task(self.run.loop)
+        task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
+        self.task = task
+        if attempt and attempt.outer and attempt.outer.execution.task is caller:
+            attempt.outer.execution.cpu -= self.cpu  # the task's first step was taken inside that
         try:
             if not task.done():
-                self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
                 if attempt is not None:
                     attempt.post_start()
-                await self._over
+                await self._supervise(task)
+            if task.done() and not task.cancelled():
+                task.result()  # raises what `ends` has raised
+            return self._outcome.result()
         except asyncio.CancelledError:
-            self._dropped = True
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
             raise
         finally:
             run.engine.cpu_ns += self.cpu
+            self.free_thread()
             self.task = self._attempt = None  # both lead back to here
-        if self._dropped:
-            await self._tell(attempt, None, self._verdict)
-        elif not task.cancelled():
-            task.result()  # KeyboardInterrupt, at most
 
-    def _has_ended(self, task: asyncio.Task[Any]) -> None:
+    async def _supervise(self, task: asyncio.Task[None]) -> None:
+        """Waits until the task has ended, or is abandoned: a second after its time was up."""
+        timer = self.run.engine.clock.limit(self.patience, self._time_out)
+        try:
+            await self._outcome
+        finally:
+            timer.cancel()
+        if self._failure is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
+            if not task.done():
+                what = self._attempt or "a delay function"
+                log.warning("%s: %s ignores its cancellation; abandoned", self.run, what)
+                if self._attempt is not None:
+                    self._attempt.abandoned()
+            await self._tell(None, self._failure)
+        elif not task.done():
+            await asyncio.wait({task})
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
-        resolve(self._over)
+        self._outcome.cancel()  # if there is none, because of a KeyboardInterrupt
 
     async def _perform(self, function: Callable[[], Any]) -> None:
-        self.task, attempt = asyncio.current_task(self.run.loop), self._attempt
-        if attempt is not None:
-            _scope.set(attempt)
-        value, error = await self._outcome_of(function)
-        # Whoever tears down the loop cancels the caller, too.
-        torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
-        if not (self._dropped or self.run.dead or torn_down):
-            await self._tell(attempt, value, error)
+        self.task = asyncio.current_task(self.run.loop)
+        if self._attempt is not None:
+            _scope.set(self._attempt)  # the step calls that the function makes belong to it
+        outcome = await self._drive(function)
+        if not self._outcome.done():  # otherwise it was decided, or nobody waits for it any more
+            self._outcome.set_result(outcome)
+            await self._tell(*outcome)
 
-    async def _tell(self, attempt: Attempt | None, value: Any, error: BaseException | None) -> None:
-        if attempt is None:
-            self.outcome = value, error
-        else:
-            await attempt.ends(value, error)
+    async def _tell(self, value: Any, error: BaseException | None) -> None:
+        if self._attempt is not None:
+            await self._attempt.ends(value, error)
 
     @types.coroutine
-    def _outcome_of(
-        self, function: Callable[[], Any]
-    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
-        """What the function returns or raises, or what it fails with instead. Its CPU time is
-        measured while its code runs; its patience begins when it first waits."""
+    def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
+        """Does what `await` does, and measures CPU time while the function's own code runs."""
         value, error, given = None, None, None
         try:
-            coroutine: Any = self._in_thread(function) if self.slot else function()
+            coroutine: Any = self._in_thread(function) if self.thread else function()
             resume = coroutine.send
             while True:
                 self.run.engine.activity += 1
@@ -3645,9 +3629,8 @@ class Execution:
                     awaited = resume(given)
                 finally:
                     self.cpu += time.thread_time_ns() - began
-                if self._timer is None:
-                    self._timer = self.run.engine.clock.limit(self.patience, self._time_out)
-                self._decide(self._excess())
+                if (excess := self._excess()) is not None:
+                    self._fail(excess)
                 try:
                     resume, given = coroutine.send, (yield awaited)
                 except BaseException as raised:
@@ -3658,25 +3641,15 @@ class Execution:
             raise
         except BaseException as raised:
             error = raised
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return value, self._verdict or self._excess() or error
+        return value, self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        threads = self.run.engine.threads
-        reply = threads.execute(functools.partial(contextvars.copy_context().run, function))
+        in_context = functools.partial(contextvars.copy_context().run, function)
         try:
-            value, error, cpu = await reply
-        except asyncio.CancelledError:
-            if not reply.cancelled():
-                _discard(reply.result()[0])
-            raise
+            value, error, cpu = await self.run.engine.threads.execute(in_context)
         finally:
-            self.free_slot()
+            self.free_thread()
         self.cpu += cpu
-        if isinstance(error, StopIteration):  # which a coroutine can't raise
-            error = RuntimeError(message_of(error))
         if error is not None:
             raise error
         return await value if inspect.isawaitable(value) else value
@@ -3685,14 +3658,18 @@ class Execution:
         """Waits for one of the threads' slots."""
         self.slot = await self.run.engine.threads.slots.acquire()
 
-    def free_slot(self) -> None:
-        """Gives its thread's place to the next, if it has one."""
-        if self.slot:
-            self.slot = False
+    async def take_thread(self) -> None:
+        """Waits until one of the threads is free."""
+        self.thread = await self.run.engine.threads.slots.acquire()
+
+    def free_thread(self) -> None:
+        """Leaves its thread to the next, if it has one."""
+        if self.thread:
+            self.thread = False
             self.run.engine.threads.slots.release()
 
     def _time_out(self) -> None:
-        self._decide(timed_out(self.patience))
+        self._fail(timed_out(self.patience))
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
@@ -3700,39 +3677,16 @@ class Execution:
             return None
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
-    def _decide(self, verdict: BaseException | None) -> None:
+    def _fail(self, failure: WorkflowError) -> None:
         """Decides that it has failed, whatever the function does from now on."""
-        if verdict is not None and self._verdict is None and self.task is not None:
-            self._verdict = verdict
-            self.task.cancel()
-            self._timer.cancel()
-            self._timer = self.run.loop.call_later(GRACE, self._drop)
-
-    def _drop(self) -> None:
-        what = self._attempt or "a delay function"
-        log.warning("%s: %s ignores its cancellation; abandoned", self.run, what)
-        self._dropped = True
-        resolve(self._over)
-        if self._attempt is not None:
-            self._attempt.dropped()
+        if not self._outcome.done():
+            self._failure = failure
+            self._outcome.set_result((None, failure))
 
 
 def timed_out(ms: int) -> WorkflowTimeoutError:
     """What fails because its time is up."""
     return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
-
-
-def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
-    """A task; from Python 3.12 on it has taken its first step, with which most callbacks end."""
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop)
-
-
-def _discard(value: Any) -> None:
-    """Closes what nobody will await."""
-    if inspect.iscoroutine(value):
-        value.close()
 
 
 def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
