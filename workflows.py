@@ -33,8 +33,9 @@ life; what a step did is done once:
 
         def do(step, callback):
             if step not in recorded:          # it has not finished yet: so it runs, and what it
-                recorded[step] = callback()   # returns is appended before anybody sees it
-                journal.append((step, recorded[step]))
+                result = callback()           # returns is appended before anybody sees it
+                journal.append((step, result))
+                recorded[step] = result
             return recorded[step]
 
         return run(do)                        # always from the top, however often the process died
@@ -42,7 +43,8 @@ life; what a step did is done once:
 Below is the same, but stored, concurrent, and asleep most of the time.
 
     Part I, the heart      the words; the journal; the database; transactions; writing;
-                           scheduling; lives; replay; a run; attempts; the engine
+                           scheduling; lives; replay; a run; attempts; what a run
+                           records; the engine
     Part II, the rules     durations and the clock; records; codec; limits; arguments; retries;
                            executions
     Part III, the sides    the API; files; binding; rollback; replay reports; history; usage; the
@@ -138,7 +140,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
-changes = log.getChild("changes")  # of instances: a line for each, at DEBUG (see "HTTP")
+changes = log.getChild("changes")  # a line for each change of an instance, at DEBUG (see "HTTP")
 
 if TYPE_CHECKING:  # so that `WorkflowEntrypoint` alone is one of any params, for type checkers
     from typing_extensions import TypeVar
@@ -168,8 +170,9 @@ Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up
 #
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
 # (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued,
-# from anywhere). All other moves are the engine's. What ran when its process ended is queued again.
-# A status says nothing about memory: an instance that waits or is queued may still be loaded.
+# from anywhere). All other moves are the engine's. What ran when its process ended is queued again;
+# what was about to pause is paused. A status says nothing about memory: an instance that waits or
+# is queued may still be loaded, and its `run` may go on by itself, and finish.
 #
 # Every duration, here and in the whole file, is a number of milliseconds, and every moment one
 # since 1970, unless something else is said.
@@ -224,7 +227,7 @@ class WorkflowInternalError(WorkflowError):
 
 class Unreadable(WorkflowInternalError):
     """A stored record was damaged on the disk, where SQLite could not see it. Its instance stops
-    where it is, and nothing becomes an error by it."""
+    where it is, and no error is recorded for it."""
 
 
 class LeaseLost(WorkflowError):
@@ -249,7 +252,9 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #
 # The journal of an instance is the only thing that a replay knows. Rows are appended to it, and
 # never changed; only a restart takes some away. An instance is in memory from time to time. Each of
-# these stays is a life (see "A run"), and what happens in a life is recorded as it happens:
+# these stays is a life (see "Lives"), and what happens in a life is recorded as it happens. (A step
+# is a call of `step.do`, `step.sleep` or `step.wait_for_event` in `run`; a `do` has a callback,
+# which is attempted, and attempted again if it fails.)
 #
 #     type                               step    what has happened
 #     queued running waiting             –       The instance has this status now. The first row of
@@ -258,17 +263,18 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #     started                            –       It is `running` for the first time.
 #     start                              do      An attempt began.
 #     done | failed | error              do      The attempt ended: with a result, with a failure
-#                                                that is retried, with a failure for good. If it
-#                                                has no row `start`, the column `began` says when
-#                                                it did. The first of all these rows holds the
-#                                                configuration of the step in `extra`.
+#                                                that is retried, with a failure for good. If the
+#                                                attempt has no row `start`, the column `began`
+#                                                says when it began. The first of all these rows of
+#                                                a step holds its configuration in `extra`.
 #     due                                do      The delay before the next attempt is over.
 #     sleep → slept                      sleep   `sleep_until` is a sleep, too.
 #     wait → event | timeout             wait    The event is consumed in this very row; `extra`
 #                                                says where it came from.
 #     cancel                             any     `run` itself has cancelled the call.
 #     stop                               any     A clean stop, a restart, or the callback around the
-#                                                call has interrupted it: it counts as not begun.
+#                                                call has interrupted the step: its last attempt,
+#                                                its sleep or its wait counts as not begun.
 #     sent                               –       An event was put into the instance's buffer.
 #     rollback                           –       From here on only rollback handlers run; `data` is
 #                                                the error that they undo.
@@ -330,7 +336,8 @@ class Step:
         return self.state in ("done", "error")
 
 
-# What a row says about its step from then on: open, asleep, and its state. (`stop` takes back.)
+# What a row says about its step from then on: open, asleep, and its state. (`stop` takes back what
+# the row before it says.)
 _MEANING = {
     "start": (True, False, "pending"),
     "done": (False, False, "done"),
@@ -355,7 +362,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         step = steps[row.step] = Step(row.step)
     if row.type == "stop":
         step.attempts -= 1 if step.open else 0
-        step.open = False
+        step.open = step.asleep = False
         if step.config is None:  # a sleep, a wait, or a step without any attempt
             del steps[row.step]
         return None
@@ -435,8 +442,8 @@ def end_waits(
 # whichever process, writes nothing more.
 #
 # Any number of processes may use the file. One of them, the owner, runs the instances: the one that
-# holds an exclusive transaction on a second, empty database. SQLite brings the locking of every
-# platform, and a process that dies lets go of it.
+# holds an exclusive transaction on a second, empty database. SQLite knows how to lock on every
+# platform; a process that is slow keeps the lock, and one that dies lets go of it.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -454,7 +461,7 @@ CREATE TABLE instances (
     success_retention INTEGER, error_retention INTEGER,
     status TEXT NOT NULL,
     generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete: see `Lease`
-    careful INTEGER NOT NULL,      -- it was running when its process died: see "A run"
+    careful INTEGER NOT NULL,      -- it was running when its process died: see "Attempts"
     place INTEGER,                 -- in the queue; of a paused one, where it goes back to
     wake INTEGER,                  -- when the owner must attend to it: see "Scheduling"
     started INTEGER, ended INTEGER, paused INTEGER,
@@ -496,7 +503,7 @@ class Database:
         self.path = path
         self.owner = False  # whether this process runs the instances
         self.files: Files | None = None
-        self._data_version = 0  # when we last asked
+        self._data_version = 0  # what SQLite said when we last asked whether others wrote
 
     def open(self) -> None:
         """Opens or makes the file, in one transaction, so that it always says whose it is."""
@@ -526,7 +533,7 @@ class Database:
             if self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
                 raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
             self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
-            self.others_wrote()  # the first question makes the log
+            self.others_wrote()  # the first read makes the log
             self.files = Files(self.path)
 
     def close(self) -> None:
@@ -539,10 +546,17 @@ class Database:
             self._db.close()
 
     def rows(self, sql: str, *args: Any) -> list[Any]:
-        return self.execute(sql, args).fetchall()
+        """The rows of a query."""
+        try:
+            return self.execute(sql, args).fetchall()
+        except sqlite3.OperationalError as error:
+            if hasattr(error, "sqlite_errorcode"):
+                raise
+            raise Unreadable(str(error)) from None  # by Python, not by SQLite: it is no UTF-8
 
     def one(self, sql: str, *args: Any) -> Any:
-        (row,) = self.execute(sql, args).fetchall()
+        """The row of a query that has one."""
+        (row,) = self.rows(sql, *args)
         return row
 
     def begin(self, patient: bool) -> bool:
@@ -649,11 +663,12 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # posted within one turn of the loop shares a transaction and its one commit (group commit), and
 # nobody is told of a result before that commit: what a caller has seen is on disk. An operation
 # checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
-# trace; any other error undoes the whole transaction and stops the engine.
+# trace. Any other error, and a plain `WorkflowInternalError`, undoes the whole transaction and
+# stops the engine.
 #
-# Behind the operations the scheduler does what is due by then, in the same transaction. So what an
-# operation reads was there before, and the news of the scheduler come after that: a run that is
-# just being loaded hears of every row exactly once.
+# After the operations the scheduler does what is due by then, in the same transaction. So a run
+# that is just being loaded hears of every row exactly once: what was there before is in the journal
+# that `load` reads, and what comes later is in the news, which follow the answer of `load`.
 
 _TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
 
@@ -668,14 +683,17 @@ class Lease(NamedTuple):
 
 class News(NamedTuple):
     """What a transaction tells the engine about an instance. `rows` are those that its run, if it
-    is in memory, has not seen; `admitted` says that a new life begins."""
+    is in memory, has not seen; `admitted` says that it has a slot: a life begins, if none is in
+    memory, or follows."""
 
     instance: Instance
     rows: list[Row]
     admitted: bool = False
+    damage: Unreadable | None = None
 
 
-# What is watched: a key for the end of that instance, an id for all rows of the instances with it.
+# What is watched: the key of an instance, for its end; or an id, for every row of the instances
+# that have it, in whichever workflow.
 Topic = int | str
 WOKEN = -(2**53)  # added to a moment: a place in the queue ahead of those that count up from 1
 
@@ -688,7 +706,7 @@ class Transaction:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
         self.news: list[News] = []
         self.touched: set[Topic] = set()
-        self.requeued: list[Instance] = []  # a row says so of those that get no slot at once
+        self.requeued: list[Instance] = []  # those that get no slot at once need a row `queued`
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
         self._instances: dict[int, Instance] = {}
@@ -713,7 +731,7 @@ class Transaction:
             self._read(f"key {_AMONG}", str([*keys]))
 
     def mine(self, lease: Lease) -> Instance:
-        """The instance of a run that may still write; else this is a `LeaseLost`."""
+        """The instance of a run that may still write. It raises `LeaseLost` otherwise."""
         if lease.key not in self._instances:
             self._read("key = ?", lease.key)
         inst = self._instances.get(lease.key)
@@ -738,10 +756,8 @@ class Transaction:
         sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
         try:
             return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
-        except sqlite3.OperationalError as error:
-            if hasattr(error, "sqlite_errorcode"):
-                raise
-            raise Unreadable(f"a row of instance {inst.id!r}: {error}") from None  # it's no UTF-8
+        except Unreadable as damage:
+            raise Unreadable(f"a row of instance {inst.id!r}: {damage}") from None
 
     def next_number(self) -> int:
         """Keys and places in the queue are numbers of one sequence, and never given twice."""
@@ -797,13 +813,19 @@ class Transaction:
             self.requeue(inst)
 
     def _place_of(self, inst: Instance) -> int:
-        return WOKEN + min(inst.wake or self.now, self.now) if inst.place is None else inst.place
+        if inst.place is not None:
+            return inst.place
+        return WOKEN + (self.now if inst.wake is None else min(inst.wake, self.now))
+
+    def call_on(self, inst: Instance) -> None:
+        """The owner must attend to it at once, if not since earlier."""
+        self.change(inst, wake=self.now if inst.wake is None else min(inst.wake, self.now))
 
     def buffer(self, inst: Instance, type: str, payload: str) -> None:
         """Adds an event to those that the instance has not consumed; the owner delivers it, usually
         in this very transaction."""
         self.append(inst, Row("sent"), size_of(payload))
-        self.change(inst, wake=self.now)
+        self.call_on(inst)
         event = (inst.key, type, inst.seq, self.now, payload)
         self.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
 
@@ -833,20 +855,21 @@ class Transaction:
 # --------------------------------------------------------------------------------------------------
 # Writing: who runs a transaction, and when.
 #
-# On the loop itself, at the end of the turn in which something was posted, as long as that takes
-# well under a millisecond: so a step needs no hand-over between threads. On a slow disk, or while
-# another process holds the write lock, in the writer thread: so the loop never waits for either.
+# On the loop itself, at the end of the turn in which something was posted, as long as a commit
+# takes about a millisecond at most: so a step needs no hand-over between threads. On a slow disk,
+# or while another process holds the write lock, in the writer thread: so the loop never waits for
+# either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
 # Both take the same `_transact`, one at a time. What was posted first is committed first, so that
 # everything goes through the thread as long as the thread has anything.
 #
-# Beside that, the thread looks every 50 ms (a tick) whether another process has written, whether
-# something has fallen due by the wall clock, which may jump, whether the owner is gone, and every
-# second whether the file is still there. What it finds it tells the loop, which posts.
+# Beside that, the thread looks every 50 to 100 ms (a tick) whether another process has written,
+# whether something has fallen due by the wall clock, which may jump, whether the owner is gone, and
+# every second whether the file is still there. What it finds it tells the loop, which posts.
 
 TICK = 0.05  # seconds
-QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit on the loop may take
-TRUST = 3  # quick commits in the thread until the next one is made on the loop
-BATCH = 256  # operations posted in one turn, and due or queued instances, that are taken at once
+QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
+TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
+BATCH = 256  # at most so many operations, and so many due instances, are taken at once
 
 Operation = Callable[..., Any]
 Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
@@ -883,20 +906,20 @@ class Writer:
 
     def __init__(self, engine: Core, database: Database) -> None:
         self.engine, self.database, self.scheduler = engine, database, engine.scheduler
-        self.exact = engine.clock.exact
+        self.exact = engine.clock.exact  # everything on the loop
         self.failure: WorkflowInternalError | None = None
         self.flushing = False  # the loop is about to run what was posted
         self._posted: list[Posted] = []
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
         self._lock = threading.RLock()  # whoever uses the database holds it
-        self._doubts = TRUST  # so many more quick commits, until the next one is made on the loop
+        self._distrust = TRUST  # so many more of these
         self._timer: Any = None
         self._armed: float = math.inf  # when the timer goes off
         self._ticked = self._checked = time.monotonic()
         self._process = os.getpid()
         self._closed = False
-        self._cpu_counted = 0  # ns, of the engine's
+        self._cpu_counted = 0  # of the engine's `cpu_ns`
 
     def start(self) -> asyncio.Future[None]:
         """Opens the database in the thread; the future fails if that is refused."""
@@ -939,7 +962,7 @@ class Writer:
         if self._closed or self._process != os.getpid():
             return  # (a forked child must not write over our connection)
         answer = None
-        if self.exact or (self._doubts == 0 and self._handed == 0):
+        if self.exact or (self._distrust == 0 and self._handed == 0):
             try:
                 if self._lock.acquire(blocking=self.exact):
                     answer = self._answer(batch, patient=self.exact)
@@ -949,13 +972,13 @@ class Writer:
         if answer is None:
             self._give_to_thread(batch)
         else:
-            self._take(answer)
+            self._receive(answer)
 
     def _give_to_thread(self, batch: list[Posted]) -> None:
         self._handed += 1
         self._batches.put(batch)
 
-    def _take(self, answer: Answer, batches: int = 0) -> None:
+    def _receive(self, answer: Answer, batches: int = 0) -> None:
         self._handed -= batches
         if self.failure is not None:
             self.engine.storage_failed()
@@ -1001,7 +1024,7 @@ class Writer:
         """The transaction: each operation, then what is due by then, then the commit."""
         if not self.database.begin(patient):
             return None
-        outside = self.exact and self.database.others_wrote()  # the tick would see it some time
+        outside = self.exact and self.database.others_wrote()  # else the tick notices that
         self.scheduler.stirred |= outside
         tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
         tx.cpu_ns = cpu_ns - self._cpu_counted
@@ -1014,7 +1037,7 @@ class Writer:
                 if type(refused) is WorkflowInternalError:
                     raise
                 results.append((then, None, refused))
-        self.scheduler.run(tx)
+        self.scheduler.schedule(tx)
         count_usage(tx)
         tx.write()
         began = time.perf_counter()
@@ -1022,7 +1045,7 @@ class Writer:
         self._cpu_counted = cpu_ns
         if tx.written:
             quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
-            self._doubts = max(0, self._doubts - 1) if quick else TRUST
+            self._distrust = max(0, self._distrust - 1) if quick else TRUST
         return Answer(results, tx.news, None if outside else tx.touched)
 
     def fail(self, error: BaseException) -> None:
@@ -1048,7 +1071,9 @@ class Writer:
 
     def _work(self) -> None:
         batches: list[list[Posted] | None] = []
-        while None not in batches and not self.engine.loop.is_closed():  # without our being left
+        while (
+            None not in batches and not self.engine.loop.is_closed()
+        ):  # by one who forgot to leave
             batches.clear()
             with contextlib.suppress(queue.Empty):
                 batches.append(self._batches.get(timeout=TICK))
@@ -1058,7 +1083,9 @@ class Writer:
                 batch = [posted for part in batches for posted in part or ()]
                 with self._lock:
                     answer = self._answer(batch, patient=True)
-                self.engine.call_from_thread(self._take, answer, len(batches) - batches.count(None))
+                self.engine.call_from_thread(
+                    self._receive, answer, len(batches) - batches.count(None)
+                )
             if time.monotonic() > self._ticked + TICK:
                 self._tick()
 
@@ -1071,7 +1098,7 @@ class Writer:
             try:
                 others_wrote = self.database.others_wrote()
                 if self.scheduler.bound and not self.database.owner:
-                    self.scheduler.stirred = self.database.contend()
+                    self.scheduler.stirred |= self.database.contend()
                 if self._ticked > self._checked + 1:
                     self._checked = self._ticked
                     if self.database.files is not None:
@@ -1081,7 +1108,7 @@ class Writer:
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
                 self.fail(error)
-                self.engine.call_from_thread(self._take, Answer([], [], set()))
+                self.engine.call_from_thread(self._receive, Answer([], [], set()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1089,12 +1116,15 @@ class Writer:
 #
 # The column `wake` says when the owner must attend to an instance: because something falls due,
 # because a caller has changed it (then `wake` is that moment), or because it expires. So waiting,
-# recovery, retention and news from other processes are one index scan. It is part of every
+# recovery, retention and news from other processes are one index scan. That scan is part of every
 # transaction that may have made something due, and its cost depends on what is due, not on what is
 # there. Only `queued` instances are found otherwise: by their place in the queue.
 #
 # An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
 # wakes up it goes through the queue again, ahead of those that have never started.
+
+
+DAMAGED = 3_600_000  # until an instance is attended to again whose waits can't be read back
 
 
 class Scheduler:
@@ -1125,12 +1155,12 @@ class Scheduler:
         if not self.database.contend() and path in Database.owned and len(self.bound) == 1:
             log.warning("%s: another engine of this process runs it; this one is a client", path)
 
-    def run(self, tx: Transaction) -> None:
+    def schedule(self, tx: Transaction) -> None:
         """What is due, then the queue."""
         if self.is_due():
             self._inherit(tx)
             due = self._of_bound(tx, "wake <= ? ORDER BY wake LIMIT ?", tx.now, BATCH)
-            if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
+            if len(due) >= BATCH:  # then a fresh one need not wait behind a million expired ones
                 due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
@@ -1143,7 +1173,7 @@ class Scheduler:
                 tx.append(inst, Row("queued"))
 
     def _inherit(self, tx: Transaction) -> None:
-        """What ran when its process died is queued again."""
+        """What took a slot when its process died is queued again, or paused."""
         inherited, self._inherited = self._inherited, []
         for key in inherited:
             keep_schedules(tx, key, self.bound[key])
@@ -1154,19 +1184,22 @@ class Scheduler:
     def _attend(self, tx: Transaction, inst: Instance) -> None:
         """Ends what an instance has waited for, or clears it away; and tells the engine."""
         rows: list[Row] = []
+        damage = None
         if inst.is_over(tx.now):
             tx.purge(inst)
         else:
+            due = inst.expiry()
             if inst.status in LIVE:
-                rows, due = self._end_waits(tx, inst)
-                if rows and inst.status == "waiting":
-                    tx.requeue(inst)
-            else:
-                due = inst.expiry()
+                try:
+                    rows, due = self._end_waits(tx, inst)
+                except Unreadable as error:
+                    damage, due = error, tx.now + DAMAGED
+            if rows and inst.status == "waiting":
+                tx.requeue(inst)
             tx.change(inst, wake=due)
-        # A rollback begins a new life without leaving its slot.
+        # A rollback that begins is a new life in the same slot.
         begun = inst.status == "running" and inst.rollback == "begun"
-        tx.news.append(News(inst, rows, admitted=begun))
+        tx.news.append(News(inst, rows, begun, damage))
 
     def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
         """Ends the waits of an instance that are over; returns the rows that say so, and when the
@@ -1194,13 +1227,14 @@ class Scheduler:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         row = Row("due" if wait.kind == "retry" else "slept", wait.step)
         if event is not None:
-            sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
-            (payload,) = tx.db.one(sql, inst.key, wait.event, event[0])
+            where = "FROM events WHERE instance = ? AND type = ? AND seq = ?"
+            (payload,) = tx.db.one(f"SELECT payload {where}", inst.key, wait.event, event[0])
+            tx.db.execute(f"DELETE {where}", (inst.key, wait.event, event[0]))
             extra = json.dumps({"type": wait.event, "seq": event[0], "at": event[1]})
             row = Row("event", wait.step, None, payload, extra)
         elif wait.event is not None:
             (began,) = tx.journal(inst, "seq = ?", wait.seq)
-            ms = json.loads(began.data or "")["timeout"]
+            ms = read_back(began.data or "null", f"row {began.seq}")["timeout"]
             row = Row("timeout", wait.step, None, encode_error(timed_out(ms)))
         tx.append(inst, row)
         return Row(*row[:6], inst.seq, tx.now)
@@ -1316,7 +1350,7 @@ class Life:
         self.orphan = False  # its task was cancelled by somebody else
         self.successor: Instance | None = None  # what the next life begins with, if one follows
         self.interrupted: list[str] = []  # the steps whose attempts its end has cut off
-        self._ending: set[asyncio.Task[Any]] = set()  # tasks that must end before that
+        self._ending: set[asyncio.Task[Any]] = set()  # the tasks that `ended` waits for
         self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
 
     def __str__(self) -> str:
@@ -1391,12 +1425,12 @@ class Life:
     def stop_in_place(self, damage: str) -> None:
         """Ends it because a record can't be read back; no other life follows."""
         self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
-        self.unload()
         self.successor = None
+        self.unload()
 
     async def refuse(self) -> NoReturn:
-        """Ends code that calls a step after the end. Code that catches that and goes on is told
-        more plainly, and slowed down if it never stops: a loop that catches everything does no
+        """Ends code that calls a step when this life is over. Code that catches that and goes on is
+        told more plainly, and slowed down if it never stops: a loop that catches everything does no
         harm."""
         attempt, task = current_attempt(), asyncio.current_task()
         if attempt is not None and attempt.run is not self:
@@ -1502,10 +1536,10 @@ class Replay(Life):
         payload = freeze(read_back(rows[0].data or "null", "its params"))
         about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
         self.event = WorkflowEvent(payload, *about)
-        self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
-        self.unawaited: set[StepCall] = set()  # of these
-        self.called: set[str] = set()  # the keys of those that were awaited
-        self.active: dict[str, StepCall] = {}  # the calls that are under way
+        self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes, by name
+        self.unawaited: set[StepCall] = set()  # those calls that were not awaited yet
+        self.called: set[str] = set()  # the keys of those that were
+        self.active: dict[str, StepCall] = {}  # the calls that are under way, nested ones, too
         self.handlers: dict[str, Any] = {}  # see "Rollback"
         self.last_move = 0  # the turn of the loop in which it last did something
         self._dos_left = workflow.steps
@@ -1536,12 +1570,12 @@ class Replay(Life):
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
-        if self.dead:
-            await self.refuse()
         self.last_move = self.engine.turns.now
         check_name(call.name)
         while (other := self.active.get(call.key)) is not None:
-            await other.join()  # of the attempt before, which has failed without waiting for it
+            await other.join()  # a task that the attempt before has left behind is still at it
+        if self.dead:
+            await self.refuse()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
         self.active[call.key], self.steps[call.key] = call, step
@@ -1566,7 +1600,7 @@ class Replay(Life):
         finally:
             del self.active[call.key]
             call.end()
-            if self.active and not self.loop.is_closed():
+            if not self.loop.is_closed():
                 self.move_on()
 
     def note(self, call: StepCall) -> None:
@@ -1574,9 +1608,9 @@ class Replay(Life):
         if call.kind == "do":
             if call.key not in self.called:
                 self._dos_left -= 1
-            if self._dos_left < 0:
-                limit = self.workflow.steps
-                raise fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
+                if self._dos_left < 0:
+                    what = f"the run calls more than {self.workflow.steps} steps (limit steps)"
+                    raise fatal("limit.steps", what)
             note_handler(self, call)
         self.called.add(call.key)
 
@@ -1622,7 +1656,8 @@ class Replay(Life):
         return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
 
     def move_on(self) -> None:
-        """Does what comes next by itself. Called after whatever has happened."""
+        """Hands over the next result: at once, if that can disturb nothing, else when the run has
+        settled. Called after whatever has happened."""
         if self.dead or self._settling or not self.has_next():
             return
         call = self.active.get(next(iter(self.inbox), ""))
@@ -1646,15 +1681,13 @@ class Replay(Life):
     def hand_over(self) -> bool:
         """Hands over the first result that a call waits for. Those before it are skipped, because
         their calls never came. Returns whether there was one."""
-        skipped: list[str] = []
-        for key in self.inbox:
-            call = self.active.get(key)
+        calls = [self.active.get(key) for key in self.inbox]
+        for skipped, call in enumerate(calls):
             if call is not None and call.waiter is not None:
-                for key in skipped:
-                    del self.inbox[key]
+                for _ in range(skipped):
+                    self.inbox.popitem(last=False)
                 self._deliver(call)
                 return True
-            skipped.append(key)
         return False
 
     def _deliver(self, call: StepCall) -> None:
@@ -1675,6 +1708,16 @@ class Replay(Life):
 
 # --------------------------------------------------------------------------------------------------
 # A run: what happens for the first time, and what it waits for.
+#
+# What a run may do depends on the status of its instance, and on what it has asked for and has no
+# answer to:
+#
+#     status            asked   what may begin                    what it asks for next
+#     running           –       everything                        "idle", when all of it waits
+#     waitingForPause   –       nested attempts; sleeps, waits    "pause", when no attempt is left
+#     waiting, queued   –       sleeps and waits, no attempt      "wake", when it has gone on itself
+#     any of these      any     sleeps and waits, no attempt      nothing
+#     any of these      "end"   nothing: `run` has ended
 
 
 class Run(Replay):
@@ -1685,8 +1728,6 @@ class Run(Replay):
         super().__init__(engine, workflow, loaded)
         self.careful = bool(loaded.instance.careful)  # see `Attempt`
         self.status = loaded.instance.status  # as recorded, as far as it knows
-        # What it has asked for, and has no answer to: "idle", "pause", "wake" or "end". Meanwhile
-        # nothing begins.
         self.asked: str | None = None
         self.seq = loaded.instance.seq  # of the newest row that it knows of
         self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
@@ -1702,6 +1743,8 @@ class Run(Replay):
         self._writing -= 1
         if isinstance(error, LeaseLost):
             self.unload()  # somebody has changed the instance, and there will be news of that
+        elif isinstance(error, Unreadable):
+            self.stop_in_place(str(error))
         elif not self.dead:
             then(result, error)
             self.move_on()
@@ -1733,9 +1776,7 @@ class Run(Replay):
         self.asked = "end"
         self.post(operation, *args, then=self._go_on_as)
 
-    def _go_on_as(self, successor: Instance | None, damage: BaseException | None) -> None:
-        if damage is not None:
-            self.stop_in_place(str(damage))
+    def _go_on_as(self, successor: Instance | None, _: BaseException | None) -> None:
         self.successor = successor
         self.unload()
 
@@ -1788,8 +1829,7 @@ class Run(Replay):
             return
         self.seq = max(self.seq, news.instance.seq)
         for row in news.rows:
-            if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
-                self.take(row)
+            self.take(row)
         status = news.instance.status
         # What was committed before it asked to be idle says nothing; the answer to that will.
         if self.asked != "end" and (self.asked, status) != ("idle", "running"):
@@ -1832,11 +1872,11 @@ class Run(Replay):
             return False
         if self.active:
             self._record_cancelled()
-        if handed_over := super().hand_over():
+        if super().hand_over():
             return True
         if self._is_idle():
             self._ask("idle", go_idle, self.seq, then=self._idled)
-        return handed_over
+        return False
 
     def _ask(self, what: str, operation: Operation, *args: Any, then: Then = ignore) -> None:
         self.asked = what
@@ -1856,9 +1896,10 @@ class Run(Replay):
             self._become("running")
 
     def still_waits(self) -> bool:
-        """Whether it may be unloaded: not if `run` has made a call meanwhile."""
-        waits = self.status == "waiting" and self.asked is None
-        return waits and all(call.step.asleep for call in self.active.values())
+        """Whether it may be unloaded: not if `run` has gone on meanwhile."""
+        if self.status != "waiting" or self.asked or self.cancelled or not self.active:
+            return False
+        return all(call.step.asleep for call in self.active.values())
 
     # -- cancelled calls
     #
@@ -1871,15 +1912,18 @@ class Run(Replay):
         step = call.step
         self.last_move = self.engine.turns.now
         self.inbox.pop(call.key, None)
-        step.asleep = False
         if step.nested:
             # A callback is repeated as a whole: what it broke off is as if it had not been called.
             if step.state == "pending":
-                apply(self.steps, Row("stop", call.key))
-                self.post(break_off, "stop", [call.key])
+                stopped = functools.partial(self._stopped, call.key)
+                self.post(break_off, "stop", [call.key], then=stopped)
         elif step.state != "cancelled":
             step.state = "cancelled"
             self.cancelled.append(call.key)
+
+    def _stopped(self, key: str, seq: int, _: BaseException | None) -> None:
+        self.saw(seq)
+        apply(self.steps, Row("stop", key))
 
     def _record_cancelled(self) -> None:
         if self.cancelled:
@@ -1888,7 +1932,7 @@ class Run(Replay):
 
 
 # --------------------------------------------------------------------------------------------------
-# Attempts of steps.
+# Attempts, of steps with a callback.
 #
 # The start of an attempt is a row of its own as soon as the callback waits for anything, or does
 # anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
@@ -2111,6 +2155,7 @@ def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int |
     """Appends the start of an attempt that has not called its callback yet: not if the instance is
     about to pause, because then it must not."""
     if tx.mine(lease).status == "waitingForPause" and not nested:
+        tx.scheduler.stirred = True  # who has paused it may be another process
         return None
     return record(tx, lease, row)
 
@@ -2119,14 +2164,15 @@ def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) ->
     """Records that calls were cancelled, or stopped. An event that one of them was given, but that
     `run` never saw, goes back to its place in the buffer."""
     inst = tx.mine(lease)
+    newest = [row for step in steps for row in tx.journal(inst, "step = ?", step)[-1:]]
+    for row in newest:
+        if row.type == "event":
+            was = read_back(row.extra or "null", f"row {row.seq}")
+            event = (inst.key, was["type"], was["seq"], was["at"], row.data)
+            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+            tx.call_on(inst)
     for step in steps:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
-        newest = tx.journal(inst, "step = ?", step)[-1:]
-        if newest and newest[0].type == "event":
-            was = json.loads(newest[0].extra or "")
-            event = (inst.key, was["type"], was["seq"], was["at"], newest[0].data)
-            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
-            tx.change(inst, wake=tx.now)
         tx.append(inst, Row(type, step))
     return inst.seq
 
@@ -2135,6 +2181,7 @@ def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
     """running → waiting, unless something has happened that the run does not know of."""
     inst = tx.mine(lease)
     if inst.status != "running" or inst.seq != seq:
+        tx.scheduler.stirred = True  # it may have been another process
         return False
     tx.move(inst, Row("waiting"))
     return True
@@ -2234,10 +2281,15 @@ class Lives:
         """Passes on what transactions tell about instances."""
         admitted = []
         for item in news:
-            if (run := self.runs.get(item.instance.key)) is not None:
+            run, inst = self.runs.get(item.instance.key), item.instance
+            if item.damage is not None:
+                self.give_up(inst.key, f"instance {inst.id!r}: {item.damage}")
+                if run is not None:
+                    run.unload()
+            elif run is not None:
                 run.on_news(item)
             elif item.admitted:
-                admitted.append(item.instance)
+                admitted.append(inst)
         if admitted:
             self._load(admitted)
 
@@ -2392,10 +2444,8 @@ class Core:
             await leaving
 
     async def _leave(self) -> None:
-        runs, patience = self.lives.runs, self.loop.time() + self.drain / 1000
-        while (
-            any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < patience
-        ):
+        runs, until = self.lives.runs, self.loop.time() + self.drain / 1000
+        while any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < until:
             await asyncio.sleep(0.01)
         self._state = "closed"
         self.clock.engines.remove(self)
