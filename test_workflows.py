@@ -2138,7 +2138,7 @@ class Replay(Lives):
                 await asyncio.Event().wait()
 
             try:
-                async with asyncio.timeout(0.02):
+                async with asyncio.timeout(0.1):
                     await step.do("stuck", stuck)
             except TimeoutError:
                 await step.do("after", returns(1))
@@ -2158,6 +2158,49 @@ class Replay(Lives):
             await self.clock.advance("1 minute")
             self.assertEqual(await asyncio.wait_for(instance.result(), 2), "timed out")
         self.assertEqual(ran, ["stuck"])
+
+    async def test_a_run_that_went_on_after_its_timeout_is_not_unloaded(self):
+        seen, gate = [], asyncio.Event()
+
+        async def run(event, step):
+            try:
+                async with asyncio.timeout(0.05):
+                    await step.wait_for_event("w", "t")
+            except TimeoutError:
+                seen.append("timed out")
+            await gate.wait()  # no step, and no timer of the loop
+            return "done"
+
+        async with Engine(self.path, hibernate_after=10) as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: seen)
+            await asyncio.sleep(0.2)
+            gate.set()
+            self.assertEqual(await asyncio.wait_for(instance.result(), 5), "done")
+        self.assertEqual(seen, ["timed out"])
+
+    async def test_a_nested_step_that_was_stopped_in_its_retry_delay_begins_again(self):
+        ran = []
+
+        async def run(event, step):
+            async def inner():
+                ran.append("inner")
+                if len(ran) == 1:
+                    raise ValueError
+                return 5
+
+            patient = {"retries": {"limit": 3, "delay": "1 day"}}
+            again = {"retries": {"limit": 1, "delay": "1 hour"}, "timeout": "1 minute"}
+            return await step.do("outer", again, lambda: step.do("inner", patient, inner))
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.advance("2 minutes")
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.advance("1 hour")
+            self.assertEqual(await asyncio.wait_for(instance.result(), 2), 5)
 
     async def test_a_cancelled_sleep_or_wait_never_ends_by_itself(self):
         async def run(event, step):
@@ -12785,6 +12828,32 @@ class Damaged(Undoing):
                 with self.assertRaisesRegex(WorkflowInternalError, "a.* can't be read") as told:
                     await call()
             self.assertRegex(str(told.exception), "'a': row [0-9]+ can't")
+
+    async def test_a_wait_that_is_over_stops_its_instance_and_no_other(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return str(await caught(step.wait_for_event("w", "t", timeout="1 hour")))
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create_batch([{"id": "a"}, {"id": "b"}])
+            await self.clock.settle()
+        self.change("CREATE TABLE kept AS SELECT * FROM journal")
+        for how in self.LOST:
+            self.lose("data", "type = 'wait'", how)
+            with self.assertLogs("workflows", logging.CRITICAL) as logs:
+                async with self.engine() as engine:
+                    bound = engine.bind(made)
+                    await self.clock.advance("1 hour")
+                    told = await caught((await bound.get("a")).result())
+                    good = await self.finish(await bound.get("b"))
+            self.assertIsInstance(told, WorkflowInternalError)
+            self.assertIn("instance 'a'", logs.output[0])
+            self.assertEqual(good, "Execution timed out after 3600000ms")
+            self.change(self.REPAIR + " WHERE instance = 1")
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("a")
+            await self.clock.advance("1 hour")
+            self.assertEqual(await self.finish(instance), good)
 
     async def test_memory_that_is_short_while_a_result_is_encoded_fails_the_attempt(self) -> None:
         results: list[Any] = ["too long", "short"]

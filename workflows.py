@@ -1224,7 +1224,6 @@ class Scheduler:
     def _end_wait(self, tx: Transaction, inst: Instance, end: WaitEnd) -> Row:
         """Records the end of a wait; the event that ended it is consumed with that."""
         wait, event = end.wait, end.event
-        tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         row = Row("due" if wait.kind == "retry" else "slept", wait.step)
         if event is not None:
             where = "FROM events WHERE instance = ? AND type = ? AND seq = ?"
@@ -1236,6 +1235,7 @@ class Scheduler:
             (began,) = tx.journal(inst, "seq = ?", wait.seq)
             ms = read_back(began.data or "null", f"row {began.seq}")["timeout"]
             row = Row("timeout", wait.step, None, encode_error(timed_out(ms)))
+        tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         tx.append(inst, row)
         return Row(*row[:6], inst.seq, tx.now)
 
@@ -4606,7 +4606,7 @@ class WorkflowInstance:
                 inst, last = await self._call(read_end)
                 if inst.key != key:  # deleted, and its id is used again
                     raise not_found(self.workflow.name, self.id)
-                if key in engine.lives.damaged and inst.status in ("running", "waitingForPause"):
+                if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
                     raise WorkflowInternalError(engine.lives.damaged[key])
                 if inst.status not in FINISHED:
                     if late.done():
