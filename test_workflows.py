@@ -5,6 +5,7 @@ are real.
 
     python3 -m unittest                    the tests
     python3 test_workflows.py bench        the figures
+    python3 test_workflows.py crashes      a process killed at each commit
 """
 
 from __future__ import annotations
@@ -12803,6 +12804,530 @@ class Damaged(Undoing):
 
 
 # --------------------------------------------------------------------------------------------------
+# The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
+# once, so that its commits are counted. Then, for each of these, a process is killed right before
+# it, and another one right after it, and the next process goes on; some of those die, too. In the
+# end the outputs are the same, each step that was acknowledged has run once, and the rows and the
+# usage add up. All of it runs three ways: with transactions on the loop, with transactions in the
+# writer thread, and with a second process that takes over.
+
+AT_FIRST = 1_767_607_200_000  # 2026-01-05, 10:00 in UTC
+
+
+class Fast(Clock):
+    """Time that goes by 200 times as fast, from a moment on that all processes share."""
+
+    def __init__(self, began: float) -> None:
+        super().__init__()
+        self.began = began
+
+    def now(self) -> int:
+        return AT_FIRST + int((time.time() - self.began) * 200_000)
+
+    def call_later(self, ms: float, callback: Callable[[], object]) -> Any:
+        return super().call_later(ms / 200, callback)
+
+
+class Mortal(sqlite3.Connection):
+    """Counts the commits of this process that change anything, and kills it right before or right
+    after one of them."""
+
+    commits = fatal = changes = 0
+    after = False
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        if sql != "COMMIT" or self.total_changes == self.changes:
+            return super().execute(sql, *args)
+        self.changes = self.total_changes
+        Mortal.commits += 1
+        if Mortal.commits == Mortal.fatal and not Mortal.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        cursor = super().execute(sql, *args)
+        if Mortal.commits == Mortal.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cursor
+
+
+class Diary:
+    """What all processes have done, in order. What is written survives the process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path + ".log")
+        self._path.touch()
+
+    def note(self, *words: str) -> None:
+        with self._path.open("a") as file:
+            file.write("\t".join(words) + "\n")
+
+    def lines(self) -> list[tuple[str, ...]]:
+        return [tuple(line.split("\t")) for line in self._path.read_text().splitlines()]
+
+    async def shows(self, *words: str) -> None:
+        """Waits for a line with all these words."""
+        while not any({*words} <= {*line} for line in self.lines()):
+            await asyncio.sleep(0.002)
+
+    async def once(self, name: str, call: Callable[[], Any]) -> None:
+        """Calls, unless it is known that this was done."""
+        if ("did", name) not in self.lines():
+            self.note("do", name)
+            with contextlib.suppress(WorkflowError):  # a dead process has done it after all
+                await call()
+            self.note("did", name)
+
+
+class Everything(WorkflowEntrypoint[Any]):
+    """Its params name the method that it runs. A step notes that it begins, with a token that it
+    returns; `run` notes the token that it gets: from then on that step may not begin again."""
+
+    OFTEN: Any = {"retries": {"limit": 200, "delay": 100, "backoff": "constant"}}
+
+    async def run(self, event: Any, step: Any) -> Any:
+        self.id, self.step, self.diary = event.instance_id, step, self.env.diary
+        return await getattr(self, "tick" if event.schedule else event.payload)()
+
+    async def done(
+        self,
+        name: str,
+        *,
+        fails: int = 0,  # so many attempts
+        hangs: int = 0,
+        rests: float = 0,  # seconds
+        plain: bool = False,
+        inside: Callable[[], Any] | None = None,
+        config: Any = None,
+        **options: Any,
+    ) -> str:
+        def begin(ctx: Any) -> str:
+            token = os.urandom(4).hex()
+            self.diary.note("begin", self.id, name, token)
+            if ctx.attempt <= fails:
+                raise ValueError(name)
+            return token
+
+        async def work(ctx: Any) -> str:
+            token = begin(ctx)
+            if ctx.attempt <= hangs:
+                await asyncio.Event().wait()
+            if rests:
+                await asyncio.sleep(rests)
+            if inside is not None:
+                await inside()
+            return token
+
+        callback: Any = begin if plain else work
+        token = await self.step.do(name, self.OFTEN | (config or {}), callback, **options)
+        self.diary.note("ack", self.id, name, token)
+        return name
+
+    async def tick(self) -> str:
+        return await self.done("tick")
+
+    async def all_kinds(self) -> Any:
+        step, done = self.step, self.done
+        got: list[Any] = [await done("plain", plain=True), await done("quick")]
+        delays = {"retries": {"limit": 200, "delay": lambda info: "1 second"}}
+        several = done("b", fails=1), done("c", plain=True), done("d", fails=2, config=delays)
+        got += await asyncio.gather(done("a", rests=0.001), *several, step.sleep("s", "2 seconds"))
+
+        async def nested() -> None:
+            await asyncio.gather(done("in", rests=0.001), done("in too", plain=True))
+            await done("in last")
+
+        got.append(await done("out", fails=1, inside=nested))
+        got.append((await step.wait_for_event("early", "early", timeout="1 hour")).payload)
+        self.diary.note("ready for an event")
+        got.append((await step.wait_for_event("late", "late", timeout="1 day")).payload)
+        try:
+            await step.wait_for_event("never", "never", timeout="1 second")
+        except WorkflowTimeoutError:
+            got.append("timeout")
+        got.append(await done("slow", hangs=1, config={"timeout": "2 seconds"}))
+        got.append(str(await caught(step.do("no", self.OFTEN, raises(NonRetryableError("no"))))))
+        first = functools.partial(asyncio.wait, return_when=asyncio.FIRST_COMPLETED)
+        tasks = [asyncio.ensure_future(done(name, hangs=n)) for n, name in ((0, "w"), (999, "l"))]
+        await first(tasks)
+        tasks[1].cancel()
+        got.append(tasks[0].result())
+        waits = step.sleep("patience", "1 second"), step.wait_for_event("given up", "late")
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        await first(tasks)
+        tasks[1].cancel()
+        await step.sleep_until("long ago", 0)
+        await step.sleep("rest", "3 seconds")
+        return got
+
+    async def in_turn(self) -> Any:
+        return [await self.done(f"s{n}", rests=0.001 * (n % 2)) for n in range(5)]
+
+    async def events(self) -> Any:
+        """Takes numbers up to 5. Each may come several times, from processes that did not live to
+        hear that it was stored."""
+        got = [0]
+        while got[-1] < 5:
+            got.append((await self.step.wait_for_event("w", "number", timeout="1 day")).payload)
+        return sorted(set(got)) if got == sorted(got) else got
+
+    async def waits(self) -> Any:
+        await self.done("s")
+        await self.step.wait_for_event("w", "never", timeout="30 days")
+
+    async def hangs(self) -> Any:
+        await self.done("s")
+        await self.done("hangs", hangs=999)
+
+    async def undone(self, name: str, **how: Any) -> None:
+        async def handler(info: Any) -> None:
+            self.diary.note("undo", self.id, name)
+            await asyncio.sleep(0.001)
+
+        await self.done(name, rollback=handler, rollback_config=self.OFTEN, **how)
+
+    async def saga(self) -> Any:
+        await self.undone("book")
+        await self.undone("pay", fails=1)
+        await self.undone("pack", plain=True)
+        raise NonRetryableError("sold out", "SoldOut")
+
+    async def long_saga(self) -> Any:
+        await self.undone("book")
+        await self.undone("pay")
+        await self.waits()
+
+
+PLANS = {
+    "main": "all_kinds",
+    "paused": "in_turn",
+    "again": "in_turn",
+    "from": "in_turn",
+    "events": "events",
+    "saga": "saga",
+    "undone": "long_saga",
+    "stopped": "hangs",
+    "gone": "waits",
+    "gone too": "hangs",
+    "short": "in_turn",
+    "single": "in_turn",
+}
+STEPS = [f"s{n}" for n in range(5)]
+OUTPUTS: dict[str, Any] = dict.fromkeys(("paused", "again", "from", "single"), STEPS)
+OUTPUTS["main"] = ["plain", "quick", "a", "b", "c", "d", None, "out", "E", "L", "timeout"]
+OUTPUTS["main"] += ["slow", "no", "w"]
+OUTPUTS["events"] = [0, 1, 2, 3, 4, 5]
+OUTPUTS["saga"] = {"name": "SoldOut", "message": "sold out"}
+OUTPUTS["undone"] = OUTPUTS["stopped"] = "terminated"
+UNDONE = {"saga": ["pack", "pay", "book"], "undone": ["pay", "book"]}
+AGAIN = {"again": STEPS, "from": STEPS[2:]}
+
+
+async def drive(w: Any, diary: Diary) -> None:
+    """What callers do: each of it once, unless they don't live to know that they have done it."""
+
+    def one(id: str) -> Any:
+        return workflows.WorkflowInstance(w, id.replace(" ", "-"))
+
+    async def of_main() -> None:
+        await diary.once("early", lambda: one("main").send_event(type="early", payload="E"))
+        await diary.shows("ready for an event")
+        await asyncio.sleep(0.005)
+        await diary.once("late", lambda: one("main").send_event(type="late", payload="L"))
+        await one("main").result()
+
+    async def of_paused() -> None:
+        await diary.shows("begin", "paused", "s1")
+        await diary.once("pause", one("paused").pause)
+        if ("do", "resume") not in diary.lines():
+            await reach(one("paused"), "paused", "complete")
+            diary.note("paused")
+            await asyncio.sleep(0.005)
+        await diary.once("resume", one("paused").resume)
+        await one("paused").result()
+
+    async def of_restarted(id: str, *start: Any) -> None:
+        await one(id).result()
+        await diary.once(f"restart {id}", lambda: one(id).restart(*start))
+        await one(id).result()
+
+    async def of_events() -> None:
+        for n in range(1, 6):
+            send = functools.partial(one("events").send_event, type="number", payload=n)
+            await diary.once(f"send {n}", send)
+        await one("events").result()
+
+    async def of_ended() -> None:
+        await diary.shows("ack", "undone", "pay")
+        await diary.once("undo", lambda: one("undone").terminate(rollback=True))
+        await diary.shows("begin", "stopped", "hangs")
+        await diary.once("stop", one("stopped").terminate)
+        await diary.shows("begin", "gone-too", "hangs")
+        await diary.once("delete", one("gone too").delete)
+        await diary.shows("ack", "gone", "s")
+        await diary.once("delete batch", lambda: w.delete_batch(["gone", "nobody"]))
+        await reach(one("undone"), "terminated")
+
+    async def of_rest() -> None:
+        await caught(one("saga").result())
+        await one("single").result()
+        await diary.shows("begin", "tick")
+        with contextlib.suppress(WorkflowError):  # when it has expired
+            while True:
+                await one("short").status()
+                await asyncio.sleep(0.01)
+
+    batch = [{"id": id.replace(" ", "-"), "params": plan} for id, plan in PLANS.items()]
+    batch[-2]["retention"] = {"successRetention": "1 minute"}
+    await diary.once("create", lambda: w.create_batch(batch[:-1]))
+    await diary.once("create one", lambda: w.create(batch[-1]))
+    async with asyncio.timeout(30):
+        await asyncio.gather(
+            *(of_main(), of_paused(), of_events(), of_ended(), of_rest()),
+            *(of_restarted("again"), of_restarted("from", {"from": {"name": "s2"}})),
+        )
+
+
+class Crash(NamedTuple):
+    """A case: which way transactions go, and how its processes die one after the other, each at a
+    commit of its own."""
+
+    way: str  # "loop", "thread", or "takeover"
+    deaths: tuple[tuple[int, bool], ...]  # the number of the commit, and whether it dies after that
+
+    def run(self) -> tuple[list[str], int, int]:
+        """What is wrong in the end; the commits of the last process; and how many have died."""
+        with tempfile.TemporaryDirectory(dir=Case.where) as folder:
+            path = str(Path(folder) / "test.db")
+            codes = [in_fork(self.live, path, 0.0, made, False) for made in ((1, False), (1, True))]
+            in_fork(self.live, path, 0.0)
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.executescript(AUDIT)
+            began = time.time()
+            if self.way == "takeover":
+                owner = fork(self.live, path, began, self.deaths[0], False)
+                while ("up",) not in Diary(path).lines():
+                    time.sleep(0.002)
+                codes.append(in_fork(self.live, path, began))
+                os.kill(owner, signal.SIGKILL)  # if it has not come so far
+                os.waitpid(owner, 0)
+            else:
+                deaths = iter((*self.deaths, (0, False)))
+                while codes[-1] == -signal.SIGKILL:
+                    codes.append(in_fork(self.live, path, began, next(deaths)))
+            died = codes.count(-signal.SIGKILL) + (self.way == "takeover")
+            if codes[-1] != 0:
+                return [f"processes ended with {codes}"], 0, died
+            return check(path), int(Diary(path).lines()[-1][1]), died
+
+    def live(
+        self, path: str, began: float, death: tuple[int, bool] = (0, False), drives: bool = True
+    ) -> None:
+        """What a process does: up to the end of the program, or to its death."""
+        Mortal.commits = 0
+        Mortal.fatal, Mortal.after = death
+        workflows.sqlite3.connect = functools.partial(sqlite3.connect, factory=Mortal)
+        workflows.SEARCH = workflows.ASKING = 10**7  # that many ms of `Fast`
+        workflows.TRUST, workflows.QUICK = (1, -1.0) if self.way == "thread" else (0, 60.0)
+        diary = Diary(path)
+
+        async def main() -> None:
+            clock, env = Fast(began), {"diary": diary}
+            async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
+                if began == 0.0:
+                    return
+                bound = engine.bind(Everything, schedules="* * * * *")
+                await engine.call(workflows.nothing)
+                diary.note("up")
+                if drives:
+                    await drive(bound, diary)
+                else:
+                    await asyncio.sleep(60)
+            diary.note("end", str(Mortal.commits))
+
+        asyncio.run(main())
+
+
+# Counts by itself what `usage` must come to.
+AUDIT = """
+    CREATE TABLE audit (kind TEXT, id TEXT);
+    CREATE TRIGGER audit_steps AFTER INSERT ON journal WHEN new.type IN ('sleep', 'wait')
+        OR (new.extra IS NOT NULL AND new.attempt IS NOT NULL AND new.step NOT LIKE 'rollback%')
+        BEGIN INSERT INTO audit VALUES ('steps', new.step); END;
+    CREATE TRIGGER audit_instances AFTER INSERT ON instances
+        BEGIN INSERT INTO audit VALUES ('requests', new.id); END"""
+
+
+def fork(work: Callable[..., None], *args: Any) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        work(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def in_fork(work: Callable[..., None], *args: Any) -> int:
+    """Does it in a process of its own; returns how that has ended."""
+    _, status = os.waitpid(fork(work, *args), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def check(path: str) -> list[str]:
+    """What is wrong when all has ended."""
+    wrong = wrong_effects(Diary(path).lines())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+
+        def ask(sql: str, *args: Any) -> list[Any]:
+            return db.execute(sql, args).fetchall()
+
+        ends, storage = {}, 0
+        journal = f"SELECT state, {', '.join(workflows.Row._fields)} FROM journal"
+        for key, id, status in ask("SELECT key, id, status FROM instances"):
+            states, rows = [], []
+            for state, *fields in ask(f"{journal} WHERE instance = ? ORDER BY seq", key):
+                states.append(state)
+                rows.append(workflows.Row(*fields))
+            wrong += [f"{id}: {what}" for what in wrong_history(id, rows, status)]
+            ends[id] = end_of(status, rows[-1])
+            kept = [row.data for row in rows if row.type in ("queued", "done", "event", "complete")]
+            kept += [data for (data,) in ask("SELECT payload FROM events WHERE instance = ?", key)]
+            if states[-1] != sum(workflows.size_of(data) for data in kept if data is not None):
+                wrong.append(f"{id}: the state is {states[-1]}")
+            storage += states[-1]
+        if {id: end for id, end in ends.items() if " " not in id} != OUTPUTS:  # without schedules
+            wrong.append(f"outputs {ends}")
+        audit = dict(ask("SELECT kind, count(*) FROM audit GROUP BY kind"))
+        usage = ask("SELECT sum(requests), sum(steps), sum(storage_bytes) FROM usage")
+        if usage != [(audit["requests"], audit["steps"], storage)]:
+            wrong.append(f"usage {usage}, and not {audit}, {storage}")
+        if ask("SELECT id FROM audit WHERE kind = 'requests' GROUP BY id HAVING count(*) > 1"):
+            wrong.append("something was created twice")
+        for table in ("journal", "waits", "events"):
+            if ask(f"SELECT 1 FROM {table} WHERE instance NOT IN (SELECT key FROM instances)"):
+                wrong.append(f"{table} keeps rows of nobody")
+    return wrong
+
+
+def end_of(status: str, last: Any) -> Any:
+    """The output, the error, or the status of an instance."""
+    if status == "complete":
+        return workflows.decode(last.data)
+    return workflows.brief(workflows.decode(last.data)) if status == "errored" else status
+
+
+def wrong_effects(lines: list[tuple[str, ...]]) -> list[str]:
+    """What is wrong with what the callbacks did and when."""
+    wrong, paused = [], False
+    last: dict[tuple[str, ...], str] = {}  # by instance and step: the token of the last attempt
+    acknowledged: dict[tuple[str, ...], str] = {}
+    undone: dict[str, list[str]] = {"saga": [], "undone": []}
+    for what, *rest in lines:
+        if what == "do" and rest[0].startswith("restart "):
+            id = rest[0].removeprefix("restart ")
+            for name in AGAIN[id]:
+                acknowledged.pop((id, name), None)
+        elif what == "begin":
+            *step, token = rest
+            last[*step,] = token
+            if (*step,) in acknowledged:
+                wrong.append(f"{step} began again")
+            if paused and rest[0] == "paused":
+                wrong.append(f"{step} began in a pause")
+        elif what == "ack":
+            *step, token = rest
+            if (last.get((*step,)), acknowledged.setdefault((*step,), token)) != (token, token):
+                wrong.append(f"{step} has another result")
+        elif what == "undo":
+            undone[rest[0]].append(rest[1])
+        elif what == "paused" or rest == ["resume"]:
+            paused = what == "paused"
+    in_order = {id: [name for name, _ in itertools.groupby(names)] for id, names in undone.items()}
+    return wrong if in_order == UNDONE else [*wrong, f"undone: {undone}"]
+
+
+def wrong_history(id: str, rows: list[Any], status: str) -> list[str]:
+    """What is wrong with the journal of an instance that has finished: each attempt has one begin
+    and one end, nothing comes after the end of its step, and the ids of the events grow."""
+    history = workflows.History(id)
+    ids = [event.event_id for row in rows for event in history.events(row)]
+    wrong = [] if ids == sorted({*ids}) else [f"the ids of the events are {ids}"]
+    ends = ("done", "error", "slept", "event", "timeout")
+    for _, mine in itertools.groupby(
+        sorted(rows, key=lambda row: row.step or ""), key=lambda row: row.step
+    ):
+        number, open, asleep, end, configured = 0, False, False, "", False
+        for row in mine:
+            name = f"{workflows.step_label(row.step)}: row {row.seq} ({row.type} {row.attempt})"
+            if row.step is None or row.type == "cancel":
+                open, asleep = False, False
+                continue
+            if row.type == "stop":
+                number -= open
+                open, asleep, end = False, False, end if configured else ""
+                continue
+            if end:
+                wrong.append(f"{name} comes after {end}")
+            if row.attempt is not None and configured != (row.extra is None):
+                wrong.append(f"{name}: the configuration is in the first row, and nowhere else")
+            configured = configured or row.attempt is not None
+            if row.type == "start" or row.began is not None:
+                if open or asleep or row.attempt != number + 1:
+                    wrong.append(f"{name} can't begin after attempt {number}")
+                number, open = row.attempt, True
+            if row.type in ("done", "failed", "error"):
+                if not open or row.attempt != number:
+                    wrong.append(f"{name} ends another attempt than {number}")
+                open, asleep = False, row.type == "failed"
+            elif row.type != "start":
+                if asleep != (row.type not in ("sleep", "wait")):
+                    wrong.append(f"{name} is out of order")
+                asleep = row.type in ("sleep", "wait")
+            end = row.type if row.type in ends else ""
+        if status == "complete" and (open or asleep) and end == "":
+            wrong.append(f"{name}: has no end")
+    return wrong
+
+
+def crashes(arguments: list[str]) -> None:
+    """Runs the cases, several at a time, and says what they did."""
+    if arguments not in ([], ["--quick"]):
+        raise SystemExit("usage: python3 test_workflows.py crashes [--quick]")
+    logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
+    began, quick, cases = time.monotonic(), bool(arguments), []
+    failed = killed = 0
+    for way in ("loop", "thread", "takeover"):
+        wrong, commits, _ = Crash(way, ((0, False),)).run()
+        print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
+        failed += bool(wrong)
+        numbers = range(1, 100 if way == "takeover" else commits + 1)
+        if quick:
+            numbers = random.Random(way).sample(numbers, 2)
+        once = [(n, after) for n in numbers for after in (False, True)]
+        cases += [Crash(way, (death,)) for death in once]
+        if way != "takeover" and not quick:
+            again = itertools.product(once, (1, 2, 3, 5, 8, 13))
+            cases += [Crash(way, ((n, after), (m, not after))) for (n, after), m in again]
+    with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
+        for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
+            killed += died
+            failed += bool(wrong)
+            if wrong:
+                print(f"{case}: {'; '.join(wrong)}", flush=True)
+    took = f"{time.monotonic() - began:.0f} s"
+    print(f"{len(cases)} cases, {killed} processes killed, {failed} failed; {took}")
+    raise SystemExit(failed > 0)
+
+
+class Crashes(unittest.TestCase):
+    def test_a_share_of_the_campaign(self) -> None:
+        command = [sys.executable, __file__, "crashes", "--quick"]
+        run = subprocess.run(command, check=False, capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+
+
+# --------------------------------------------------------------------------------------------------
 # The figures: `python3 test_workflows.py bench [--quick]`. Each is measured several times, and what
 # SQLite itself can do (single-row commits, as durable as the engine's) right before and right after
 # each time, on the same disk: a machine is not equally fast all the time. What counts is the ratio.
@@ -13128,5 +13653,7 @@ Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["crashes"]:
+        crashes(sys.argv[2:])
     else:
         unittest.main()
