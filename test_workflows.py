@@ -12806,10 +12806,10 @@ class Damaged(Undoing):
 # --------------------------------------------------------------------------------------------------
 # The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
 # once, so that its commits are counted. Then, for each of these, a process is killed right before
-# it, and another one right after it, and the next process goes on; some of those die, too. In the
-# end the outputs are the same, each step that was acknowledged has run once, and the rows and the
-# usage add up. All of it runs three ways: with transactions on the loop, with transactions in the
-# writer thread, and with a second process that takes over.
+# it, another one right after it, and to a third one it fails; and the next process goes on, unless
+# that dies, too. In the end the outputs are the same, each step that was acknowledged has run once,
+# and the rows and the usage add up. All of it runs three ways: with transactions on the loop, with
+# transactions in the writer thread, and with a second process that takes over.
 
 AT_FIRST = 1_767_607_200_000  # 2026-01-05, 10:00 in UTC
 
@@ -12828,24 +12828,43 @@ class Fast(Clock):
         return super().call_later(ms / 200, callback)
 
 
-class Mortal(sqlite3.Connection):
-    """Counts the commits of this process that change anything, and kills it right before or right
-    after one of them."""
+class Watched(sqlite3.Connection):
+    """Tells of each commit that changes anything, before and after: `told(connection, after)`."""
 
-    commits = fatal = changes = 0
-    after = False
+    told: Callable[[sqlite3.Connection, bool], object]
+    changes = 0
 
     def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
         if sql != "COMMIT" or self.total_changes == self.changes:
             return super().execute(sql, *args)
         self.changes = self.total_changes
-        Mortal.commits += 1
-        if Mortal.commits == Mortal.fatal and not Mortal.after:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.told(self, False)
         cursor = super().execute(sql, *args)
-        if Mortal.commits == Mortal.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.told(self, True)
         return cursor
+
+
+def watching(told: Callable[[sqlite3.Connection, bool], object]) -> Any:
+    """As long as this lasts, connections are made that tell of their commits."""
+    factory = type("Watched", (Watched,), {"told": staticmethod(told)})
+    connect = functools.partial(sqlite3.connect, factory=factory)
+    return unittest.mock.patch.object(workflows.sqlite3, "connect", connect)
+
+
+class Fate:
+    """What a process dies of: before or after a commit, or there is an "error" in it."""
+
+    def __init__(self, number: int = 0, how: str = "") -> None:
+        self.number, self.how, self.commits = number, how, 0
+
+    def meet(self, _: sqlite3.Connection, after: bool) -> None:
+        self.commits += not after
+        if self.commits != self.number:
+            return
+        if self.how == ("after" if after else "before"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "error" and not after:
+            raise sqlite3.OperationalError("disk I/O error")
 
 
 class Diary:
@@ -12871,9 +12890,19 @@ class Diary:
         """Calls, unless it is known that this was done."""
         if ("did", name) not in self.lines():
             self.note("do", name)
-            with contextlib.suppress(WorkflowError):  # a dead process has done it after all
-                await call()
+            await unless_refused(call())
             self.note("did", name)
+
+
+async def unless_refused(call: Any) -> bool:
+    """Whether a call was not refused. (A dead process may have done it, without knowing that.)"""
+    try:
+        await call
+    except WorkflowInternalError:  # storage has failed
+        raise
+    except WorkflowError:
+        return False
+    return True
 
 
 class Everything(WorkflowEntrypoint[Any]):
@@ -13066,13 +13095,11 @@ async def drive(w: Any, diary: Diary) -> None:
         await reach(one("undone"), "terminated")
 
     async def of_rest() -> None:
-        await caught(one("saga").result())
+        await unless_refused(one("saga").result())
         await one("single").result()
         await diary.shows("begin", "tick")
-        with contextlib.suppress(WorkflowError):  # when it has expired
-            while True:
-                await one("short").status()
-                await asyncio.sleep(0.01)
+        while await unless_refused(one("short").status()):  # until it has expired
+            await asyncio.sleep(0.01)
 
     batch = [{"id": id.replace(" ", "-"), "params": plan} for id, plan in PLANS.items()]
     batch[-2]["retention"] = {"successRetention": "1 minute"}
@@ -13090,43 +13117,39 @@ class Crash(NamedTuple):
     commit of its own."""
 
     way: str  # "loop", "thread", or "takeover"
-    deaths: tuple[tuple[int, bool], ...]  # the number of the commit, and whether it dies after that
+    deaths: tuple[tuple[int, str], ...] = ()  # the number of the commit, and how: see `Fate`
 
     def run(self) -> tuple[list[str], int, int]:
         """What is wrong in the end; the commits of the last process; and how many have died."""
         with tempfile.TemporaryDirectory(dir=Case.where) as folder:
             path = str(Path(folder) / "test.db")
-            codes = [in_fork(self.live, path, 0.0, made, False) for made in ((1, False), (1, True))]
+            codes = [in_fork(self.live, path, 0.0, (1, how)) for how in ("before", "after")]
             in_fork(self.live, path, 0.0)
             with contextlib.closing(sqlite3.connect(path)) as db:
                 db.executescript(AUDIT)
             began = time.time()
             if self.way == "takeover":
-                owner = fork(self.live, path, began, self.deaths[0], False)
+                owner = fork(self.live, path, began, *self.deaths, drives=False)
                 while ("up",) not in Diary(path).lines():
                     time.sleep(0.002)
                 codes.append(in_fork(self.live, path, began))
-                os.kill(owner, signal.SIGKILL)  # if it has not come so far
+                os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
                 os.waitpid(owner, 0)
+                codes.insert(0, -signal.SIGKILL)
             else:
-                deaths = iter((*self.deaths, (0, False)))
-                while codes[-1] == -signal.SIGKILL:
+                deaths = iter((*self.deaths, ()))
+                while codes[-1] in DEATHS:
                     codes.append(in_fork(self.live, path, began, next(deaths)))
-            died = codes.count(-signal.SIGKILL) + (self.way == "takeover")
+            died = sum(code in DEATHS for code in codes)
             if codes[-1] != 0:
                 return [f"processes ended with {codes}"], 0, died
             return check(path), int(Diary(path).lines()[-1][1]), died
 
-    def live(
-        self, path: str, began: float, death: tuple[int, bool] = (0, False), drives: bool = True
-    ) -> None:
+    def live(self, path: str, began: float, death: Any = (), *, drives: bool = True) -> None:
         """What a process does: up to the end of the program, or to its death."""
-        Mortal.commits = 0
-        Mortal.fatal, Mortal.after = death
-        workflows.sqlite3.connect = functools.partial(sqlite3.connect, factory=Mortal)
         workflows.SEARCH = workflows.ASKING = 10**7  # that many ms of `Fast`
         workflows.TRUST, workflows.QUICK = (1, -1.0) if self.way == "thread" else (0, 60.0)
-        diary = Diary(path)
+        diary, fate = Diary(path), Fate(*death)
 
         async def main() -> None:
             clock, env = Fast(began), {"diary": diary}
@@ -13140,11 +13163,13 @@ class Crash(NamedTuple):
                     await drive(bound, diary)
                 else:
                     await asyncio.sleep(60)
-            diary.note("end", str(Mortal.commits))
+            diary.note("end", str(fate.commits))
 
-        asyncio.run(main())
+        with watching(fate.meet):
+            asyncio.run(main())
 
 
+DEATHS = (-signal.SIGKILL, 5)  # how a process ends; 5: storage failed
 # Counts by itself what `usage` must come to.
 AUDIT = """
     CREATE TABLE audit (kind TEXT, id TEXT);
@@ -13155,13 +13180,15 @@ AUDIT = """
         BEGIN INSERT INTO audit VALUES ('requests', new.id); END"""
 
 
-def fork(work: Callable[..., None], *args: Any) -> int:
+def fork(work: Callable[..., None], *args: Any, **options: Any) -> int:
     if pid := os.fork():
         return pid
     code = 1
     try:
-        work(*args)
+        work(*args, **options)
         code = 0
+    except WorkflowInternalError:
+        code = 5
     except BaseException:
         traceback.print_exc()
     finally:
@@ -13191,9 +13218,11 @@ def check(path: str) -> list[str]:
                 rows.append(workflows.Row(*fields))
             wrong += [f"{id}: {what}" for what in wrong_history(id, rows, status)]
             ends[id] = end_of(status, rows[-1])
-            kept = [row.data for row in rows if row.type in ("queued", "done", "event", "complete")]
-            kept += [data for (data,) in ask("SELECT payload FROM events WHERE instance = ?", key)]
-            if states[-1] != sum(workflows.size_of(data) for data in kept if data is not None):
+            kept = {row.seq: row.data for row in rows if row.type in ("queued", "done", "complete")}
+            # An event that the wait did not need goes back to the buffer.
+            kept |= {json.loads(row.extra)["seq"]: row.data for row in rows if row.type == "event"}
+            kept |= ask("SELECT seq, payload FROM events WHERE instance = ?", key)
+            if states[-1] != sum(workflows.size_of(data or "") for data in kept.values()):
                 wrong.append(f"{id}: the state is {states[-1]}")
             storage += states[-1]
         if {id: end for id, end in ends.items() if " " not in id} != OUTPUTS:  # without schedules
@@ -13298,17 +13327,17 @@ def crashes(arguments: list[str]) -> None:
     began, quick, cases = time.monotonic(), bool(arguments), []
     failed = killed = 0
     for way in ("loop", "thread", "takeover"):
-        wrong, commits, _ = Crash(way, ((0, False),)).run()
+        wrong, commits, _ = Crash(way).run()
         print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
         failed += bool(wrong)
         numbers = range(1, 100 if way == "takeover" else commits + 1)
         if quick:
             numbers = random.Random(way).sample(numbers, 2)
-        once = [(n, after) for n in numbers for after in (False, True)]
+        once = [*itertools.product(numbers, ("before", "after", "error"))]
         cases += [Crash(way, (death,)) for death in once]
         if way != "takeover" and not quick:
-            again = itertools.product(once, (1, 2, 3, 5, 8, 13))
-            cases += [Crash(way, ((n, after), (m, not after))) for (n, after), m in again]
+            again = (1, "before"), (3, "error"), (8, "after")
+            cases += [Crash(way, deaths) for deaths in itertools.product(once, again)]
     with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
         for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
             killed += died
