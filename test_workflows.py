@@ -12803,6 +12803,264 @@ class Damaged(Undoing):
             self.assertEqual(await self.outcome(run), "short")
 
 
+class Watched(sqlite3.Connection):
+    """Tells of each commit that changes anything, before and after: `told(connection, after)`."""
+
+    told: Callable[[sqlite3.Connection, bool], object]
+    changes = 0
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        if sql != "COMMIT" or self.total_changes == self.changes:
+            return super().execute(sql, *args)
+        self.changes = self.total_changes
+        self.told(self, False)
+        cursor = super().execute(sql, *args)
+        self.told(self, True)
+        return cursor
+
+
+def watching(told: Callable[[sqlite3.Connection, bool], object]) -> Any:
+    """As long as this lasts, connections are made that tell of their commits."""
+    factory = type("Watched", (Watched,), {"told": staticmethod(told)})
+    connect = functools.partial(sqlite3.connect, factory=factory)
+    return unittest.mock.patch.object(workflows.sqlite3, "connect", connect)
+
+
+def ways() -> Any:
+    """Transactions on the loop, then in the writer thread."""
+    for way, trust, quick in (("loop", 0, 60.0), ("thread", 1, -1.0)):
+        with unittest.mock.patch.multiple(workflows, TRUST=trust, QUICK=quick):
+            yield way
+
+
+def quicker(factor: float) -> Any:
+    """The engine's patience ends so many times as early."""
+    faster = types.SimpleNamespace(**vars(time))
+    faster.monotonic = lambda: time.monotonic() * factor
+    return unittest.mock.patch.object(workflows, "time", faster)
+
+
+class Counter:
+    """An instance that counts, step by step, on a database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = tempfile.mkdtemp(dir=folder) + "/test.db"
+        self.begun: list[int] = []
+        self.known: list[int] = []  # to `run`: so these are stored
+
+    async def run(self, event: Any, step: Any) -> None:
+        for n in itertools.count():
+            self.known.append(await step.do("s", constant(3), functools.partial(self.count, n)))
+
+    async def count(self, n: int) -> int:
+        self.begun.append(n)
+        await asyncio.sleep(0.001)
+        return n
+
+    async def goes_on(self) -> None:
+        known = len(self.known)
+        await until(lambda: len(self.known) > known + 20)
+
+    @contextlib.asynccontextmanager
+    async def counting(self) -> Any:
+        """The instance, in an engine in which it has counted a little."""
+        self.begun.clear()
+        self.known.clear()
+        async with Engine(self.path) as engine:
+            bound = engine.bind(workflow(self.run))
+            await bound.create_batch([{"id": "i"}])
+            await until(lambda: len(self.begun) > 5)
+            yield await bound.get("i")
+
+
+class Faults(Real):
+    """Storage fails, whichever way transactions go: the engine stops in place, and the next one
+    goes on when the cause is gone."""
+
+    where = Case.where
+
+    async def stops(self, counter: Counter, harm: Callable[[], Any], seen: str) -> None:
+        """The engine does so after the harm, and tells everybody what was seen."""
+        async with counter.counting() as instance:
+            engine = instance.workflow.engine
+            harm()
+            for call in (instance.result, instance.status, engine.env.TEST.create):
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await asyncio.wait_for(call(), 5)
+            await until(lambda: not engine.lives.runs)
+        self.assertLessEqual(len(counter.begun), len(counter.known) + 1)
+
+    async def goes_on(self, counter: Counter) -> None:
+        """What was known does not run again, and nothing has failed."""
+        stored = len(counter.known)
+        async with counter.counting():
+            first = counter.begun[0]
+            self.assertIn(first, (stored, stored + 1))  # it may be stored after all
+            self.assertEqual(counter.begun, [*range(first, counter.begun[-1] + 1)])
+        with contextlib.closing(sqlite3.connect(counter.path)) as db:
+            sql = "SELECT type FROM journal WHERE type IN ('error', 'errored')"
+            self.assertEqual(db.execute(sql).fetchall(), [])
+
+    async def survives_in_a_commit(self, fault: Callable[[str, Any], Any], seen: str) -> None:
+        """`fault(path, connection)` happens right before a commit. What it returns mends it."""
+        counter, mend, coming = Counter(self.folder), [], False
+
+        def told(db: sqlite3.Connection, after: bool) -> None:
+            nonlocal coming
+            if coming and not after:
+                coming = False
+                mend.append(fault(counter.path, db))
+
+        def harm() -> None:
+            nonlocal coming
+            coming = True
+
+        with watching(told):
+            await self.stops(counter, harm, seen)
+        for each in filter(None, mend):
+            each()
+        await self.goes_on(counter)
+
+    async def test_a_transaction_that_fails(self) -> None:
+        import resource
+
+        def database_full(path: str, db: Any) -> None:
+            db.execute("PRAGMA max_page_count = 1")
+
+        def disk_full(path: str, db: Any) -> Callable[[], None]:
+            """A write ends in the middle."""
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            room = os.path.getsize(path + "-wal") // 4096 * 4096 + 100
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+            return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        def io_error(path: str, db: Any) -> None:
+            """What was open for writing is not any more."""
+            with open(path + "-wal", "rb") as file:
+                for fd in map(int, os.listdir("/dev/fd")):
+                    with contextlib.suppress(OSError):
+                        if os.path.sameopenfile(file.fileno(), fd):
+                            os.dup2(file.fileno(), fd)
+
+        def no_memory(path: str, db: Any) -> None:
+            raise MemoryError
+
+        full = "full|disk I/O error"
+        faults = {database_full: full, disk_full: full, io_error: full, no_memory: "MemoryError"}
+        for way in ways():
+            for fault, seen in faults.items():
+                told = self.assertLogs("workflows", logging.CRITICAL)
+                with self.subTest(fault.__name__, way=way), told:
+                    await self.survives_in_a_commit(fault, seen)
+
+    async def test_a_file_that_is_lost_or_replaced_while_the_engine_is_busy(self) -> None:
+        async def lose(side: str, replace: bool) -> None:
+            counter = Counter(self.folder)
+            path, old = counter.path + side, counter.path + ".old"
+
+            def harm() -> None:
+                os.rename(path, old)
+                if replace:
+                    shutil.copy(old, path)
+
+            await self.stops(counter, harm, "removed or replaced")
+            os.replace(old, path)
+            await self.goes_on(counter)
+
+        cases = [*itertools.product(("", "-wal", "-owner"), (False, True))]
+        for _ in ways():
+            with self.assertLogs("workflows", logging.CRITICAL), quicker(5):
+                await asyncio.gather(*(lose(*case) for case in cases))
+
+    async def test_a_lock_that_is_held_longer_than_anybody_waits(self) -> None:
+        for way in ways():
+            with self.subTest(way), quicker(50):
+                counter = Counter(self.folder)
+                async with counter.counting() as instance:
+                    db = sqlite3.connect(counter.path, isolation_level=None)
+                    with contextlib.closing(db), self.assertLogs("workflows") as logs:
+                        db.execute("BEGIN IMMEDIATE")
+                        asking = asyncio.create_task(instance.status())
+                        await asyncio.sleep(0.3)
+                        self.assertFalse(asking.done())
+                        db.execute("COMMIT")
+                        await asking
+                    self.assertIn("another process has held a lock for 5 s", logs.output[0])
+                    await counter.goes_on()
+
+    async def test_no_file_descriptor_is_left(self) -> None:
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for way in ways():
+            with self.subTest(way), quicker(50):
+                counter = Counter(self.folder)
+                async with counter.counting():
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+                    with self.assertRaisesRegex(WorkflowInternalError, "unable to open"):
+                        await Engine(self.path).__aenter__()
+                    await counter.goes_on()  # what is open suffices
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                await self.goes_on(counter)
+
+    def test_a_read_only_folder_is_refused_and_nothing_is_changed(self) -> None:
+        async def make() -> None:
+            async with self.engine() as engine:
+                await engine.bind(workflow(one_event)).create()
+
+        asyncio.run(make())
+        for path in self.folder.iterdir():
+            path.chmod(0o666)
+        self.folder.chmod(0o555)
+        self.addCleanup(self.folder.chmod, 0o777)
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        script = """
+            async def main(w): say(await w.create(id="i"))
+            if os.getuid() == 0: os.setuid(65534)
+            try: go()
+            except WorkflowInternalError as error: say(error)
+            """
+        self.assertRegex(
+            self.child(script).end()[0], f"^{self.path}: .*(read-?only|unable to open)"
+        )
+        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
+        self.folder.chmod(0o777)
+        self.assertEqual(self.child(script).end(), ("<WorkflowInstance test i>", 0))
+
+    async def test_a_damaged_page_stops_the_engine_or_does_not_matter(self) -> None:
+        async def run(event: Any, step: Any) -> int:
+            got = await step.do("long", returns("x" * 20_000))
+            return len(got) + (await step.wait_for_event("w", "t", timeout="1 day")).payload
+
+        async def end() -> None:
+            async with self.engine() as engine:
+                instance = await engine.bind(made).get("i")
+                await instance.send_event(type="t", payload=5)
+                self.assertEqual(await instance.result("5 seconds"), 20_005)
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            bound = engine.bind(made)
+            await reach(await bound.create(id="i"), "waiting")
+        good, stopped = Path(self.path).read_bytes(), 0
+        pages = range(4096, len(good), 4096)  # (the first says whose file it is)
+        with self.assertLogs("workflows", logging.CRITICAL):
+            for _ in ways():
+                for page, what in itertools.product(pages, (b"\0", b"\xff")):
+                    Path(self.path).write_bytes(good[:page] + what * 4096 + good[page + 4096 :])
+                    try:
+                        await end()
+                    except WorkflowInternalError:
+                        stopped += 1
+                    for side in workflows.SIDES:
+                        Path(self.path + side).unlink(missing_ok=True)
+        self.assertGreater(stopped, 2 * len(pages))
+        Path(self.path).write_bytes(good)
+        await end()
+
+
 # --------------------------------------------------------------------------------------------------
 # The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
 # once, so that its commits are counted. Then, for each of these, a process is killed right before
@@ -12826,29 +13084,6 @@ class Fast(Clock):
 
     def call_later(self, ms: float, callback: Callable[[], object]) -> Any:
         return super().call_later(ms / 200, callback)
-
-
-class Watched(sqlite3.Connection):
-    """Tells of each commit that changes anything, before and after: `told(connection, after)`."""
-
-    told: Callable[[sqlite3.Connection, bool], object]
-    changes = 0
-
-    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
-        if sql != "COMMIT" or self.total_changes == self.changes:
-            return super().execute(sql, *args)
-        self.changes = self.total_changes
-        self.told(self, False)
-        cursor = super().execute(sql, *args)
-        self.told(self, True)
-        return cursor
-
-
-def watching(told: Callable[[sqlite3.Connection, bool], object]) -> Any:
-    """As long as this lasts, connections are made that tell of their commits."""
-    factory = type("Watched", (Watched,), {"told": staticmethod(told)})
-    connect = functools.partial(sqlite3.connect, factory=factory)
-    return unittest.mock.patch.object(workflows.sqlite3, "connect", connect)
 
 
 class Fate:
