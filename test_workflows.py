@@ -13060,6 +13060,144 @@ class Faults(Real):
         Path(self.path).write_bytes(good)
         await end()
 
+    async def test_a_slow_disk_is_waited_for_in_the_thread(self) -> None:
+        """On the loop, one commit can be slow: the first."""
+        slow, on_loop = True, []
+
+        def told(db: sqlite3.Connection, after: bool) -> None:
+            if not after:
+                on_loop.append(threading.current_thread() is threading.main_thread())
+                time.sleep(0.005 * slow)
+
+        counter = Counter(self.folder)
+        with watching(told):
+            async with counter.counting():
+                await counter.goes_on()
+                self.assertNotIn(True, on_loop)
+                slow = False
+                await until(lambda: on_loop[-1])
+                slow = True
+                on_loop.clear()
+                await counter.goes_on()
+                self.assertLessEqual(on_loop.count(True), 1)
+
+
+CROWD = """
+    async def run(event, step):
+        async def work():
+            note(str(os.getpid()))
+            await asyncio.sleep(0.002)
+            note(str(os.getpid()))
+            return os.path.exists(PATH + ".stop")
+        def plain(): note(str(os.getpid()))
+        often = {"retries": {"limit": 200, "delay": 1, "backoff": "constant"}}
+        while not await step.do("s", often, work): await step.do("plain", often, plain)
+        return "done"
+    async def main(w):
+        for id in "abc": await get(w, id)
+        await asyncio.to_thread(sys.stdin.read)  # until the test has ended, however
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for _ in range(9):
+        if os.fork() == 0: break
+    go()
+    """
+
+
+class Crowd(Real):
+    async def next_owner(self, last: str) -> str:
+        """The process that runs callbacks, as soon as it is another one."""
+        self.took.append(await until(lambda: self.log()[-1:] not in ([], [last]), 20))
+        return self.log()[-1]
+
+    async def test_at_most_one_of_ten_processes_runs_callbacks_while_owners_are_killed(
+        self,
+    ) -> None:
+        crowd, chance, owner = self.child(CROWD), random.Random(1), ""
+        self.took: list[float] = []
+        for _ in range(9):
+            owner = await self.next_owner(owner)
+            await asyncio.sleep(chance.uniform(0, 0.1))
+            os.kill(int(owner), signal.SIGKILL)
+        await self.next_owner(owner)
+        Path(self.path + ".stop").touch()
+        async with self.engine() as client:
+            bound = await client.workflow("test")
+            for id in "abc":
+                self.assertEqual(await (await bound.get(id)).result("20 seconds"), "done")
+        crowd.process.stdin.close()
+        turns = [pid for pid, _ in itertools.groupby(self.log())]
+        self.assertEqual((len(turns), len({*turns})), (10, 10), "one after the other")
+        self.assertLess(statistics.median(self.took[1:]), 1)
+
+
+class WrongClocks(Case):
+    """A clock that is set back by an hour, or forward by a year, between two lives or in one."""
+
+    MINUTE = 60_000
+    HOUR, YEAR = 60 * MINUTE, 365 * 24 * 60 * MINUTE
+
+    async def program(self, event: Any, step: Any) -> Any:
+        if event.schedule:
+            return None
+        for n in range(2):
+            await step.do(f"s{n}", lambda n=n: self.ran.append(n))
+            await step.sleep("nap", "30 minutes")
+        return (await step.wait_for_event("w", "t", timeout="1 day")).payload
+
+    async def minutes_after(self, jump: int, during: bool) -> tuple[int, int]:
+        """So many minutes after the clock has jumped, in the middle of the first sleep, the
+        instance ends; and so many times its schedule has come by then."""
+        self.setUp()
+        self.clock = ManualClock(start=AT_FIRST)
+        self.ran: list[int] = []
+        made = workflow(self.program)
+        async with contextlib.AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(self.engine())
+            instance = await engine.bind(made, schedules="0 * * * *").create(id="i")
+            await instance.send_event(type="t", payload=5)
+            await self.clock.advance("10 minutes")
+            if not during:
+                await stack.aclose()
+            self.clock._now += jump
+            if not during:
+                engine = await stack.enter_async_context(self.engine())
+                engine.bind(made, schedules="0 * * * *")
+            await self.clock.settle()
+            began = self.clock.now()
+            instance = await engine.env.TEST.get("i")
+            while (await instance.status()).status != "complete":
+                await self.clock.advance("1 minute")
+            self.assertEqual((await instance.result(), self.ran), (5, [0, 1]))
+            took = (self.clock.now() - began) // self.MINUTE
+        return took, len(self.rows("SELECT 1 FROM instances WHERE trigger = 'cron'"))
+
+    async def test_nothing_is_lost_or_repeated(self) -> None:
+        for during in (False, True):
+            with self.subTest(during=during):
+                again = 0 if during else 1  # a schedule that is bound anew comes by this clock
+                jumps = {0: (50, 1), -self.HOUR: (110, 1 + again), self.YEAR: (30, 1)}
+                for jump, expected in jumps.items():
+                    self.assertEqual(await self.minutes_after(jump, during), expected, jump)
+
+    async def test_the_rate_of_creations_does_not_count_what_lies_ahead(self) -> None:
+        limits = dataclasses.replace(FOREVER, creations_per_second=2)
+        async with self.engine(limits=limits) as engine:
+            bound = engine.bind(workflow(one_step))
+            for _ in range(3):
+                await bound.create()
+                await self.clock.advance("1 second")
+            self.clock._now -= self.HOUR
+            await bound.create()
+
+    async def test_hibernation_goes_on_when_the_clock_is_set_back(self) -> None:
+        clock = Jumping()
+        async with self.engine(clock=clock, hibernate_after=100) as engine:
+            for n in range(2):
+                bound = engine.bind(workflow(one_sleep), f"w{n}")
+                await reach(await bound.create(), "waiting")
+                clock.ahead -= self.HOUR
+            await until(lambda: not engine.lives.runs)
+
 
 # --------------------------------------------------------------------------------------------------
 # The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
