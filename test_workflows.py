@@ -13254,10 +13254,9 @@ class Diary:
     def lines(self) -> list[tuple[str, ...]]:
         return [tuple(line.split("\t")) for line in self._path.read_text().splitlines()]
 
-    async def shows(self, *words: str) -> None:
-        """Waits for a line with all these words."""
-        while not any({*words} <= {*line} for line in self.lines()):
-            await asyncio.sleep(0.002)
+    def shows(self, *words: str) -> bool:
+        """Whether there is a line with all these words."""
+        return any({*words} <= {*line} for line in self.lines())
 
     async def once(self, name: str, call: Callable[[], Any]) -> None:
         """Calls, unless it is known that this was done."""
@@ -13428,15 +13427,20 @@ async def drive(w: Any, diary: Diary) -> None:
     def one(id: str) -> Any:
         return workflows.WorkflowInstance(w, id.replace(" ", "-"))
 
+    async def shows(*words: str) -> None:
+        while not diary.shows(*words):
+            w.engine.check_open()  # it may have stopped
+            await asyncio.sleep(0.002)
+
     async def of_main() -> None:
         await diary.once("early", lambda: one("main").send_event(type="early", payload="E"))
-        await diary.shows("ready for an event")
+        await shows("ready for an event")
         await asyncio.sleep(0.005)
         await diary.once("late", lambda: one("main").send_event(type="late", payload="L"))
         await one("main").result()
 
     async def of_paused() -> None:
-        await diary.shows("begin", "paused", "s1")
+        await shows("begin", "paused", "s1")
         await diary.once("pause", one("paused").pause)
         if ("do", "resume") not in diary.lines():
             await reach(one("paused"), "paused", "complete")
@@ -13457,20 +13461,20 @@ async def drive(w: Any, diary: Diary) -> None:
         await one("events").result()
 
     async def of_ended() -> None:
-        await diary.shows("ack", "undone", "pay")
+        await shows("ack", "undone", "pay")
         await diary.once("undo", lambda: one("undone").terminate(rollback=True))
-        await diary.shows("begin", "stopped", "hangs")
+        await shows("begin", "stopped", "hangs")
         await diary.once("stop", one("stopped").terminate)
-        await diary.shows("begin", "gone-too", "hangs")
+        await shows("begin", "gone-too", "hangs")
         await diary.once("delete", one("gone too").delete)
-        await diary.shows("ack", "gone", "s")
+        await shows("ack", "gone", "s")
         await diary.once("delete batch", lambda: w.delete_batch(["gone", "nobody"]))
         await reach(one("undone"), "terminated")
 
     async def of_rest() -> None:
         await unless_refused(one("saga").result())
         await one("single").result()
-        await diary.shows("begin", "tick")
+        await shows("begin", "tick")
         while await unless_refused(one("short").status()):  # until it has expired
             await asyncio.sleep(0.01)
 
@@ -13503,7 +13507,7 @@ class Crash(NamedTuple):
             began = time.time()
             if self.way == "takeover":
                 owner = fork(self.live, path, began, *self.deaths, drives=False)
-                while ("up",) not in Diary(path).lines():
+                while not Diary(path).shows("up"):
                     time.sleep(0.002)
                 codes.append(in_fork(self.live, path, began))
                 os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
