@@ -6,12 +6,14 @@ are real.
     python3 -m unittest                    the tests
     python3 test_workflows.py bench        the figures
     python3 test_workflows.py crashes      a process killed at each commit
+    python3 test_workflows.py fuzz [seed]  100,000 bad values
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -28,6 +30,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -13734,6 +13737,379 @@ class Crashes(unittest.TestCase):
 
 
 # --------------------------------------------------------------------------------------------------
+# Bad values: `python3 test_workflows.py fuzz [seed]` makes 100,000 cases of durations, schedules,
+# configurations, errors, values, and calls. Nothing but the documented errors comes out, and what
+# is accepted comes back equal. A case depends on nothing but the seed and its number.
+
+NUMBERS: list[Any] = [0, 1, 2, 5, 59, 100, 2**31, 2**53, 2**63, 10**30, 10**400, 10**5000]
+NUMBERS += [-1, -(2**63) - 1, -(10**400), 0.0, -0.0, 0.5, 1e-320, 1e11, 1e18, 1e300, True, False]
+NUMBERS += [float("inf"), float("-inf"), float("nan")]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "b-c_d",
+    "é😀",
+    "\0",
+    "\n",
+    "\ud800",
+    "$datetime",
+    "$dict",
+    "x" * 101,
+    "batch",
+]
+TEXTS += ["1 second", "2 days", "1.5 hours", "1 fortnight", "* * * * *", "inf", "1e3", "x" * 300]
+MOMENTS = [datetime.min, datetime.max, datetime(2026, 11, 1, 1, fold=1)]
+MOMENTS += [datetime(2020, 1, 1, tzinfo=zone) for zone in (UTC, timezone(timedelta(hours=-5.5)))]
+SPANS = [timedelta(0), timedelta(days=1), timedelta(-1), timedelta.max, timedelta.min]
+ODDITIES: list[Any] = [{1}, object(), object, 1j, range(3), len, b"", b"\xff", bytearray(b"x"), UTC]
+ATOMS = [None, *NUMBERS, *TEXTS, *MOMENTS, *SPANS, *ODDITIES]
+NATIVE_ERRORS = [
+    cls
+    for cls in vars(builtins).values()
+    if isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, Warning)
+]
+RUNS: dict[str, Any] = {}  # by the instance's id
+
+
+class Illegal(Exception):
+    """A value that can't be stored."""
+
+
+def as_stored(value: Any, levels: int = 0) -> Any:
+    """What a value comes back as."""
+    legal = isinstance(value, (str, int, float, list, tuple, dict, datetime, bytes, bytearray))
+    if levels > workflows.DEEPEST or not (legal or value is None):
+        raise Illegal
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise Illegal
+        return {as_stored(key): as_stored(each, levels + 1) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_stored(each, levels + 1) for each in value]
+    unspeakable = isinstance(value, str) and "\ud800" in value
+    unwritable = isinstance(value, int) and abs(value) >= 10**4300
+    if unspeakable or unwritable or (isinstance(value, float) and not math.isfinite(value)):
+        raise Illegal
+    return bytes(value) if isinstance(value, bytearray) else value
+
+
+class Fuzz:
+    """A case. The methods that are named in `KINDS` say whether something was accepted."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self.chance = random.Random(f"{seed} {number}")
+        self.one = self.chance.choice
+        self.id = f"i{number}"
+        self.kind = KINDS[number % len(KINDS)]
+
+    def often(self, share: float) -> bool:
+        return self.chance.random() < share
+
+    def value(self, levels: int = 3) -> Any:
+        """Any value, legal ones among them."""
+        kind = self.chance.randrange(6 if levels else 3)
+        if kind < 3:
+            return self.one(ATOMS)
+        if kind == 3 and self.often(0.05):
+            deep: Any = self.one(ATOMS)
+            for _ in range(self.one([10, 299, 300, 301, 5000])):
+                deep = [deep] if self.often(0.5) else {"a": deep}
+            return deep
+        items = [self.value(levels - 1) for _ in range(self.chance.randrange(4))]
+        if kind == 3:
+            return {self.one(ATOMS[:9] if self.often(0.02) else TEXTS): each for each in items}
+        return items if kind == 4 else tuple(items)
+
+    def options(self, **legal: list[Any]) -> dict[Any, Any]:
+        """A dict with some of these keys, and mostly with legal values."""
+        made = {
+            key: self.one(values) if self.often(0.8) else self.value(1)
+            for key, values in legal.items()
+            if self.often(0.6)
+        }
+        return made | {self.one(TEXTS): 1} if self.often(0.05) else made
+
+    def config(self) -> Any:
+        retries = self.options(
+            limit=[1, 2, 1.0, float("inf")],
+            delay=[0, 1, "1 second", "5 days", lambda info: 1],
+            backoff=["constant", "linear", "exponential"],
+        )
+        spans = ["1 second", 5, "1 day", timedelta(1)]
+        return self.options(retries=[retries], timeout=spans, sensitive=["output"])
+
+    def duration(self) -> bool:
+        number = self.one(
+            ["1", "0", "007", "1.5", "1.", ".5", "-1", "1e3", "1_000", "٣", "9" * 400]
+        )
+        unit = self.one(["second", "minutes", "hour", "days", "week", "months", "year", "ms", ""])
+        between = self.one([" ", " ", " ", "", "  ", "\n", "\xa0"])
+        text = number + between + unit + self.one(["", "", "", " ", "\n", "s"])
+        given = self.one([text, text, text, self.one(ATOMS)])
+        try:
+            ms = parse_duration(given)
+        except ValueError:
+            return False
+        if isinstance(given, str):
+            amount, unit = given.split(" ")
+            spans = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+            spans |= {"week": 7 * 86400, "month": 30 * 86400, "year": 365 * 86400}
+            exact = float(amount) * spans[unit.removesuffix("s")] * 1000
+        else:
+            exact = given / timedelta(milliseconds=1) if isinstance(given, timedelta) else given
+        assert type(ms) is int and ms >= 0 and abs(ms - exact) <= 0.5, ms
+        return not isinstance(given, bool)
+
+    def schedule(self) -> bool:
+        pieces = [*"***0757L", "1-5", "*/5", "5/15", "31", "MON", "sun", "JAN-mar", "1,2", "", "60"]
+        fields = [self.one(pieces) for _ in range(self.one([5, 5, 5, 4, 6]))]
+        if self.often(0.3):
+            fields[0] += self.one(",-/#") + self.one(pieces)
+        try:
+            cron = workflows.Cron(" ".join(fields) if self.often(0.95) else self.one(ATOMS))
+        except ValueError:
+            return False
+        after = self.chance.randrange(0, 4 * 10**12)
+        comes = cron.next(after)
+        assert comes > after and comes % 60_000 == 0, comes
+        assert cron.next(comes - 1) == comes == cron.last(comes), comes
+        assert cron.last(comes - 1) == cron.last(after), comes
+        assert workflows.Cron(cron.text).next(after) == comes, comes
+        return True
+
+    def configuration(self) -> bool:
+        given = self.config()
+        try:
+            config = workflows.StepConfig(given)
+            text = config.text
+        except (TypeError, ValueError, OverflowError):
+            return False
+        again = workflows.StepConfig.load(text, given)
+        for name in ("limit", "delay", "timeout", "backoff"):
+            assert getattr(again, name) == getattr(config, name), name
+        return True
+
+    def error(self) -> bool:
+        """Whatever an error consists of, it keeps its text, and a class that it was of."""
+        odd = [
+            InSlots,
+            Attributes,
+            Careless,
+            FromResponse,
+            Statement,
+            Delegating,
+            Odd,
+            Both,
+            Frozen,
+        ]
+        error: Any = None
+        while error is None:
+            with contextlib.suppress(Exception):
+                cls = self.one([*NATIVE_ERRORS, *odd, OnlyItsOwnCode, NonRetryableError])
+                error = cls(*(self.value(1) for _ in range(self.chance.randrange(4))))
+        for name in ("code", "name", "errno", "request", "args", "__notes__"):
+            with contextlib.suppress(Exception):
+                if self.often(0.1):
+                    setattr(error, name, self.value(1))
+        record = workflows.decode(workflows.encode_error(error))
+        rebuilt = workflows.rebuild_error(record)
+        assert isinstance(error, type(rebuilt)) or type(rebuilt) is WorkflowError, rebuilt
+        assert workflows.brief(record)["message"] == str(rebuilt), (error, rebuilt)
+        if not isinstance(error, ExceptionGroup):
+            assert str(rebuilt) == workflows.message_of(error), (error, rebuilt)
+        again = workflows.rebuild_error(workflows.decode(workflows.encode_error(rebuilt)))
+        assert str(again) == str(rebuilt), again
+        return type(rebuilt) is type(error)
+
+    async def value_of_all_kinds(self, bound: Any) -> bool:
+        """The same one as params, as a step's result, in an event, and as the output."""
+        given = self.value()
+        try:
+            expected = repr(as_stored(given))
+        except Illegal:
+            expected = ""
+
+        async def run(event: Any, step: Any) -> Any:
+            sent = await step.wait_for_event("w", "t", timeout="365 days")
+            got = await refused("step", step.do("s", ONCE, returns(given)))
+            if expected:
+                got = [event.payload, sent.payload, got]
+                assert [repr(each) for each in got] == [expected] * 3, got
+            return given
+
+        async def refused(what: str, call: Any) -> Any:
+            """What is awaited; or that is refused, as it should be."""
+            try:
+                return await call
+            except WorkflowError as error:
+                assert error.code == f"{what}.not_serializable" and not expected, error
+            else:
+                assert expected, "it was accepted"
+
+        RUNS[self.id] = run
+        await refused("params", bound.create(id=self.id, params=given))
+        if not expected:
+            await bound.create(id=self.id)
+        instance = await bound.get(self.id)
+        await refused("event", instance.send_event(type="t", payload=given))
+        if not expected:
+            await instance.send_event(type="t")
+        output = await refused("output", instance.result())
+        assert repr(output) == expected or not expected, output
+        return bool(expected)
+
+    async def step_call(self, bound: Any) -> bool:
+        """Any call of a step: it is accepted, or refused with a code."""
+        one = self.one
+        name = one(TEXTS) if self.often(0.3) else "s"
+        callbacks = returns(1), lambda: 1, lambda ctx: 1, lambda ctx: 1 // (ctx.attempt - 1)
+        callback = one([*callbacks, *callbacks, None, 5, object, lambda a, b: 1])
+        span = one(["1 day", 5, "30 days", self.value(0)])
+        options = self.options(type=["t", "a-b"], timeout=["1 day", 5])
+        undo = self.options(rollback=[lambda info: None], rollbackConfig=[{}])
+
+        async def run(event: Any, step: Any) -> Any:
+            calls = [
+                lambda: step.do(name, self.config(), callback),
+                lambda: step.do(name, self.config(), callback, undo),
+                lambda: step.do(name, callback, rollback=self.value(0)),
+                lambda: step.sleep(name, span),
+                lambda: step.sleep(name, span, self.value(0)),
+                lambda: step.sleep_until(name, one([span, one(NUMBERS), one(MOMENTS)])),
+                lambda: step.wait_for_event(name, options),
+                lambda: step.wait_for_event(name, one(["t", self.value(0)]), timeout=span),
+            ]
+            try:
+                await one(calls)()
+            except WorkflowFatalError as error:
+                assert error.code.startswith(("step.", "event.", "limit.", "workflow.fatal")), error
+                return False
+            except (WorkflowTimeoutError, ZeroDivisionError):
+                pass
+            return True
+
+        RUNS[self.id] = run
+        accepted: bool = await (await bound.create(id=self.id)).result()
+        return accepted
+
+    async def callers_call(self, bound: Any) -> bool:
+        """Any call of a caller: it does what it should, or is refused with an error that says
+        why."""
+        one, value = self.one, self.value
+        instance = workflows.WorkflowInstance(bound, one(["there", "not-there"]))
+        retention = self.options(successRetention=["1 day", *NUMBERS], errorRetention=SPANS)
+        ids = [None, self.id, *TEXTS]
+        options = self.options(id=ids, params=[1], retention=[retention], locationHint=["x"])
+        start = self.options(name=["s", *TEXTS], count=NUMBERS, type=["do", "sleep"])
+        calls = [
+            lambda: bound.create(one([options, options, options, value(1)])),
+            lambda: bound.create_batch(one([[options] * one([1, 2, 101]), value(2)])),
+            lambda: bound.create_batch(options | {"count": one([1, 2, *NUMBERS])}),
+            lambda: bound.get(one([*TEXTS, value(0)])),
+            lambda: bound.delete_batch(one([[one(TEXTS)], value(1)])),
+            lambda: anext(bound.list(status=one([None, value(0)]), limit=one([1, value(0)])), 0),
+            lambda: bound.replay(one([*TEXTS, value(0)])),
+            lambda: bound.engine.workflow(one([*TEXTS, value(0)])),
+            lambda: instance.restart({"from": one([start, start, value(1)])}),
+            lambda: instance.send_event(self.options(type=["t", *TEXTS], payload=[1])),
+            lambda: instance.send_event(value(1)),
+            lambda: instance.result(timeout=one([value(0), one(NUMBERS)])),
+            lambda: instance.terminate(rollback=value(0)),
+            lambda: anext(aiter(instance.subscribe(value(0), one([None, value(1)]))), 0),
+        ]
+        RUNS[self.id] = RUNS["there"] = one_step
+        with contextlib.suppress(WorkflowError):
+            await bound.create(id="there")
+        try:
+            await one(calls)()
+        except WorkflowInternalError:
+            raise
+        except (TypeError, ValueError, WorkflowError):
+            return False
+        return True
+
+
+KINDS = [Fuzz.duration, Fuzz.schedule, Fuzz.configuration, Fuzz.error]
+KINDS += [Fuzz.value_of_all_kinds, Fuzz.step_call, Fuzz.callers_call]
+
+
+async def try_all(seed: int, numbers: range) -> collections.Counter[str]:
+    """How many of these cases were accepted and refused, of each kind."""
+    counts = collections.Counter[str]()
+    cases = [Fuzz(seed, number) for number in numbers]
+
+    async def attempt(case: Fuzz, *args: Any) -> None:
+        try:
+            accepted = case.kind(case, *args)
+            accepted = await accepted if asyncio.iscoroutine(accepted) else accepted
+        except Exception as error:
+            error.add_note(f"seed {seed}, case {case.id}: {case.kind.__name__}")
+            raise
+        counts[f"{case.kind.__name__} {'accepted' if accepted else 'refused'}"] += 1
+
+    async def run(event: Any, step: Any) -> Any:
+        return await RUNS.get(event.instance_id, one_step)(event, step)
+
+    clock = ManualClock(start=AT_FIRST)
+    for case in cases:
+        if not asyncio.iscoroutinefunction(case.kind):
+            await attempt(case)
+    async with Engine(":memory:", clock=clock, limits=FOREVER) as engine:
+        bound = engine.bind(workflow(run))
+        through = [case for case in cases if asyncio.iscoroutinefunction(case.kind)]
+        running = [asyncio.ensure_future(attempt(case, bound)) for case in through]
+        for _ in range(30):
+            await clock.advance("50 days")
+        done, hanging = await asyncio.wait(running, timeout=0) if running else ((), ())
+    RUNS.clear()
+    errors = [error for each in done if (error := each.exception())]
+    if errors or hanging:
+        raise ExceptionGroup(f"{len(hanging)} hang", errors)
+    return counts
+
+
+def fuzz(arguments: list[str]) -> None:
+    """Tries 100,000 cases, and says how many were accepted."""
+    seed, counts, began = int((arguments or ["1"])[0]), collections.Counter[str](), time.monotonic()
+    logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
+    for start in range(0, 100_000, 500):
+        numbers = range(start, start + 500)
+        try:
+            counts += asyncio.run(try_all(seed, numbers))
+        except Exception:
+            for number in numbers:  # which of them was it?
+                asyncio.run(try_all(seed, range(number, number + 1)))
+            raise
+    for kind, count in sorted(counts.items()):
+        print(f"{count:7,} {kind}")
+    print(f"seed {seed}: {counts.total():,} cases in {time.monotonic() - began:.0f} s, none failed")
+
+
+class BadValues(Case):
+    def test_a_share_of_the_campaign(self) -> None:
+        counts = asyncio.run(try_all(1, range(1050)))
+        for kind in KINDS:
+            for end in ("accepted", "refused"):
+                self.assertGreater(counts[f"{kind.__name__} {end}"], 1)
+
+    async def test_what_sqlite_can_not_hold_is_refused_and_stops_no_engine(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            calls = [lambda: bound.create(retention={"successRetention": 10**30})]
+            for odd in ({1}, "\ud800"):
+                calls += [functools.partial(call, odd) for call in (bound.replay, engine.workflow)]
+            for call in calls:
+                with self.assertRaises((TypeError, ValueError, WorkflowError)) as refused:
+                    await call()
+                self.assertNotIsInstance(refused.exception, WorkflowInternalError)
+            await bound.create()
+        for make in (lambda: Engine(drain=10**400), lambda: Limits(error_retention=10**30)):
+            with self.assertRaises(ValueError):
+                make()
+
+
+# --------------------------------------------------------------------------------------------------
 # The figures: `python3 test_workflows.py bench [--quick]`. Each is measured several times, and what
 # SQLite itself can do (single-row commits, as durable as the engine's) right before and right after
 # each time, on the same disk: a machine is not equally fast all the time. What counts is the ratio.
@@ -14061,5 +14437,7 @@ if __name__ == "__main__":
         bench(sys.argv[2:])
     elif sys.argv[1:2] == ["crashes"]:
         crashes(sys.argv[2:])
+    elif sys.argv[1:2] == ["fuzz"]:
+        fuzz(sys.argv[2:])
     else:
         unittest.main()
