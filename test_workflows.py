@@ -7,6 +7,7 @@ are real.
     python3 test_workflows.py bench        the figures
     python3 test_workflows.py crashes      a process killed at each commit
     python3 test_workflows.py fuzz [seed]  100,000 bad values
+    python3 test_workflows.py load [hours] mixed work, by a fast clock
 """
 
 from __future__ import annotations
@@ -13287,7 +13288,7 @@ class Everything(WorkflowEntrypoint[Any]):
     OFTEN: Any = {"retries": {"limit": 200, "delay": 100, "backoff": "constant"}}
 
     async def run(self, event: Any, step: Any) -> Any:
-        self.id, self.step, self.diary = event.instance_id, step, self.env.diary
+        self.id, self.step, self.diary = event.instance_id, step, self.env[event.workflow_name]
         return await getattr(self, "tick" if event.schedule else event.payload)()
 
     async def done(
@@ -13424,6 +13425,11 @@ UNDONE = {"saga": ["pack", "pay", "book"], "undone": ["pay", "book"]}
 AGAIN = {"again": STEPS, "from": STEPS[2:]}
 
 
+def patient() -> Any:
+    """What `Fast` would make hasty: so many ms of it are a minute."""
+    return unittest.mock.patch.multiple(workflows, SEARCH=12_000_000, ASKING=12_000_000)
+
+
 async def drive(w: Any, diary: Diary) -> None:
     """What callers do: each of it once, unless they don't live to know that they have done it."""
 
@@ -13527,12 +13533,11 @@ class Crash(NamedTuple):
 
     def live(self, path: str, began: float, death: Any = (), *, drives: bool = True) -> None:
         """What a process does: up to the end of the program, or to its death."""
-        workflows.SEARCH = workflows.ASKING = 10**7  # that many ms of `Fast`
         workflows.TRUST, workflows.QUICK = (1, -1.0) if self.way == "thread" else (0, 60.0)
         diary, fate = Diary(path), Fate(*death)
 
         async def main() -> None:
-            clock, env = Fast(began), {"diary": diary}
+            clock, env = Fast(began), {"everything": diary}
             async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
                 if began == 0.0:
                     return
@@ -13545,7 +13550,7 @@ class Crash(NamedTuple):
                     await asyncio.sleep(60)
             diary.note("end", str(fate.commits))
 
-        with watching(fate.meet):
+        with watching(fate.meet), patient():
             asyncio.run(main())
 
 
@@ -13734,6 +13739,109 @@ class Crashes(unittest.TestCase):
         command = [sys.executable, __file__, "crashes", "--quick"]
         run = subprocess.run(command, check=False, capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+
+
+# --------------------------------------------------------------------------------------------------
+# Load: `python3 test_workflows.py load [hours]` runs that program again and again, several at a
+# time, for an hour of a clock that is 200 times as fast. What the process holds when nothing is
+# going on is the same after each round, and the log of the database does not grow without bound.
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    blocks: int  # of memory, that Python knows of
+    peak: int  # MB that it had at most
+    tasks: int
+    threads: int
+    descriptors: int
+    timers: int
+    file: int  # bytes
+    log: int  # bytes, of SQLite's log beside the file
+
+    @classmethod
+    def now(cls, path: str) -> Held:
+        gc.collect()
+        loop: Any = asyncio.get_running_loop()
+        timers = sum(not timer.cancelled() for timer in loop._scheduled)
+        counts = len(asyncio.all_tasks()), threading.active_count(), len(os.listdir("/dev/fd"))
+        paths = Path(path), Path(path + "-wal")
+        sizes = (each.stat().st_size if each.exists() else 0 for each in paths)
+        return cls(sys.getallocatedblocks(), round(peak_memory()), *counts, timers, *sizes)
+
+
+class Scratch(Diary):
+    """A diary that is begun anew with each round."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[str, ...]] = []
+
+    def note(self, *words: str) -> None:
+        self._lines.append(words)
+
+    def lines(self) -> list[tuple[str, ...]]:
+        return self._lines
+
+
+async def live_through(path: str, hours: float, programs: int) -> list[Held]:
+    """What was held before, after each round (there are six at least), and in the end."""
+    held, clock = [Held.now(path)], Fast(time.time())
+    env = {f"p{n}": Scratch() for n in range(programs)}
+    with patient():
+        async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
+            options = {"schedules": "* * * * *", "success_retention": "2 minutes"}
+            bound = [engine.bind(Everything, name, **options) for name in env]
+            while len(held) <= 6 or clock.now() < AT_FIRST + hours * 3_600_000:
+                with contextlib.closing(sqlite3.connect(path)) as reader:
+                    if len(held) % 3 == 0:  # somebody reads for long
+                        reader.execute("BEGIN")
+                        reader.execute("SELECT * FROM journal").fetchone()
+                    for diary in env.values():
+                        diary.lines().clear()
+                    await asyncio.gather(*(drive(each, env[each.name]) for each in bound))
+                for each in bound:
+                    await each.delete_batch([id.replace(" ", "-") for id in PLANS])
+                await asyncio.sleep(0.1)  # until nothing is going on
+                held.append(Held.now(path))
+    await asyncio.sleep(0.1)
+    return [*held, Held.now(path)]
+
+
+def what_grew(held: list[Held]) -> list[str]:
+    """What there was more of later than at first, or in the end than before."""
+    before, *rounds, after = held
+    first, rest = rounds[: len(rounds) // 3], rounds[len(rounds) // 3 :]
+    most = Held(*map(max, zip(*first, strict=True)))
+    most = most._replace(blocks=most.blocks * 1.05, peak=most.peak * 1.2, file=most.file * 2)
+    most = most._replace(threads=before.threads + 1 + workflows.Threads.LIMIT)
+    most = most._replace(timers=2, log=2 * workflows.LONG_LOG)
+    later = map(max, zip(*rest, strict=True))
+    grew = [name for name, a, b in zip(Held._fields, later, most, strict=True) if a > b]
+    counts = ("tasks", "threads", "descriptors", "timers")
+    return grew + [
+        f"{name} in the end" for name in counts if getattr(before, name) < getattr(after, name)
+    ]
+
+
+def load(arguments: list[str]) -> None:
+    """Says what was held, and what of that grew."""
+    hours, began = float((arguments or ["1"])[0]), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        held = asyncio.run(live_through(str(Path(folder) / "test.db"), hours, 8))
+    print(("{:>13}" * len(Held._fields)).format(*Held._fields))
+    for n in range(0, len(held), len(held) // 20 + 1):
+        print(("{:13,}" * len(Held._fields)).format(*held[n]))
+    print(("{:13,}" * len(Held._fields)).format(*held[-1]))
+    grew = what_grew(held)
+    rounds = (len(held) - 2) * 8
+    print(f"{hours:g} hours, {rounds} programs in {time.monotonic() - began:.0f} s; grew: {grew}")
+    raise SystemExit(bool(grew))
+
+
+class Load(Case):
+    def test_a_share_of_the_campaign(self) -> None:
+        held = asyncio.run(live_through(self.path, 0, 2))
+        self.assertEqual(what_grew(held), [], held)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14433,11 +14541,8 @@ Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["bench"]:
-        bench(sys.argv[2:])
-    elif sys.argv[1:2] == ["crashes"]:
-        crashes(sys.argv[2:])
-    elif sys.argv[1:2] == ["fuzz"]:
-        fuzz(sys.argv[2:])
+    campaigns = {"bench": bench, "crashes": crashes, "fuzz": fuzz, "load": load}
+    if sys.argv[1:] and sys.argv[1] in campaigns:
+        campaigns[sys.argv[1]](sys.argv[2:])
     else:
         unittest.main()
