@@ -13206,10 +13206,11 @@ class WrongClocks(Case):
 # --------------------------------------------------------------------------------------------------
 # The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
 # once, so that its commits are counted. Then, for each of these, a process is killed right before
-# it, another one right after it, and to a third one it fails; and the next process goes on, unless
-# that dies, too. In the end the outputs are the same, each step that was acknowledged has run once,
-# and the rows and the usage add up. All of it runs three ways: with transactions on the loop, with
-# transactions in the writer thread, and with a second process that takes over.
+# it, another one right after it, to a third one it fails, and others get Ctrl-C or SIGTERM in the
+# middle of it; and the next process goes on, unless that dies, too. In the end the outputs are the
+# same, each step that was acknowledged has run once, the rows and the usage add up, and nobody has
+# said a word. All of it runs three ways: with transactions on the loop, with transactions in the
+# writer thread, and with a second process that takes over.
 
 AT_FIRST = 1_767_607_200_000  # 2026-01-05, 10:00 in UTC
 
@@ -13229,7 +13230,9 @@ class Fast(Clock):
 
 
 class Fate:
-    """What a process dies of: before or after a commit, or there is an "error" in it."""
+    """What ends a process, at one of its commits."""
+
+    WAYS = ("before", "after", "error", "interrupt", "terminate")  # killed, or these signals
 
     def __init__(self, number: int = 0, how: str = "") -> None:
         self.number, self.how, self.commits = number, how, 0
@@ -13242,6 +13245,10 @@ class Fate:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "error" and not after:
             raise sqlite3.OperationalError("disk I/O error")
+        if self.how == "interrupt" and not after:
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.how == "terminate" and not after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Diary:
@@ -13527,12 +13534,14 @@ class Crash(NamedTuple):
                 while codes[-1] in DEATHS:
                     codes.append(in_fork(self.live, path, began, next(deaths)))
             died = sum(code in DEATHS for code in codes)
-            if codes[-1] != 0:
-                return [f"processes ended with {codes}"], 0, died
+            said = Path(path + ".err").read_text()
+            if codes[-1] != 0 or said:
+                return [f"processes ended with {codes}", said], 0, died
             return check(path), int(Diary(path).lines()[-1][1]), died
 
     def live(self, path: str, began: float, death: Any = (), *, drives: bool = True) -> None:
         """What a process does: up to the end of the program, or to its death."""
+        os.dup2(os.open(path + ".err", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
         workflows.TRUST, workflows.QUICK = (1, -1.0) if self.way == "thread" else (0, 60.0)
         diary, fate = Diary(path), Fate(*death)
 
@@ -13554,7 +13563,7 @@ class Crash(NamedTuple):
             asyncio.run(main())
 
 
-DEATHS = (-signal.SIGKILL, 5)  # how a process ends; 5: storage failed
+DEATHS = (-signal.SIGKILL, -signal.SIGTERM, 5, 6)  # how a process ends; see `fork`
 # Counts by itself what `usage` must come to.
 AUDIT = """
     CREATE TABLE audit (kind TEXT, id TEXT);
@@ -13574,6 +13583,8 @@ def fork(work: Callable[..., None], *args: Any, **options: Any) -> int:
         code = 0
     except WorkflowInternalError:
         code = 5
+    except KeyboardInterrupt:
+        code = 6
     except BaseException:
         traceback.print_exc()
     finally:
@@ -13716,13 +13727,12 @@ def crashes(arguments: list[str]) -> None:
         print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
         failed += bool(wrong)
         numbers = range(1, 100 if way == "takeover" else commits + 1)
-        if quick:
-            numbers = random.Random(way).sample(numbers, 2)
-        once = [*itertools.product(numbers, ("before", "after", "error"))]
-        cases += [Crash(way, (death,)) for death in once]
-        if way != "takeover" and not quick:
+        cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+        if way != "takeover" and not quick:  # the next process dies, too
+            first = itertools.product(numbers, ("before", "interrupt"))
             again = (1, "before"), (3, "error"), (8, "after")
-            cases += [Crash(way, deaths) for deaths in itertools.product(once, again)]
+            cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
+    cases = random.Random(1).sample(cases, 15) if quick else cases
     with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
         for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
             killed += died
