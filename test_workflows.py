@@ -13799,8 +13799,7 @@ async def live_through(path: str, hours: float, programs: int) -> list[Held]:
     env = {f"p{n}": Scratch() for n in range(programs)}
     with patient():
         async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
-            options = {"schedules": "* * * * *", "success_retention": "2 minutes"}
-            bound = [engine.bind(Everything, name, **options) for name in env]
+            bound = [engine.bind(Everything, name, schedules="* * * * *") for name in env]
             while len(held) <= 6 or clock.now() < AT_FIRST + hours * 3_600_000:
                 with contextlib.closing(sqlite3.connect(path)) as reader:
                     if len(held) % 3 == 0:  # somebody reads for long
@@ -13810,7 +13809,9 @@ async def live_through(path: str, hours: float, programs: int) -> list[Held]:
                         diary.lines().clear()
                     await asyncio.gather(*(drive(each, env[each.name]) for each in bound))
                 for each in bound:
-                    await each.delete_batch([id.replace(" ", "-") for id in PLANS])
+                    await each.delete_batch(
+                        [instance.id async for instance in each.list(limit=100)]
+                    )
                 await asyncio.sleep(0.1)  # until nothing is going on
                 held.append(Held.now(path))
     await asyncio.sleep(0.1)
