@@ -13571,7 +13571,9 @@ AUDIT = """
         OR (new.extra IS NOT NULL AND new.attempt IS NOT NULL AND new.step NOT LIKE 'rollback%')
         BEGIN INSERT INTO audit VALUES ('steps', new.step); END;
     CREATE TRIGGER audit_instances AFTER INSERT ON instances
-        BEGIN INSERT INTO audit VALUES ('requests', new.id); END"""
+        BEGIN INSERT INTO audit VALUES ('requests', new.id); END;
+    CREATE TRIGGER audit_schedules AFTER UPDATE ON schedules
+        BEGIN INSERT INTO audit VALUES ('times', new.cron); END"""
 
 
 def fork(work: Callable[..., None], *args: Any, **options: Any) -> int:
@@ -13627,6 +13629,9 @@ def check(path: str) -> list[str]:
         usage = ask("SELECT sum(requests), sum(steps), sum(storage_bytes) FROM usage")
         if usage != [(audit["requests"], audit["steps"], storage)]:
             wrong.append(f"usage {usage}, and not {audit}, {storage}")
+        scheduled = "SELECT count(*) FROM audit WHERE kind = 'requests' AND id LIKE '% %'"
+        if ask(scheduled) != [(audit.get("times", 0),)]:
+            wrong.append("a schedule came and nothing was created")
         if ask("SELECT id FROM audit WHERE kind = 'requests' GROUP BY id HAVING count(*) > 1"):
             wrong.append("something was created twice")
         for table in ("journal", "waits", "events"):
