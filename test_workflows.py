@@ -5,12 +5,16 @@ are real.
 
     python3 -m unittest                    the tests
     python3 test_workflows.py bench        the figures
+    python3 test_workflows.py crashes      a process killed at each commit
+    python3 test_workflows.py fuzz [seed]  100,000 bad values
+    python3 test_workflows.py load [hours] mixed work, by a fast clock
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -27,6 +31,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -12871,6 +12876,1432 @@ class Damaged(Undoing):
             self.assertEqual(await self.outcome(run), "short")
 
 
+class Watched(sqlite3.Connection):
+    """Tells of each commit that changes anything, before and after: `told(connection, after)`."""
+
+    told: Callable[[sqlite3.Connection, bool], object]
+    changes = 0
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        if sql != "COMMIT" or self.total_changes == self.changes:
+            return super().execute(sql, *args)
+        self.changes = self.total_changes
+        self.told(self, False)
+        cursor = super().execute(sql, *args)
+        self.told(self, True)
+        return cursor
+
+
+def watching(told: Callable[[sqlite3.Connection, bool], object]) -> Any:
+    """As long as this lasts, connections are made that tell of their commits."""
+    factory = type("Watched", (Watched,), {"told": staticmethod(told)})
+    connect = functools.partial(sqlite3.connect, factory=factory)
+    return unittest.mock.patch.object(workflows.sqlite3, "connect", connect)
+
+
+def ways() -> Any:
+    """Transactions on the loop, then in the writer thread."""
+    for way, trust, quick in (("loop", 0, 60.0), ("thread", 1, -1.0)):
+        with unittest.mock.patch.multiple(workflows, TRUST=trust, QUICK=quick):
+            yield way
+
+
+def quicker(factor: float) -> Any:
+    """The engine's patience ends so many times as early."""
+    faster = types.SimpleNamespace(**vars(time))
+    faster.monotonic = lambda: time.monotonic() * factor
+    return unittest.mock.patch.object(workflows, "time", faster)
+
+
+class Counter:
+    """An instance that counts, step by step, on a database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = tempfile.mkdtemp(dir=folder) + "/test.db"
+        self.begun: list[int] = []
+        self.known: list[int] = []  # to `run`: so these are stored
+
+    async def run(self, event: Any, step: Any) -> None:
+        for n in itertools.count():
+            self.known.append(await step.do("s", constant(3), functools.partial(self.count, n)))
+
+    async def count(self, n: int) -> int:
+        self.begun.append(n)
+        await asyncio.sleep(0.001)
+        return n
+
+    async def goes_on(self) -> None:
+        known = len(self.known)
+        await until(lambda: len(self.known) > known + 20)
+
+    @contextlib.asynccontextmanager
+    async def counting(self) -> Any:
+        """The instance, in an engine in which it has counted a little."""
+        self.begun.clear()
+        self.known.clear()
+        async with Engine(self.path) as engine:
+            bound = engine.bind(workflow(self.run))
+            await bound.create_batch([{"id": "i"}])
+            await until(lambda: len(self.begun) > 5)
+            yield await bound.get("i")
+
+
+class Faults(Real):
+    """Storage fails, whichever way transactions go: the engine stops in place, and the next one
+    goes on when the cause is gone."""
+
+    where = Case.where
+
+    async def stops(self, counter: Counter, harm: Callable[[], Any], seen: str) -> None:
+        """The engine does so after the harm, and tells everybody what was seen."""
+        async with counter.counting() as instance:
+            engine = instance.workflow.engine
+            harm()
+            for call in (instance.result, instance.status, engine.env.TEST.create):
+                with self.assertRaisesRegex(WorkflowInternalError, seen):
+                    await asyncio.wait_for(call(), 5)
+            await until(lambda: not engine.lives.runs)
+        self.assertLessEqual(len(counter.begun), len(counter.known) + 1)
+
+    async def goes_on(self, counter: Counter) -> None:
+        """What was known does not run again, and nothing has failed."""
+        stored = len(counter.known)
+        async with counter.counting():
+            first = counter.begun[0]
+            self.assertIn(first, (stored, stored + 1))  # it may be stored after all
+            self.assertEqual(counter.begun, [*range(first, counter.begun[-1] + 1)])
+        with contextlib.closing(sqlite3.connect(counter.path)) as db:
+            sql = "SELECT type FROM journal WHERE type IN ('error', 'errored')"
+            self.assertEqual(db.execute(sql).fetchall(), [])
+
+    async def survives_in_a_commit(self, fault: Callable[[str, Any], Any], seen: str) -> None:
+        """`fault(path, connection)` happens right before a commit. What it returns mends it."""
+        counter, mend, coming = Counter(self.folder), [], False
+
+        def told(db: sqlite3.Connection, after: bool) -> None:
+            nonlocal coming
+            if coming and not after:
+                coming = False
+                mend.append(fault(counter.path, db))
+
+        def harm() -> None:
+            nonlocal coming
+            coming = True
+
+        with watching(told):
+            await self.stops(counter, harm, seen)
+        for each in filter(None, mend):
+            each()
+        await self.goes_on(counter)
+
+    async def test_a_transaction_that_fails(self) -> None:
+        import resource
+
+        def database_full(path: str, db: Any) -> None:
+            db.execute("PRAGMA max_page_count = 1")
+
+        def disk_full(path: str, db: Any) -> Callable[[], None]:
+            """A write ends in the middle."""
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            room = os.path.getsize(path + "-wal") // 4096 * 4096 + 100
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+            return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        def io_error(path: str, db: Any) -> None:
+            """What was open for writing is not any more."""
+            with open(path + "-wal", "rb") as file:
+                for fd in map(int, os.listdir("/dev/fd")):
+                    with contextlib.suppress(OSError):
+                        if os.path.sameopenfile(file.fileno(), fd):
+                            os.dup2(file.fileno(), fd)
+
+        def no_memory(path: str, db: Any) -> None:
+            raise MemoryError
+
+        full = "full|disk I/O error"
+        faults = {database_full: full, disk_full: full, io_error: full, no_memory: "MemoryError"}
+        for way in ways():
+            for fault, seen in faults.items():
+                told = self.assertLogs("workflows", logging.CRITICAL)
+                with self.subTest(fault.__name__, way=way), told:
+                    await self.survives_in_a_commit(fault, seen)
+
+    async def test_a_file_that_is_lost_or_replaced_while_the_engine_is_busy(self) -> None:
+        async def lose(side: str, replace: bool) -> None:
+            counter = Counter(self.folder)
+            path, old = counter.path + side, counter.path + ".old"
+
+            def harm() -> None:
+                os.rename(path, old)
+                if replace:
+                    shutil.copy(old, path)
+
+            await self.stops(counter, harm, "removed or replaced")
+            os.replace(old, path)
+            await self.goes_on(counter)
+
+        cases = [*itertools.product(("", "-wal", "-owner"), (False, True))]
+        for _ in ways():
+            with self.assertLogs("workflows", logging.CRITICAL), quicker(5):
+                await asyncio.gather(*(lose(*case) for case in cases))
+
+    async def test_a_lock_that_is_held_longer_than_anybody_waits(self) -> None:
+        for way in ways():
+            with self.subTest(way), quicker(50):
+                counter = Counter(self.folder)
+                async with counter.counting() as instance:
+                    db = sqlite3.connect(counter.path, isolation_level=None)
+                    with contextlib.closing(db), self.assertLogs("workflows") as logs:
+                        db.execute("BEGIN IMMEDIATE")
+                        asking = asyncio.create_task(instance.status())
+                        await asyncio.sleep(0.3)
+                        self.assertFalse(asking.done())
+                        db.execute("COMMIT")
+                        await asking
+                    self.assertIn("another process has held a lock for 5 s", logs.output[0])
+                    await counter.goes_on()
+
+    async def test_no_file_descriptor_is_left(self) -> None:
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for way in ways():
+            with self.subTest(way), quicker(50):
+                counter = Counter(self.folder)
+                async with counter.counting():
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+                    with self.assertRaisesRegex(WorkflowInternalError, "unable to open"):
+                        await Engine(self.path).__aenter__()
+                    await counter.goes_on()  # what is open suffices
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                await self.goes_on(counter)
+
+    def test_a_read_only_folder_is_refused_and_nothing_is_changed(self) -> None:
+        async def make() -> None:
+            async with self.engine() as engine:
+                await engine.bind(workflow(one_event)).create()
+
+        asyncio.run(make())
+        for path in self.folder.iterdir():
+            path.chmod(0o666)
+        self.folder.chmod(0o555)
+        self.addCleanup(self.folder.chmod, 0o777)
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        script = """
+            async def main(w): say(await w.create(id="i"))
+            if os.getuid() == 0: os.setuid(65534)
+            try: go()
+            except WorkflowInternalError as error: say(error)
+            """
+        self.assertRegex(
+            self.child(script).end()[0], f"^{self.path}: .*(read-?only|unable to open)"
+        )
+        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
+        self.folder.chmod(0o777)
+        self.assertEqual(self.child(script).end(), ("<WorkflowInstance test i>", 0))
+
+    async def test_a_damaged_page_stops_the_engine_or_does_not_matter(self) -> None:
+        async def run(event: Any, step: Any) -> int:
+            got = await step.do("long", returns("x" * 20_000))
+            return len(got) + (await step.wait_for_event("w", "t", timeout="1 day")).payload
+
+        async def end() -> None:
+            async with self.engine() as engine:
+                instance = await engine.bind(made).get("i")
+                await instance.send_event(type="t", payload=5)
+                self.assertEqual(await instance.result("5 seconds"), 20_005)
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            bound = engine.bind(made)
+            await reach(await bound.create(id="i"), "waiting")
+        good, stopped = Path(self.path).read_bytes(), 0
+        pages = range(4096, len(good), 4096)  # (the first says whose file it is)
+        with self.assertLogs("workflows", logging.CRITICAL):
+            for _ in ways():
+                for page, what in itertools.product(pages, (b"\0", b"\xff")):
+                    Path(self.path).write_bytes(good[:page] + what * 4096 + good[page + 4096 :])
+                    try:
+                        await end()
+                    except WorkflowInternalError:
+                        stopped += 1
+                    for side in workflows.SIDES:
+                        Path(self.path + side).unlink(missing_ok=True)
+        self.assertGreater(stopped, 2 * len(pages))
+        Path(self.path).write_bytes(good)
+        await end()
+
+    async def test_a_slow_disk_is_waited_for_in_the_thread(self) -> None:
+        """On the loop, one commit can be slow: the first."""
+        slow, on_loop = True, []
+
+        def told(db: sqlite3.Connection, after: bool) -> None:
+            if not after:
+                on_loop.append(threading.current_thread() is threading.main_thread())
+                time.sleep(0.005 * slow)
+
+        counter = Counter(self.folder)
+        with watching(told):
+            async with counter.counting():
+                await counter.goes_on()
+                self.assertNotIn(True, on_loop)
+                slow = False
+                await until(lambda: on_loop[-1])
+                slow = True
+                on_loop.clear()
+                await counter.goes_on()
+                self.assertLessEqual(on_loop.count(True), 1)
+
+
+CROWD = """
+    async def run(event, step):
+        async def work():
+            note(str(os.getpid()))
+            await asyncio.sleep(0.002)
+            note(str(os.getpid()))
+            return os.path.exists(PATH + ".stop")
+        def plain(): note(str(os.getpid()))
+        often = {"retries": {"limit": 200, "delay": 1, "backoff": "constant"}}
+        while not await step.do("s", often, work): await step.do("plain", often, plain)
+        return "done"
+    async def main(w):
+        for id in "abc": await get(w, id)
+        await asyncio.to_thread(sys.stdin.read)  # until the test has ended, however
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for _ in range(9):
+        if os.fork() == 0: break
+    go()
+    """
+
+
+class Crowd(Real):
+    async def next_owner(self, last: str) -> str:
+        """The process that runs callbacks, as soon as it is another one."""
+        self.took.append(await until(lambda: self.log()[-1:] not in ([], [last]), 20))
+        return self.log()[-1]
+
+    async def test_at_most_one_of_ten_processes_runs_callbacks_while_owners_are_killed(
+        self,
+    ) -> None:
+        crowd, chance, owner = self.child(CROWD), random.Random(1), ""
+        self.took: list[float] = []
+        for _ in range(9):
+            owner = await self.next_owner(owner)
+            await asyncio.sleep(chance.uniform(0, 0.1))
+            os.kill(int(owner), signal.SIGKILL)
+        await self.next_owner(owner)
+        Path(self.path + ".stop").touch()
+        async with self.engine() as client:
+            bound = await client.workflow("test")
+            for id in "abc":
+                self.assertEqual(await (await bound.get(id)).result("20 seconds"), "done")
+        crowd.process.stdin.close()
+        turns = [pid for pid, _ in itertools.groupby(self.log())]
+        self.assertEqual((len(turns), len({*turns})), (10, 10), "one after the other")
+        self.assertLess(statistics.median(self.took[1:]), 1)
+
+
+class WrongClocks(Case):
+    """A clock that is set back by an hour, or forward by a year, between two lives or in one."""
+
+    MINUTE = 60_000
+    HOUR, YEAR = 60 * MINUTE, 365 * 24 * 60 * MINUTE
+
+    async def program(self, event: Any, step: Any) -> Any:
+        if event.schedule:
+            return None
+        for n in range(2):
+            await step.do(f"s{n}", lambda n=n: self.ran.append(n))
+            await step.sleep("nap", "30 minutes")
+        return (await step.wait_for_event("w", "t", timeout="1 day")).payload
+
+    async def minutes_after(self, jump: int, during: bool) -> tuple[int, int]:
+        """So many minutes after the clock has jumped, in the middle of the first sleep, the
+        instance ends; and so many times its schedule has come by then."""
+        self.setUp()
+        self.clock = ManualClock(start=AT_FIRST)
+        self.ran: list[int] = []
+        made = workflow(self.program)
+        async with contextlib.AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(self.engine())
+            instance = await engine.bind(made, schedules="0 * * * *").create(id="i")
+            await instance.send_event(type="t", payload=5)
+            await self.clock.advance("10 minutes")
+            if not during:
+                await stack.aclose()
+            self.clock._now += jump
+            if not during:
+                engine = await stack.enter_async_context(self.engine())
+                engine.bind(made, schedules="0 * * * *")
+            await self.clock.settle()
+            began = self.clock.now()
+            instance = await engine.env.TEST.get("i")
+            while (await instance.status()).status != "complete":
+                await self.clock.advance("1 minute")
+            self.assertEqual((await instance.result(), self.ran), (5, [0, 1]))
+            took = (self.clock.now() - began) // self.MINUTE
+        return took, len(self.rows("SELECT 1 FROM instances WHERE trigger = 'cron'"))
+
+    async def test_nothing_is_lost_or_repeated(self) -> None:
+        for during in (False, True):
+            with self.subTest(during=during):
+                again = 0 if during else 1  # a schedule that is bound anew comes by this clock
+                jumps = {0: (50, 1), -self.HOUR: (110, 1 + again), self.YEAR: (30, 1)}
+                for jump, expected in jumps.items():
+                    self.assertEqual(await self.minutes_after(jump, during), expected, jump)
+
+    async def test_the_rate_of_creations_does_not_count_what_lies_ahead(self) -> None:
+        limits = dataclasses.replace(FOREVER, creations_per_second=2)
+        async with self.engine(limits=limits) as engine:
+            bound = engine.bind(workflow(one_step))
+            for _ in range(3):
+                await bound.create()
+                await self.clock.advance("1 second")
+            self.clock._now -= self.HOUR
+            await bound.create()
+
+    async def test_hibernation_goes_on_when_the_clock_is_set_back(self) -> None:
+        clock = Jumping()
+        async with self.engine(clock=clock, hibernate_after=100) as engine:
+            for n in range(2):
+                bound = engine.bind(workflow(one_sleep), f"w{n}")
+                await reach(await bound.create(), "waiting")
+                clock.ahead -= self.HOUR
+            await until(lambda: not engine.lives.runs)
+
+
+# --------------------------------------------------------------------------------------------------
+# The crashes: `python3 test_workflows.py crashes [--quick]`. A program that uses everything runs
+# once, so that its commits are counted. Then, for each of these, a process is killed right before
+# it, another one right after it, to a third one it fails, and others get Ctrl-C or SIGTERM in the
+# middle of it; and the next process goes on, unless that dies, too. In the end the outputs are the
+# same, each step that was acknowledged has run once, the rows and the usage add up, and nobody has
+# said a word. All of it runs three ways: with transactions on the loop, with transactions in the
+# writer thread, and with a second process that takes over.
+
+AT_FIRST = 1_767_607_200_000  # 2026-01-05, 10:00 in UTC
+
+
+class Fast(Clock):
+    """Time that goes by 200 times as fast, from a moment on that all processes share."""
+
+    def __init__(self, began: float) -> None:
+        super().__init__()
+        self.began = began
+
+    def now(self) -> int:
+        return AT_FIRST + int((time.time() - self.began) * 200_000)
+
+    def call_later(self, ms: float, callback: Callable[[], object]) -> Any:
+        return super().call_later(ms / 200, callback)
+
+
+class Fate:
+    """What ends a process, at one of its commits."""
+
+    WAYS = ("before", "after", "error", "interrupt", "terminate")  # killed, or these signals
+
+    def __init__(self, number: int = 0, how: str = "") -> None:
+        self.number, self.how, self.commits = number, how, 0
+
+    def meet(self, _: sqlite3.Connection, after: bool) -> None:
+        self.commits += not after
+        if self.commits != self.number:
+            return
+        if self.how == ("after" if after else "before"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "error" and not after:
+            raise sqlite3.OperationalError("disk I/O error")
+        if self.how == "interrupt" and not after:
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.how == "terminate" and not after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Diary:
+    """What all processes have done, in order. What is written survives the process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path + ".log")
+        self._path.touch()
+
+    def note(self, *words: str) -> None:
+        with self._path.open("a") as file:
+            file.write("\t".join(words) + "\n")
+
+    def lines(self) -> list[tuple[str, ...]]:
+        return [tuple(line.split("\t")) for line in self._path.read_text().splitlines()]
+
+    def shows(self, *words: str) -> bool:
+        """Whether there is a line with all these words."""
+        return any({*words} <= {*line} for line in self.lines())
+
+    async def once(self, name: str, call: Callable[[], Any]) -> None:
+        """Calls, unless it is known that this was done."""
+        if ("did", name) not in self.lines():
+            self.note("do", name)
+            await unless_refused(call())
+            self.note("did", name)
+
+
+async def unless_refused(call: Any) -> bool:
+    """Whether a call was not refused. (A dead process may have done it, without knowing that.)"""
+    try:
+        await call
+    except WorkflowInternalError:  # storage has failed
+        raise
+    except WorkflowError:
+        return False
+    return True
+
+
+class Everything(WorkflowEntrypoint[Any]):
+    """Its params name the method that it runs. A step notes that it begins, with a token that it
+    returns; `run` notes the token that it gets: from then on that step may not begin again."""
+
+    OFTEN: Any = {"retries": {"limit": 200, "delay": 100, "backoff": "constant"}}
+
+    async def run(self, event: Any, step: Any) -> Any:
+        self.id, self.step, self.diary = event.instance_id, step, self.env[event.workflow_name]
+        return await getattr(self, "tick" if event.schedule else event.payload)()
+
+    async def done(
+        self,
+        name: str,
+        *,
+        fails: int = 0,  # so many attempts
+        hangs: int = 0,
+        rests: float = 0,  # seconds
+        plain: bool = False,
+        inside: Callable[[], Any] | None = None,
+        config: Any = None,
+        **options: Any,
+    ) -> str:
+        def begin(ctx: Any) -> str:
+            token = os.urandom(4).hex()
+            self.diary.note("begin", self.id, name, token)
+            if ctx.attempt <= fails:
+                raise ValueError(name)
+            return token
+
+        async def work(ctx: Any) -> str:
+            token = begin(ctx)
+            if ctx.attempt <= hangs:
+                await asyncio.Event().wait()
+            if rests:
+                await asyncio.sleep(rests)
+            if inside is not None:
+                await inside()
+            return token
+
+        callback: Any = begin if plain else work
+        token = await self.step.do(name, self.OFTEN | (config or {}), callback, **options)
+        self.diary.note("ack", self.id, name, token)
+        return name
+
+    async def tick(self) -> str:
+        return await self.done("tick")
+
+    async def all_kinds(self) -> Any:
+        step, done = self.step, self.done
+        got: list[Any] = [await done("plain", plain=True), await done("quick")]
+        delays = {"retries": {"limit": 200, "delay": lambda info: "1 second"}}
+        several = done("b", fails=1), done("c", plain=True), done("d", fails=2, config=delays)
+        got += await asyncio.gather(done("a", rests=0.001), *several, step.sleep("s", "2 seconds"))
+
+        async def nested() -> None:
+            await asyncio.gather(done("in", rests=0.001), done("in too", plain=True))
+            await done("in last")
+
+        got.append(await done("out", fails=1, inside=nested))
+        got.append((await step.wait_for_event("early", "early", timeout="1 hour")).payload)
+        self.diary.note("ready for an event")
+        got.append((await step.wait_for_event("late", "late", timeout="1 day")).payload)
+        try:
+            await step.wait_for_event("never", "never", timeout="1 second")
+        except WorkflowTimeoutError:
+            got.append("timeout")
+        got.append(await done("slow", hangs=1, config={"timeout": "2 seconds"}))
+        got.append(str(await caught(step.do("no", self.OFTEN, raises(NonRetryableError("no"))))))
+        first = functools.partial(asyncio.wait, return_when=asyncio.FIRST_COMPLETED)
+        tasks = [asyncio.ensure_future(done(name, hangs=n)) for n, name in ((0, "w"), (999, "l"))]
+        await first(tasks)
+        tasks[1].cancel()
+        got.append(tasks[0].result())
+        waits = step.sleep("patience", "1 second"), step.wait_for_event("given up", "late")
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        await first(tasks)
+        tasks[1].cancel()
+        await step.sleep_until("long ago", 0)
+        await step.sleep("rest", "3 seconds")
+        return got
+
+    async def in_turn(self) -> Any:
+        return [await self.done(f"s{n}", rests=0.001 * (n % 2)) for n in range(5)]
+
+    async def events(self) -> Any:
+        """Takes numbers up to 5. Each may come several times, from processes that did not live to
+        hear that it was stored."""
+        got = [0]
+        while got[-1] < 5:
+            got.append((await self.step.wait_for_event("w", "number", timeout="1 day")).payload)
+        return sorted(set(got)) if got == sorted(got) else got
+
+    async def waits(self) -> Any:
+        await self.done("s")
+        await self.step.wait_for_event("w", "never", timeout="30 days")
+
+    async def hangs(self) -> Any:
+        await self.done("s")
+        await self.done("hangs", hangs=999)
+
+    async def undone(self, name: str, **how: Any) -> None:
+        async def handler(info: Any) -> None:
+            self.diary.note("undo", self.id, name)
+            await asyncio.sleep(0.001)
+
+        await self.done(name, rollback=handler, rollback_config=self.OFTEN, **how)
+
+    async def saga(self) -> Any:
+        await self.undone("book")
+        await self.undone("pay", fails=1)
+        await self.undone("pack", plain=True)
+        raise NonRetryableError("sold out", "SoldOut")
+
+    async def long_saga(self) -> Any:
+        await self.undone("book")
+        await self.undone("pay")
+        await self.waits()
+
+
+PLANS = {
+    "main": "all_kinds",
+    "paused": "in_turn",
+    "again": "in_turn",
+    "from": "in_turn",
+    "events": "events",
+    "saga": "saga",
+    "undone": "long_saga",
+    "stopped": "hangs",
+    "gone": "waits",
+    "gone too": "hangs",
+    "short": "in_turn",
+    "single": "in_turn",
+}
+STEPS = [f"s{n}" for n in range(5)]
+OUTPUTS: dict[str, Any] = dict.fromkeys(("paused", "again", "from", "single"), STEPS)
+OUTPUTS["main"] = ["plain", "quick", "a", "b", "c", "d", None, "out", "E", "L", "timeout"]
+OUTPUTS["main"] += ["slow", "no", "w"]
+OUTPUTS["events"] = [0, 1, 2, 3, 4, 5]
+OUTPUTS["saga"] = {"name": "SoldOut", "message": "sold out"}
+OUTPUTS["undone"] = OUTPUTS["stopped"] = "terminated"
+UNDONE = {"saga": ["pack", "pay", "book"], "undone": ["pay", "book"]}
+AGAIN = {"again": STEPS, "from": STEPS[2:]}
+
+
+def patient() -> Any:
+    """What `Fast` would make hasty: so many ms of it are a minute."""
+    return unittest.mock.patch.multiple(workflows, SEARCH=12_000_000, ASKING=12_000_000)
+
+
+async def drive(w: Any, diary: Diary) -> None:
+    """What callers do: each of it once, unless they don't live to know that they have done it."""
+
+    def one(id: str) -> Any:
+        return workflows.WorkflowInstance(w, id.replace(" ", "-"))
+
+    async def shows(*words: str) -> None:
+        while not diary.shows(*words):
+            w.engine.check_open()  # it may have stopped
+            await asyncio.sleep(0.002)
+
+    async def of_main() -> None:
+        await diary.once("early", lambda: one("main").send_event(type="early", payload="E"))
+        await shows("ready for an event")
+        await asyncio.sleep(0.005)
+        await diary.once("late", lambda: one("main").send_event(type="late", payload="L"))
+        await one("main").result()
+
+    async def of_paused() -> None:
+        await shows("begin", "paused", "s1")
+        await diary.once("pause", one("paused").pause)
+        if ("do", "resume") not in diary.lines():
+            await reach(one("paused"), "paused", "complete")
+            diary.note("paused")
+            await asyncio.sleep(0.005)
+        await diary.once("resume", one("paused").resume)
+        await one("paused").result()
+
+    async def of_restarted(id: str, *start: Any) -> None:
+        await one(id).result()
+        await diary.once(f"restart {id}", lambda: one(id).restart(*start))
+        await one(id).result()
+
+    async def of_events() -> None:
+        for n in range(1, 6):
+            send = functools.partial(one("events").send_event, type="number", payload=n)
+            await diary.once(f"send {n}", send)
+        await one("events").result()
+
+    async def of_ended() -> None:
+        await shows("ack", "undone", "pay")
+        await diary.once("undo", lambda: one("undone").terminate(rollback=True))
+        await shows("begin", "stopped", "hangs")
+        await diary.once("stop", one("stopped").terminate)
+        await shows("begin", "gone-too", "hangs")
+        await diary.once("delete", one("gone too").delete)
+        await shows("ack", "gone", "s")
+        await diary.once("delete batch", lambda: w.delete_batch(["gone", "nobody"]))
+        await reach(one("undone"), "terminated")
+
+    async def of_rest() -> None:
+        await unless_refused(one("saga").result())
+        await one("single").result()
+        await shows("begin", "tick")
+        while await unless_refused(one("short").status()):  # until it has expired
+            await asyncio.sleep(0.01)
+
+    batch = [{"id": id.replace(" ", "-"), "params": plan} for id, plan in PLANS.items()]
+    batch[-2]["retention"] = {"successRetention": "1 minute"}
+    await diary.once("create", lambda: w.create_batch(batch[:-1]))
+    await diary.once("create one", lambda: w.create(batch[-1]))
+    async with asyncio.timeout(30):
+        await asyncio.gather(
+            *(of_main(), of_paused(), of_events(), of_ended(), of_rest()),
+            *(of_restarted("again"), of_restarted("from", {"from": {"name": "s2"}})),
+        )
+
+
+class Crash(NamedTuple):
+    """A case: which way transactions go, and how its processes die one after the other, each at a
+    commit of its own."""
+
+    way: str  # "loop", "thread", or "takeover"
+    deaths: tuple[tuple[int, str], ...] = ()  # the number of the commit, and how: see `Fate`
+
+    def run(self) -> tuple[list[str], int, int]:
+        """What is wrong in the end; the commits of the last process; and how many have died."""
+        with tempfile.TemporaryDirectory(dir=Case.where) as folder:
+            path = str(Path(folder) / "test.db")
+            codes = [in_fork(self.live, path, 0.0, (1, how)) for how in ("before", "after")]
+            in_fork(self.live, path, 0.0)
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.executescript(AUDIT)
+            began = time.time()
+            if self.way == "takeover":
+                owner = fork(self.live, path, began, *self.deaths, drives=False)
+                while not Diary(path).shows("up"):
+                    time.sleep(0.002)
+                codes.append(in_fork(self.live, path, began))
+                os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
+                os.waitpid(owner, 0)
+                codes.insert(0, -signal.SIGKILL)
+            else:
+                deaths = iter((*self.deaths, ()))
+                while codes[-1] in DEATHS:
+                    codes.append(in_fork(self.live, path, began, next(deaths)))
+            died = sum(code in DEATHS for code in codes)
+            said = Path(path + ".err").read_text()
+            if codes[-1] != 0 or said:
+                return [f"processes ended with {codes}", said], 0, died
+            return check(path), int(Diary(path).lines()[-1][1]), died
+
+    def live(self, path: str, began: float, death: Any = (), *, drives: bool = True) -> None:
+        """What a process does: up to the end of the program, or to its death."""
+        os.dup2(os.open(path + ".err", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+        workflows.TRUST, workflows.QUICK = (1, -1.0) if self.way == "thread" else (0, 60.0)
+        diary, fate = Diary(path), Fate(*death)
+
+        async def main() -> None:
+            clock, env = Fast(began), {"everything": diary}
+            async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
+                if began == 0.0:
+                    return
+                bound = engine.bind(Everything, schedules="* * * * *")
+                await engine.call(workflows.nothing)
+                diary.note("up")
+                if drives:
+                    await drive(bound, diary)
+                else:
+                    await asyncio.sleep(60)
+            diary.note("end", str(fate.commits))
+
+        with watching(fate.meet), patient():
+            asyncio.run(main())
+
+
+DEATHS = (-signal.SIGKILL, -signal.SIGTERM, 5, 6)  # how a process ends; see `fork`
+# Counts by itself what `usage` must come to.
+AUDIT = """
+    CREATE TABLE audit (kind TEXT, id TEXT);
+    CREATE TRIGGER audit_steps AFTER INSERT ON journal WHEN new.type IN ('sleep', 'wait')
+        OR (new.extra IS NOT NULL AND new.attempt IS NOT NULL AND new.step NOT LIKE 'rollback%')
+        BEGIN INSERT INTO audit VALUES ('steps', new.step); END;
+    CREATE TRIGGER audit_instances AFTER INSERT ON instances
+        BEGIN INSERT INTO audit VALUES ('requests', new.id); END;
+    CREATE TRIGGER audit_schedules AFTER UPDATE ON schedules
+        BEGIN INSERT INTO audit VALUES ('times', new.cron); END"""
+
+
+def fork(work: Callable[..., None], *args: Any, **options: Any) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        work(*args, **options)
+        code = 0
+    except WorkflowInternalError:
+        code = 5
+    except KeyboardInterrupt:
+        code = 6
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def in_fork(work: Callable[..., None], *args: Any) -> int:
+    """Does it in a process of its own; returns how that has ended."""
+    _, status = os.waitpid(fork(work, *args), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def check(path: str) -> list[str]:
+    """What is wrong when all has ended."""
+    wrong = wrong_effects(Diary(path).lines())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+
+        def ask(sql: str, *args: Any) -> list[Any]:
+            return db.execute(sql, args).fetchall()
+
+        ends, storage = {}, 0
+        journal = f"SELECT state, {', '.join(workflows.Row._fields)} FROM journal"
+        for key, id, status in ask("SELECT key, id, status FROM instances"):
+            states, rows = [], []
+            for state, *fields in ask(f"{journal} WHERE instance = ? ORDER BY seq", key):
+                states.append(state)
+                rows.append(workflows.Row(*fields))
+            wrong += [f"{id}: {what}" for what in wrong_history(id, rows, status)]
+            ends[id] = end_of(status, rows[-1])
+            kept = {row.seq: row.data for row in rows if row.type in ("queued", "done", "complete")}
+            # An event that the wait did not need goes back to the buffer.
+            kept |= {json.loads(row.extra)["seq"]: row.data for row in rows if row.type == "event"}
+            kept |= ask("SELECT seq, payload FROM events WHERE instance = ?", key)
+            if states[-1] != sum(workflows.size_of(data or "") for data in kept.values()):
+                wrong.append(f"{id}: the state is {states[-1]}")
+            storage += states[-1]
+        if {id: end for id, end in ends.items() if " " not in id} != OUTPUTS:  # without schedules
+            wrong.append(f"outputs {ends}")
+        audit = dict(ask("SELECT kind, count(*) FROM audit GROUP BY kind"))
+        usage = ask("SELECT sum(requests), sum(steps), sum(storage_bytes) FROM usage")
+        if usage != [(audit["requests"], audit["steps"], storage)]:
+            wrong.append(f"usage {usage}, and not {audit}, {storage}")
+        scheduled = "SELECT count(*) FROM audit WHERE kind = 'requests' AND id LIKE '% %'"
+        if ask(scheduled) != [(audit.get("times", 0),)]:
+            wrong.append("a schedule came and nothing was created")
+        if ask("SELECT id FROM audit WHERE kind = 'requests' GROUP BY id HAVING count(*) > 1"):
+            wrong.append("something was created twice")
+        for table in ("journal", "waits", "events"):
+            if ask(f"SELECT 1 FROM {table} WHERE instance NOT IN (SELECT key FROM instances)"):
+                wrong.append(f"{table} keeps rows of nobody")
+    return wrong
+
+
+def end_of(status: str, last: Any) -> Any:
+    """The output, the error, or the status of an instance."""
+    if status == "complete":
+        return workflows.decode(last.data)
+    return workflows.brief(workflows.decode(last.data)) if status == "errored" else status
+
+
+def wrong_effects(lines: list[tuple[str, ...]]) -> list[str]:
+    """What is wrong with what the callbacks did and when."""
+    wrong, paused = [], False
+    last: dict[tuple[str, ...], str] = {}  # by instance and step: the token of the last attempt
+    acknowledged: dict[tuple[str, ...], str] = {}
+    undone: dict[str, list[str]] = {"saga": [], "undone": []}
+    for what, *rest in lines:
+        if what == "do" and rest[0].startswith("restart "):
+            id = rest[0].removeprefix("restart ")
+            for name in AGAIN[id]:
+                acknowledged.pop((id, name), None)
+        elif what == "begin":
+            *step, token = rest
+            last[*step,] = token
+            if (*step,) in acknowledged:
+                wrong.append(f"{step} began again")
+            if paused and rest[0] == "paused":
+                wrong.append(f"{step} began in a pause")
+        elif what == "ack":
+            *step, token = rest
+            if (last.get((*step,)), acknowledged.setdefault((*step,), token)) != (token, token):
+                wrong.append(f"{step} has another result")
+        elif what == "undo":
+            undone[rest[0]].append(rest[1])
+        elif what == "paused" or rest == ["resume"]:
+            paused = what == "paused"
+    in_order = {id: [name for name, _ in itertools.groupby(names)] for id, names in undone.items()}
+    return wrong if in_order == UNDONE else [*wrong, f"undone: {undone}"]
+
+
+def wrong_history(id: str, rows: list[Any], status: str) -> list[str]:
+    """What is wrong with the journal of an instance that has finished: each attempt has one begin
+    and one end, nothing comes after the end of its step, and the ids of the events grow."""
+    history = workflows.History(id)
+    ids = [event.event_id for row in rows for event in history.events(row)]
+    wrong = [] if ids == sorted({*ids}) else [f"the ids of the events are {ids}"]
+    ends = ("done", "error", "slept", "event", "timeout")
+    for _, mine in itertools.groupby(
+        sorted(rows, key=lambda row: row.step or ""), key=lambda row: row.step
+    ):
+        number, open, asleep, end, configured = 0, False, False, "", False
+        for row in mine:
+            name = f"{workflows.step_label(row.step)}: row {row.seq} ({row.type} {row.attempt})"
+            if row.step is None or row.type == "cancel":
+                open, asleep = False, False
+                continue
+            if row.type == "stop":
+                number -= open
+                open, asleep, end = False, False, end if configured else ""
+                continue
+            if end:
+                wrong.append(f"{name} comes after {end}")
+            if row.attempt is not None and configured != (row.extra is None):
+                wrong.append(f"{name}: the configuration is in the first row, and nowhere else")
+            configured = configured or row.attempt is not None
+            if row.type == "start" or row.began is not None:
+                if open or asleep or row.attempt != number + 1:
+                    wrong.append(f"{name} can't begin after attempt {number}")
+                number, open = row.attempt, True
+            if row.type in ("done", "failed", "error"):
+                if not open or row.attempt != number:
+                    wrong.append(f"{name} ends another attempt than {number}")
+                open, asleep = False, row.type == "failed"
+            elif row.type != "start":
+                if asleep != (row.type not in ("sleep", "wait")):
+                    wrong.append(f"{name} is out of order")
+                asleep = row.type in ("sleep", "wait")
+            end = row.type if row.type in ends else ""
+        if status == "complete" and (open or asleep) and end == "":
+            wrong.append(f"{name}: has no end")
+    return wrong
+
+
+def crashes(arguments: list[str]) -> None:
+    """Runs the cases, several at a time, and says what they did."""
+    if arguments not in ([], ["--quick"]):
+        raise SystemExit("usage: python3 test_workflows.py crashes [--quick]")
+    logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
+    began, quick, cases = time.monotonic(), bool(arguments), []
+    failed = killed = 0
+    for way in ("loop", "thread", "takeover"):
+        wrong, commits, _ = Crash(way).run()
+        print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
+        failed += bool(wrong)
+        numbers = range(1, 100 if way == "takeover" else commits + 1)
+        cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+        if way != "takeover" and not quick:  # the next process dies, too
+            first = itertools.product(numbers, ("before", "interrupt"))
+            again = (1, "before"), (3, "error"), (8, "after")
+            cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
+    cases = random.Random(1).sample(cases, 15) if quick else cases
+    with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
+        for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
+            killed += died
+            failed += bool(wrong)
+            if wrong:
+                print(f"{case}: {'; '.join(wrong)}", flush=True)
+    took = f"{time.monotonic() - began:.0f} s"
+    print(f"{len(cases)} cases, {killed} processes killed, {failed} failed; {took}")
+    raise SystemExit(failed > 0)
+
+
+class Crashes(unittest.TestCase):
+    def test_a_share_of_the_campaign(self) -> None:
+        command = [sys.executable, __file__, "crashes", "--quick"]
+        run = subprocess.run(command, check=False, capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+
+
+# --------------------------------------------------------------------------------------------------
+# Load: `python3 test_workflows.py load [hours]` runs that program again and again, several at a
+# time, for an hour of a clock that is 200 times as fast. What the process holds when nothing is
+# going on is the same after each round, and the log of the database does not grow without bound.
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    blocks: int  # of memory, that Python knows of
+    peak: int  # MB that it had at most
+    tasks: int
+    threads: int
+    descriptors: int
+    timers: int
+    file: int  # bytes
+    log: int  # bytes, of SQLite's log beside the file
+
+    @classmethod
+    def now(cls, path: str) -> Held:
+        gc.collect()
+        loop: Any = asyncio.get_running_loop()
+        timers = sum(not timer.cancelled() for timer in loop._scheduled)
+        counts = len(asyncio.all_tasks()), threading.active_count(), len(os.listdir("/dev/fd"))
+        paths = Path(path), Path(path + "-wal")
+        sizes = (each.stat().st_size if each.exists() else 0 for each in paths)
+        return cls(sys.getallocatedblocks(), round(peak_memory()), *counts, timers, *sizes)
+
+
+class Scratch(Diary):
+    """A diary that is begun anew with each round."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[str, ...]] = []
+
+    def note(self, *words: str) -> None:
+        self._lines.append(words)
+
+    def lines(self) -> list[tuple[str, ...]]:
+        return self._lines
+
+
+async def live_through(path: str, hours: float, programs: int) -> list[Held]:
+    """What was held before, after each round (there are six at least), and in the end."""
+    held, clock = [Held.now(path)], Fast(time.time())
+    env = {f"p{n}": Scratch() for n in range(programs)}
+    with patient():
+        async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
+            bound = [engine.bind(Everything, name, schedules="* * * * *") for name in env]
+            while len(held) <= 6 or clock.now() < AT_FIRST + hours * 3_600_000:
+                with contextlib.closing(sqlite3.connect(path)) as reader:
+                    if len(held) % 3 == 0:  # somebody reads for long
+                        reader.execute("BEGIN")
+                        reader.execute("SELECT * FROM journal").fetchone()
+                    for diary in env.values():
+                        diary.lines().clear()
+                    await asyncio.gather(*(drive(each, env[each.name]) for each in bound))
+                for each in bound:
+                    await each.delete_batch(
+                        [instance.id async for instance in each.list(limit=100)]
+                    )
+                await asyncio.sleep(0.1)  # until nothing is going on
+                held.append(Held.now(path))
+    await asyncio.sleep(0.1)
+    return [*held, Held.now(path)]
+
+
+def what_grew(held: list[Held]) -> list[str]:
+    """What there was more of later than at first, or in the end than before."""
+    before, *rounds, after = held
+    first, rest = rounds[: len(rounds) // 3], rounds[len(rounds) // 3 :]
+    most = Held(*map(max, zip(*first, strict=True)))
+    most = most._replace(blocks=most.blocks * 1.05, peak=most.peak * 1.2, file=most.file * 2)
+    most = most._replace(threads=before.threads + 1 + workflows.Threads.LIMIT)
+    most = most._replace(timers=2, log=2 * workflows.LONG_LOG)
+    later = map(max, zip(*rest, strict=True))
+    grew = [name for name, a, b in zip(Held._fields, later, most, strict=True) if a > b]
+    counts = ("tasks", "threads", "descriptors", "timers")
+    return grew + [
+        f"{name} in the end" for name in counts if getattr(before, name) < getattr(after, name)
+    ]
+
+
+def load(arguments: list[str]) -> None:
+    """Says what was held, and what of that grew."""
+    hours, began = float((arguments or ["1"])[0]), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        held = asyncio.run(live_through(str(Path(folder) / "test.db"), hours, 8))
+    print(("{:>13}" * len(Held._fields)).format(*Held._fields))
+    for n in range(0, len(held), len(held) // 20 + 1):
+        print(("{:13,}" * len(Held._fields)).format(*held[n]))
+    print(("{:13,}" * len(Held._fields)).format(*held[-1]))
+    grew = what_grew(held)
+    rounds = (len(held) - 2) * 8
+    print(f"{hours:g} hours, {rounds} programs in {time.monotonic() - began:.0f} s; grew: {grew}")
+    raise SystemExit(bool(grew))
+
+
+class Load(Case):
+    def test_a_share_of_the_campaign(self) -> None:
+        held = asyncio.run(live_through(self.path, 0, 2))
+        self.assertEqual(what_grew(held), [], held)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad values: `python3 test_workflows.py fuzz [seed]` makes 100,000 cases of durations, schedules,
+# configurations, errors, values, and calls. Nothing but the documented errors comes out, and what
+# is accepted comes back equal. A case depends on nothing but the seed and its number.
+
+NUMBERS: list[Any] = [0, 1, 2, 5, 59, 100, 2**31, 2**53, 2**63, 10**30, 10**400, 10**5000]
+NUMBERS += [-1, -(2**63) - 1, -(10**400), 0.0, -0.0, 0.5, 1e-320, 1e11, 1e18, 1e300, True, False]
+NUMBERS += [float("inf"), float("-inf"), float("nan")]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "b-c_d",
+    "é😀",
+    "\0",
+    "\n",
+    "\ud800",
+    "$datetime",
+    "$dict",
+    "x" * 101,
+    "batch",
+]
+TEXTS += ["1 second", "2 days", "1.5 hours", "1 fortnight", "* * * * *", "inf", "1e3", "x" * 300]
+MOMENTS = [datetime.min, datetime.max, datetime(2026, 11, 1, 1, fold=1)]
+MOMENTS += [datetime(2020, 1, 1, tzinfo=zone) for zone in (UTC, timezone(timedelta(hours=-5.5)))]
+SPANS = [timedelta(0), timedelta(days=1), timedelta(-1), timedelta.max, timedelta.min]
+ODDITIES: list[Any] = [{1}, object(), object, 1j, range(3), len, b"", b"\xff", bytearray(b"x"), UTC]
+ATOMS = [None, *NUMBERS, *TEXTS, *MOMENTS, *SPANS, *ODDITIES]
+NATIVE_ERRORS = [
+    cls
+    for cls in vars(builtins).values()
+    if isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, Warning)
+]
+RUNS: dict[str, Any] = {}  # by the instance's id
+
+
+class Illegal(Exception):
+    """A value that can't be stored."""
+
+
+def as_stored(value: Any, levels: int = 0) -> Any:
+    """What a value comes back as."""
+    legal = isinstance(value, (str, int, float, list, tuple, dict, datetime, bytes, bytearray))
+    if levels > workflows.DEEPEST or not (legal or value is None):
+        raise Illegal
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise Illegal
+        return {as_stored(key): as_stored(each, levels + 1) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_stored(each, levels + 1) for each in value]
+    unspeakable = isinstance(value, str) and "\ud800" in value
+    unwritable = isinstance(value, int) and abs(value) >= 10**4300
+    if unspeakable or unwritable or (isinstance(value, float) and not math.isfinite(value)):
+        raise Illegal
+    return bytes(value) if isinstance(value, bytearray) else value
+
+
+class Fuzz:
+    """A case. The methods that are named in `KINDS` say whether something was accepted."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self.chance = random.Random(f"{seed} {number}")
+        self.one = self.chance.choice
+        self.id = f"i{number}"
+        self.kind = KINDS[number % len(KINDS)]
+
+    def often(self, share: float) -> bool:
+        return self.chance.random() < share
+
+    def value(self, levels: int = 3) -> Any:
+        """Any value, legal ones among them."""
+        kind = self.chance.randrange(6 if levels else 3)
+        if kind < 3:
+            return self.one(ATOMS)
+        if kind == 3 and self.often(0.05):
+            deep: Any = self.one(ATOMS)
+            for _ in range(self.one([10, 299, 300, 301, 5000])):
+                deep = [deep] if self.often(0.5) else {"a": deep}
+            return deep
+        items = [self.value(levels - 1) for _ in range(self.chance.randrange(4))]
+        if kind == 3:
+            return {self.one(ATOMS[:9] if self.often(0.02) else TEXTS): each for each in items}
+        return items if kind == 4 else tuple(items)
+
+    def options(self, **legal: list[Any]) -> dict[Any, Any]:
+        """A dict with some of these keys, and mostly with legal values."""
+        made = {
+            key: self.one(values) if self.often(0.8) else self.value(1)
+            for key, values in legal.items()
+            if self.often(0.6)
+        }
+        return made | {self.one(TEXTS): 1} if self.often(0.05) else made
+
+    def config(self) -> Any:
+        retries = self.options(
+            limit=[1, 2, 1.0, float("inf")],
+            delay=[0, 1, "1 second", "5 days", lambda info: 1],
+            backoff=["constant", "linear", "exponential"],
+        )
+        spans = ["1 second", 5, "1 day", timedelta(1)]
+        return self.options(retries=[retries], timeout=spans, sensitive=["output"])
+
+    def duration(self) -> bool:
+        number = self.one(
+            ["1", "0", "007", "1.5", "1.", ".5", "-1", "1e3", "1_000", "٣", "9" * 400]
+        )
+        unit = self.one(["second", "minutes", "hour", "days", "week", "months", "year", "ms", ""])
+        between = self.one([" ", " ", " ", "", "  ", "\n", "\xa0"])
+        text = number + between + unit + self.one(["", "", "", " ", "\n", "s"])
+        given = self.one([text, text, text, self.one(ATOMS)])
+        try:
+            ms = parse_duration(given)
+        except ValueError:
+            return False
+        if isinstance(given, str):
+            amount, unit = given.split(" ")
+            spans = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+            spans |= {"week": 7 * 86400, "month": 30 * 86400, "year": 365 * 86400}
+            exact = float(amount) * spans[unit.removesuffix("s")] * 1000
+        else:
+            exact = given / timedelta(milliseconds=1) if isinstance(given, timedelta) else given
+        assert type(ms) is int and ms >= 0 and abs(ms - exact) <= 0.5, ms
+        return not isinstance(given, bool)
+
+    def schedule(self) -> bool:
+        pieces = [*"***0757L", "1-5", "*/5", "5/15", "31", "MON", "sun", "JAN-mar", "1,2", "", "60"]
+        fields = [self.one(pieces) for _ in range(self.one([5, 5, 5, 4, 6]))]
+        if self.often(0.3):
+            fields[0] += self.one(",-/#") + self.one(pieces)
+        try:
+            cron = workflows.Cron(" ".join(fields) if self.often(0.95) else self.one(ATOMS))
+        except ValueError:
+            return False
+        after = self.chance.randrange(0, 4 * 10**12)
+        comes = cron.next(after)
+        assert comes > after and comes % 60_000 == 0, comes
+        assert cron.next(comes - 1) == comes == cron.last(comes), comes
+        assert cron.last(comes - 1) == cron.last(after), comes
+        assert workflows.Cron(cron.text).next(after) == comes, comes
+        return True
+
+    def configuration(self) -> bool:
+        given = self.config()
+        try:
+            config = workflows.StepConfig(given)
+            text = config.text
+        except (TypeError, ValueError, OverflowError):
+            return False
+        again = workflows.StepConfig.load(text, given)
+        for name in ("limit", "delay", "timeout", "backoff"):
+            assert getattr(again, name) == getattr(config, name), name
+        return True
+
+    def error(self) -> bool:
+        """Whatever an error consists of, it keeps its text, and a class that it was of."""
+        odd = [
+            InSlots,
+            Attributes,
+            Careless,
+            FromResponse,
+            Statement,
+            Delegating,
+            Odd,
+            Both,
+            Frozen,
+        ]
+        error: Any = None
+        while error is None:
+            with contextlib.suppress(Exception):
+                cls = self.one([*NATIVE_ERRORS, *odd, OnlyItsOwnCode, NonRetryableError])
+                error = cls(*(self.value(1) for _ in range(self.chance.randrange(4))))
+        for name in ("code", "name", "errno", "request", "args", "__notes__"):
+            with contextlib.suppress(Exception):
+                if self.often(0.1):
+                    setattr(error, name, self.value(1))
+        record = workflows.decode(workflows.encode_error(error))
+        rebuilt = workflows.rebuild_error(record)
+        assert isinstance(error, type(rebuilt)) or type(rebuilt) is WorkflowError, rebuilt
+        assert workflows.brief(record)["message"] == str(rebuilt), (error, rebuilt)
+        if not isinstance(error, ExceptionGroup):
+            assert str(rebuilt) == workflows.message_of(error), (error, rebuilt)
+        again = workflows.rebuild_error(workflows.decode(workflows.encode_error(rebuilt)))
+        assert str(again) == str(rebuilt), again
+        return type(rebuilt) is type(error)
+
+    async def value_of_all_kinds(self, bound: Any) -> bool:
+        """The same one as params, as a step's result, in an event, and as the output."""
+        given = self.value()
+        try:
+            expected = repr(as_stored(given))
+        except Illegal:
+            expected = ""
+
+        async def run(event: Any, step: Any) -> Any:
+            sent = await step.wait_for_event("w", "t", timeout="365 days")
+            got = await refused("step", step.do("s", ONCE, returns(given)))
+            if expected:
+                got = [event.payload, sent.payload, got]
+                assert [repr(each) for each in got] == [expected] * 3, got
+            return given
+
+        async def refused(what: str, call: Any) -> Any:
+            """What is awaited; or that is refused, as it should be."""
+            try:
+                return await call
+            except WorkflowError as error:
+                assert error.code == f"{what}.not_serializable" and not expected, error
+            else:
+                assert expected, "it was accepted"
+
+        RUNS[self.id] = run
+        await refused("params", bound.create(id=self.id, params=given))
+        if not expected:
+            await bound.create(id=self.id)
+        instance = await bound.get(self.id)
+        await refused("event", instance.send_event(type="t", payload=given))
+        if not expected:
+            await instance.send_event(type="t")
+        output = await refused("output", instance.result())
+        assert repr(output) == expected or not expected, output
+        return bool(expected)
+
+    async def step_call(self, bound: Any) -> bool:
+        """Any call of a step: it is accepted, or refused with a code."""
+        one = self.one
+        name = one(TEXTS) if self.often(0.3) else "s"
+        callbacks = returns(1), lambda: 1, lambda ctx: 1, lambda ctx: 1 // (ctx.attempt - 1)
+        callback = one([*callbacks, *callbacks, None, 5, object, lambda a, b: 1])
+        span = one(["1 day", 5, "30 days", self.value(0)])
+        options = self.options(type=["t", "a-b"], timeout=["1 day", 5])
+        undo = self.options(rollback=[lambda info: None], rollbackConfig=[{}])
+
+        async def run(event: Any, step: Any) -> Any:
+            calls = [
+                lambda: step.do(name, self.config(), callback),
+                lambda: step.do(name, self.config(), callback, undo),
+                lambda: step.do(name, callback, rollback=self.value(0)),
+                lambda: step.sleep(name, span),
+                lambda: step.sleep(name, span, self.value(0)),
+                lambda: step.sleep_until(name, one([span, one(NUMBERS), one(MOMENTS)])),
+                lambda: step.wait_for_event(name, options),
+                lambda: step.wait_for_event(name, one(["t", self.value(0)]), timeout=span),
+            ]
+            try:
+                await one(calls)()
+            except WorkflowFatalError as error:
+                assert error.code.startswith(("step.", "event.", "limit.", "workflow.fatal")), error
+                return False
+            except (WorkflowTimeoutError, ZeroDivisionError):
+                pass
+            return True
+
+        RUNS[self.id] = run
+        accepted: bool = await (await bound.create(id=self.id)).result()
+        return accepted
+
+    async def callers_call(self, bound: Any) -> bool:
+        """Any call of a caller: it does what it should, or is refused with an error that says
+        why."""
+        one, value = self.one, self.value
+        instance = workflows.WorkflowInstance(bound, one(["there", "not-there"]))
+        retention = self.options(successRetention=["1 day", *NUMBERS], errorRetention=SPANS)
+        ids = [None, self.id, *TEXTS]
+        options = self.options(id=ids, params=[1], retention=[retention], locationHint=["x"])
+        start = self.options(name=["s", *TEXTS], count=NUMBERS, type=["do", "sleep"])
+        calls = [
+            lambda: bound.create(one([options, options, options, value(1)])),
+            lambda: bound.create_batch(one([[options] * one([1, 2, 101]), value(2)])),
+            lambda: bound.create_batch(options | {"count": one([1, 2, *NUMBERS])}),
+            lambda: bound.get(one([*TEXTS, value(0)])),
+            lambda: bound.delete_batch(one([[one(TEXTS)], value(1)])),
+            lambda: anext(bound.list(status=one([None, value(0)]), limit=one([1, value(0)])), 0),
+            lambda: bound.replay(one([*TEXTS, value(0)])),
+            lambda: bound.engine.workflow(one([*TEXTS, value(0)])),
+            lambda: instance.restart({"from": one([start, start, value(1)])}),
+            lambda: instance.send_event(self.options(type=["t", *TEXTS], payload=[1])),
+            lambda: instance.send_event(value(1)),
+            lambda: instance.result(timeout=one([value(0), one(NUMBERS)])),
+            lambda: instance.terminate(rollback=value(0)),
+            lambda: anext(aiter(instance.subscribe(value(0), one([None, value(1)]))), 0),
+        ]
+        RUNS[self.id] = RUNS["there"] = one_step
+        with contextlib.suppress(WorkflowError):
+            await bound.create(id="there")
+        try:
+            await one(calls)()
+        except WorkflowInternalError:
+            raise
+        except (TypeError, ValueError, WorkflowError):
+            return False
+        return True
+
+
+KINDS = [Fuzz.duration, Fuzz.schedule, Fuzz.configuration, Fuzz.error]
+KINDS += [Fuzz.value_of_all_kinds, Fuzz.step_call, Fuzz.callers_call]
+
+
+async def try_all(seed: int, numbers: range) -> collections.Counter[str]:
+    """How many of these cases were accepted and refused, of each kind."""
+    counts = collections.Counter[str]()
+    cases = [Fuzz(seed, number) for number in numbers]
+
+    async def attempt(case: Fuzz, *args: Any) -> None:
+        try:
+            accepted = case.kind(case, *args)
+            accepted = await accepted if asyncio.iscoroutine(accepted) else accepted
+        except Exception as error:
+            error.add_note(f"seed {seed}, case {case.id}: {case.kind.__name__}")
+            raise
+        counts[f"{case.kind.__name__} {'accepted' if accepted else 'refused'}"] += 1
+
+    async def run(event: Any, step: Any) -> Any:
+        return await RUNS.get(event.instance_id, one_step)(event, step)
+
+    clock = ManualClock(start=AT_FIRST)
+    for case in cases:
+        if not asyncio.iscoroutinefunction(case.kind):
+            await attempt(case)
+    async with Engine(":memory:", clock=clock, limits=FOREVER) as engine:
+        bound = engine.bind(workflow(run))
+        through = [case for case in cases if asyncio.iscoroutinefunction(case.kind)]
+        running = [asyncio.ensure_future(attempt(case, bound)) for case in through]
+        for _ in range(30):
+            await clock.advance("50 days")
+        done, hanging = await asyncio.wait(running, timeout=0) if running else ((), ())
+    RUNS.clear()
+    errors = [error for each in done if (error := each.exception())]
+    if errors or hanging:
+        raise ExceptionGroup(f"{len(hanging)} hang", errors)
+    return counts
+
+
+def fuzz(arguments: list[str]) -> None:
+    """Tries 100,000 cases, and says how many were accepted."""
+    seed, counts, began = int((arguments or ["1"])[0]), collections.Counter[str](), time.monotonic()
+    logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
+    for start in range(0, 100_000, 500):
+        numbers = range(start, start + 500)
+        try:
+            counts += asyncio.run(try_all(seed, numbers))
+        except Exception:
+            for number in numbers:  # which of them was it?
+                asyncio.run(try_all(seed, range(number, number + 1)))
+            raise
+    for kind, count in sorted(counts.items()):
+        print(f"{count:7,} {kind}")
+    print(f"seed {seed}: {counts.total():,} cases in {time.monotonic() - began:.0f} s, none failed")
+
+
+class BadValues(Case):
+    def test_a_share_of_the_campaign(self) -> None:
+        counts = asyncio.run(try_all(1, range(1050)))
+        for kind in KINDS:
+            for end in ("accepted", "refused"):
+                self.assertGreater(counts[f"{kind.__name__} {end}"], 1)
+
+    async def test_what_sqlite_can_not_hold_is_refused_and_stops_no_engine(self) -> None:
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            calls = [lambda: bound.create(retention={"successRetention": 10**30})]
+            for odd in ({1}, "\ud800"):
+                calls += [functools.partial(call, odd) for call in (bound.replay, engine.workflow)]
+            for call in calls:
+                with self.assertRaises((TypeError, ValueError, WorkflowError)) as refused:
+                    await call()
+                self.assertNotIsInstance(refused.exception, WorkflowInternalError)
+            await bound.create()
+        for make in (lambda: Engine(drain=10**400), lambda: Limits(error_retention=10**30)):
+            with self.assertRaises(ValueError):
+                make()
+
+
 # --------------------------------------------------------------------------------------------------
 # The figures: `python3 test_workflows.py bench [--quick]`. Each is measured several times, and what
 # SQLite itself can do (single-row commits, as durable as the engine's) right before and right after
@@ -13195,7 +14626,8 @@ Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["bench"]:
-        bench(sys.argv[2:])
+    campaigns = {"bench": bench, "crashes": crashes, "fuzz": fuzz, "load": load}
+    if sys.argv[1:] and sys.argv[1] in campaigns:
+        campaigns[sys.argv[1]](sys.argv[2:])
     else:
         unittest.main()

@@ -2555,6 +2555,7 @@ _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year"
 _DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 YEAR = _UNITS["year"]  # Cloudflare's longest sleep
+ENDLESS = 2**62  # no number is as large: SQLite's have 64 bits
 
 
 Duration = float | str | timedelta  # see `parse_duration`
@@ -2585,10 +2586,10 @@ def parse_duration(value: Duration) -> int:
         ms = value / timedelta(milliseconds=1)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         ms = float(match[1]) * _UNITS[match[2]]
-    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < ENDLESS:
         return round(ms)
     text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    expected = f"milliseconds (0 or more), a timedelta, or {text}"
+    expected = f"milliseconds (0 or more, below 2**62), a timedelta, or {text}"
     raise ValueError(f"{show(value)} is not a duration: expected {expected}")
 
 
@@ -3149,7 +3150,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             lifted = value is None and name not in self._needed
-            if not lifted and (type(value) is not int or value < 0):
+            if not lifted and (type(value) is not int or not 0 <= value < ENDLESS):
                 raise ValueError(f"Limits.{name} is {show(value)}: expected a whole number from 0")
         if self.steps > 25_000 or self.max_sleep > YEAR:
             raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
@@ -3834,6 +3835,8 @@ class Engine(Core):
     async def workflow(self, name: str) -> Workflow:
         """The workflow of a name that some process has bound, for one that has not its class: to
         create instances and to steer them. Error: `workflow.not_found`."""
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise refusal("workflow.not_found", f"{show(name)} is no workflow name")
         if name in self._workflows:
             return self._workflows[name]
         binding, steps = await self.call(find_workflow, name)
@@ -4311,9 +4314,7 @@ class Workflow:
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Error: `instance.not_found`."""
-        if not isinstance(id, str):
-            raise TypeError(f"id is {show(id)}: expected a str")
-        await self.engine.call(on_instance, self.name, id, read_end)
+        await self.engine.call(on_instance, self.name, _any_id(id), read_end)
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -4358,7 +4359,7 @@ class Workflow:
         and nothing is written, so that this is safe beside the process that runs the instance.
 
         Error: `instance.not_found`."""
-        return await report_on(self, id)
+        return await report_on(self, _any_id(id))
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
@@ -4464,6 +4465,13 @@ def bindable(
     with naming("error_retention"):
         workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
     return workflow
+
+
+def _any_id(id: Any) -> str:
+    """An id to look for, which need not be legal."""
+    if not isinstance(id, str):
+        raise TypeError(f"id is {show(id)}: expected a str")
+    return id
 
 
 def _kebab(name: str) -> str:
@@ -4979,7 +4987,7 @@ async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowRep
 
 def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
     """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
-    for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
+    for inst in tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps([id])):
         if not inst.is_over(tx.now):
             return Loaded(inst.as_of_now(), tx.journal(inst))
     raise not_found(workflow, id)
