@@ -4626,10 +4626,10 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
     inst.generation += 1
-    ran = inst.status in ("running", "waitingForPause")
-    status = "running" if ran else inst.status
-    tx.change(inst, status=status, rollback="begun", paused=None, wake=tx.now)
-    if not ran:
+    tx.change(inst, rollback="begun", paused=None, wake=tx.now)
+    if inst.status in ("running", "waitingForPause"):
+        tx.change(inst, status="running")
+    else:
         tx.requeue(inst)
     return True
 
