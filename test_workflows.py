@@ -3393,6 +3393,27 @@ class Pausing(Case):
             await self.clock.advance("2 hours")
             await self.assertStatus(instance, "complete")
 
+    async def test_a_timeout_that_was_over_before_a_pause_is_over_for_what_is_sent_in_it(
+        self,
+    ) -> None:
+        async with self.started(one_event):
+            pass
+        await self.clock.advance("65 minutes")
+        async with Engine(self.path, clock=self.clock) as owner:
+            owner.bind(workflow(one_step, "Other"))  # so that nobody runs the instance
+            await self.clock.advance("0 seconds")
+            async with self.engine() as client:
+                instance = await client.bind(workflow(one_event)).get("i")
+                await instance.pause()
+                await self.clock.advance("1 hour")
+                await instance.send_event(type="t", payload="late")
+                await self.clock.advance("1 hour")
+                await instance.resume()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_event)).get("i")
+            with self.assertRaises(WorkflowTimeoutError):
+                await self.finish(instance)
+
 
 class PausingForReal(Real):
     async def test_an_event_and_a_pause_in_one_commit_lose_neither(self) -> None:
@@ -5385,7 +5406,9 @@ class Limiting(Case):
             await self.clock.advance(400)
             await bound.create()
             await self.assertCode("limit.creation_rate", bound.create_batch([{}]))
-        self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(5,)])
+            self.clock._now -= 3_600_000  # it is set back: what was counted then is of the future
+            await bound.create()
+        self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(6,)])
 
     async def test_as_many_may_be_queued_as_the_limit_says(self) -> None:
         async def busy(event: Any, step: Any) -> None:
@@ -5902,6 +5925,15 @@ class Waits(Introspected):
             ):
                 with self.assertRaisesRegex(WorkflowError, f"'x' is errored.*{missed}"):
                     await wait
+
+    async def test_a_wait_goes_over_to_a_new_instance_with_the_id(self) -> None:
+        async with self.one() as one:
+            await one.wait_for_status("waiting")
+            waiting = asyncio.ensure_future(one.wait_for_status("queued"))
+            await self.clock.settle()
+            old = await self.workflow.get("x")
+            await asyncio.gather(old.delete(), self.workflow.create(id="x"))
+            await asyncio.wait_for(waiting, 1)
 
     async def test_waits_end_with_the_engine(self) -> None:
         async with self.engine() as engine:
@@ -6463,6 +6495,9 @@ class RollbackStatus(Undoing):
             if act is not None:
                 await act(instance)
             await self.clock.advance("1 hour")
+            now = await instance.status()
+            if now.status not in workflows.FINISHED:
+                self.assertIsNone(now.rollback)  # as long as it goes on
             with contextlib.suppress(WorkflowError):
                 await instance.terminate()
             return (await instance.status()).rollback
@@ -12829,6 +12864,23 @@ class Damaged(Undoing):
                 with self.assertRaisesRegex(WorkflowInternalError, "a.* can't be read") as told:
                     await call()
             self.assertRegex(str(told.exception), "'a': row [0-9]+ can't")
+
+    async def test_who_waits_for_it_is_not_told_of_damage_that_a_restart_has_erased(self) -> None:
+        made = await self.prepare()
+        self.lose(*self.RECORDS["step 'first-1': its result"])
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("a")
+            await self.clock.advance("1 hour")
+            with self.assertRaises(WorkflowInternalError):
+                await instance.result()
+            await asyncio.gather(instance.restart(), instance.pause())
+            waiting = asyncio.create_task(instance.result())
+            await self.clock.settle()
+            self.assertFalse(waiting.done())
+            await instance.resume()
+            await instance.send_event(type="t")
+            await self.clock.settle()
+            self.assertEqual((await asyncio.wait_for(waiting, 1))[-1], "done")
 
     async def test_memory_that_is_short_while_a_result_is_encoded_fails_the_attempt(self) -> None:
         results: list[Any] = ["too long", "short"]
