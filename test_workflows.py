@@ -5841,6 +5841,40 @@ class Modifications(Introspected):
             self.assertEqual(await one.get_output(), ["once"])
             self.assertEqual((await first.status()).status, "waiting")
 
+    async def test_a_block_that_is_entered_again_begins_without_rules(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return await step.do("s", self.called("s", "real"))
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            again = bound.introspect_instance("x")
+            async with again:
+                await again.modify(lambda m: m.mock_step_result("s", "mocked"))
+            async with again:
+                await bound.create(id="x")
+                self.assertEqual(await again.get_output(), "real")
+
+    async def test_a_rollback_handler_is_not_mocked_with_its_step(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.do("s", self.called("s"), rollback=lambda info: self.called("undo")())
+            raise ValueError
+
+        async with self.one(run, create=False) as one:
+            await one.modify(lambda m: m.mock_step_result("s", 1))
+            await self.workflow.create(id="x")
+            await one.get_error()
+        self.assertEqual(self.calls, ["undo"])
+
+    async def test_a_finished_instance_gets_no_mocked_event(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return await step.do("s", self.called("s", "done"))
+
+        async with self.one(run) as one:
+            await one.get_output()
+            await one.modify(lambda m: m.mock_event({"type": "t"}))
+            self.assertEqual(await one.get_output(), "done")
+        self.assertEqual(self.rows("SELECT count(*) FROM events"), [(0,)])
+
 
 class All(Introspected):
     async def test_all_are_those_of_the_workflow_that_were_created_inside_the_block(self) -> None:
@@ -5934,6 +5968,17 @@ class Waits(Introspected):
             old = await self.workflow.get("x")
             await asyncio.gather(old.delete(), self.workflow.create(id="x"))
             await asyncio.wait_for(waiting, 1)
+
+    async def test_the_end_of_a_rollback_handler_is_no_result_of_its_step(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", asyncio.Event().wait, rollback=lambda info: value())
+
+        async with self.one(run) as one:
+            waiting = asyncio.ensure_future(one.wait_for_step_result("s"))
+            await self.clock.settle()
+            await (await self.workflow.get("x")).terminate(rollback=True)
+            with self.assertRaisesRegex(WorkflowError, "is terminated before"):
+                await asyncio.wait_for(waiting, 1)
 
     async def test_waits_end_with_the_engine(self) -> None:
         async with self.engine() as engine:

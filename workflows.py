@@ -2498,7 +2498,8 @@ class Engine:
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        return usage_of(await self.call(read_usage))
+        usage: Usage = await self.call(read_usage)
+        return usage
 
 
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
@@ -4865,9 +4866,9 @@ def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
 # --------------------------------------------------------------------------------------------------
 # History: journal rows as the events of `subscribe`.
 
-_STATUSES = "queued running waiting waiting_for_pause paused errored terminated"
+_ONE_EVENT = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
-_TOLD = {camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
+_TOLD = {camel(status): [f"workflow_{status}"] for status in _ONE_EVENT.split()}
 _TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
 _TOLD |= {"rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
@@ -4957,18 +4958,13 @@ def count_usage(tx: Transaction) -> None:
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
-def read_usage(tx: Transaction) -> list[Any]:
-    """Requests, steps and CPU time of this month, and the bytes that are stored now."""
+def read_usage(tx: Transaction) -> Usage:
+    """What was used this month, what is stored now, and what that would cost on the paid plan."""
     count_usage(tx)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
-    return [total or 0 for total in tx.db.one(sql, tx.now)]
-
-
-def usage_of(totals: list[Any]) -> Usage:
-    """The totals, and what they would cost on the paid plan."""
-    requests, steps, cpu_ms, storage_bytes = totals
+    requests, steps, cpu_ms, storage_bytes = (total or 0 for total in tx.db.one(sql, tx.now))
     cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
     cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
     return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
@@ -4991,7 +4987,7 @@ class StepDecorator(StepCall):
             what = "step.do needs a name or parentheses: to call a function, write"
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
-        self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
+        self.run, self._coroutine = step._run, None  # nothing more, or it would count as a call
         self._given = step, name, args, options
 
     @overload
@@ -5248,9 +5244,8 @@ def install_workers_shim() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Test tools: introspection, which looks into the instances of a test and changes what happens to
-# them, without a change to their workflow; and a clock that moves only when told, so that a year of
-# sleeps is tested in milliseconds.
+# Introspection: a test looks into instances and changes what happens to them, without a change to
+# their workflow.
 #
 # The engine asks the open blocks at four points: when an instance starts (for its events), when a
 # wait begins, when a retry delay does, and when an attempt is launched.
@@ -5266,9 +5261,10 @@ class WorkflowInstanceModifier:
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
         self.workflow, self.id = workflow, id
         self.after = 0  # instances with a key up to this one are too old
-        self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
-        self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
-        # By step: how its attempts end, in their order, and so many of them like that.
+        self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
+        # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
+        self._skipped: set[tuple[Any, ...]] = set()
+        # By step: how its attempts end, each with the number of attempts that end like this.
         self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
@@ -5400,8 +5396,8 @@ class _Introspector(WorkflowInstanceModifier):
     async def __aexit__(self, *_: object) -> None:
         blocks = self.workflow.engine.scheduler.blocks
         blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for state in (self.events, self._skipped, self._ends, self._parts):
-            state.clear()
+        for rules in (self.events, self._skipped, self._ends, self._parts):
+            rules.clear()
 
     async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
         """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
@@ -5488,6 +5484,11 @@ class WorkflowIntrospector(_Introspector):
                 one = WorkflowInstanceIntrospector(self.workflow, id)
                 self._parts[id] = await one.__aenter__()
         return [self._parts[id] for id in ids]
+
+
+# --------------------------------------------------------------------------------------------------
+# The clock of tests moves only when told, so that a year of sleeps is tested in milliseconds. After
+# each moment it asks its engines whether they have come to rest.
 
 
 class _Timer:
@@ -5581,7 +5582,9 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# Cloudflare's own spellings: createBatch, sendEvent, sleepUntil, waitForEvent, getOutput, …
+# --------------------------------------------------------------------------------------------------
+# Aliases: Cloudflare's own spellings (createBatch, sendEvent, sleepUntil, waitForEvent, …).
+
 _api: tuple[type, ...] = (Workflow, WorkflowInstance, WorkflowStep, WorkflowInstanceModifier)
 for _class in (*_api, WorkflowInstanceIntrospector):
     for _name in [name for name in vars(_class) if "_" in name and name[0] != "_"]:
