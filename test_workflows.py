@@ -5056,6 +5056,13 @@ class Jumping(workflows.Clock):
 class Moving(Case):
     """`ManualClock`, where the other classes do not show it."""
 
+    async def test_an_engine_whose_storage_has_failed_does_not_hold_up_the_others(self) -> None:
+        async with self.engine() as engine, Engine(":memory:", clock=self.clock) as other:
+            instance = await other.bind(workflow(one_sleep)).create()
+            with unittest.mock.patch.object(engine.writer, "failure", OSError("gone")):
+                await self.clock.advance("1 hour")
+            self.assertEqual((await instance.status()).status, "complete")
+
     async def test_advances_at_once_follow_each_other(self) -> None:
         begin = self.clock.now()
         hours = ("10 hours", "5 hours", "1 minute")
@@ -6546,6 +6553,11 @@ class RollbackStatus(Undoing):
             with contextlib.suppress(WorkflowError):
                 await instance.terminate()
             return (await instance.status()).rollback
+
+    async def test_a_handler_does_not_count_as_a_step_in_the_usage(self) -> None:
+        await self.rollback(self.undo("s"))
+        async with self.engine() as engine:
+            self.assertEqual((await engine.usage()).steps, 2)  # a `do`, and an event wait
 
     async def test_none_when_there_was_none(self) -> None:
         async def send(instance: Any) -> None:
@@ -8221,6 +8233,34 @@ class Subscribing(Undoing):
             rest = await instance.subscribe(cursor=items[-2]["value"]["eventId"])
             self.assertEqual([brief(event) async for event in rest], ["workflow_completed"])
 
+    async def test_an_attempt_that_shares_its_row_with_its_end_has_a_beginning_of_its_own(
+        self,
+    ) -> None:
+        async def run(event: Any, step: Any) -> None:
+            async def callback() -> None:
+                self.clock._now += 5000  # and nothing is awaited
+
+            await step.do("s", callback)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            times = {event.type: event.timestamp for event in await instance.history()}
+        for kind in ("step", "attempt"):
+            took = times[f"{kind}_completed"] - times[f"{kind}_started"]
+            self.assertEqual(took, timedelta(seconds=5))
+
+    async def test_the_start_tells_the_params_also_after_a_pause_in_the_queue(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, running=0)) as engine:
+            instance = await engine.bind(workflow(one_step)).create(id="i", params="given")
+            await instance.pause()
+            await instance.resume()
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_step)).get("i")
+            await self.finish(instance)
+            started = [e async for e in instance.subscribe(filter=["workflow_started"])]
+            self.assertEqual([event.params for event in started], ["given"])
+
     async def test_wrong_arguments_are_refused_at_the_call(self) -> None:
         async with self.engine() as engine:
             instance = await engine.bind(workflow(one_step)).create()
@@ -8827,6 +8867,42 @@ class Decorated(Lives):
         self.assertEqual(await self.lives(run), [10, 11])
         self.assertEqual(self.seen, ["base"])
         self.assertEqual(await self.history(), ["base-1", "inner-1", "middle-1", "outer-1"])
+
+    async def test_a_callback_knows_the_results_of_the_callback_around_it(self):
+        async def run(event, step):
+            @step.do()
+            async def base():
+                self.seen.append("base")
+                return 10
+
+            @step.do()
+            async def outer():
+                @step.do()
+                async def middle():
+                    @step.do()
+                    async def inner(base):
+                        return base + 1
+
+                    return await inner()
+
+                return [await base(), await middle()]
+
+            return await outer()
+
+        self.assertEqual(await self.lives(run), [10, 11])
+        self.assertEqual(self.seen, ["base"])
+
+    async def test_a_failure_on_which_nothing_depends_is_not_logged(self):
+        async def run(event, step):
+            @step.do(config=ONCE)
+            async def failing():
+                raise ValueError("no")
+
+            return str(await caught(failing()))
+
+        with self.assertNoLogs("asyncio", logging.ERROR):
+            self.assertEqual(await self.lives(run), "no")
+            gc.collect()
 
     async def test_steps_that_depend_on_one_another_are_refused(self):
         async def run(event, step):
@@ -9672,6 +9748,7 @@ class Shim(Real):
             Counter(None, None), App(), new.anything(env["X"])
             assert Default(1, 2).mine == 3 and issubclass(Default, WorkerEntrypoint)
             assert Response is __import__("workers").Response
+            exec("from workers import *", {})
             say("fine")
             """
         )

@@ -4133,10 +4133,9 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 # Binding: the objects that callers hold, and how what they are given is checked.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
-# Options and their defaults. (A hint where to run has no effect in one process.)
+# What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
 _CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
-_SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
 _KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
@@ -4201,9 +4200,11 @@ class Workflow:
         new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
             if id in seen or id not in new:
-                code = 10415 if id in seen else 10405
-                what = f"workflows.api.error.instance.{_SKIPPED[code]}"
-                errors.append({"index": index, "id": id, "code": code, "message": what})
+                code, why = 10405, "already_exists"
+                if id in seen:
+                    code, why = 10415, "duplicate_in_batch"
+                message = f"workflows.api.error.instance.{why}"
+                errors.append({"index": index, "id": id, "code": code, "message": message})
             seen.add(id)
         return {"created": created, "errors": errors}
 
@@ -4301,10 +4302,12 @@ class Workflow:
     def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
         """How long an instance is kept whose `create` is given this."""
         limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+        plan = limits.success_retention, limits.error_retention
+        longest = dict(zip(_KEPT_FOR, plan, strict=True))
         given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
         for name in given:
             kept[name] = ms = duration_of(given, name, f"{where}: retention")
-            most = limits.error_retention if name == _KEPT_FOR[1] else limits.success_retention
+            most = longest[name]
             if most is not None and ms > most:
                 what = f"{where}: {name} is longer than {most} ms (limit retention)"
                 raise refusal("limit.retention", what)
@@ -5061,7 +5064,8 @@ class StepFunction(Generic[Result]):
             if isinstance(error, Exception):
                 outcome.set_exception(error)
                 outcome.exception()  # asyncio logs an error that nobody has asked for
-            outcome.cancel()  # if it has no end yet
+            else:
+                outcome.cancel()
             raise
         outcomes[call.outer] = outcome
         return value
