@@ -4236,9 +4236,8 @@ class Workflow:
     ) -> AsyncGenerator[WorkflowInstance, None]:
         """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
         first."""
-        if status not in (None, *STATUSES):
-            expected = f"one of {', '.join(STATUSES)}"
-            raise ValueError(f"status is {show(status)}: expected {expected}")
+        if status is not None:
+            check_status(status)
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
         left = math.inf if limit is None else limit
@@ -4370,6 +4369,12 @@ def bindable(
     with naming("error_retention"):
         workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
     return workflow
+
+
+def check_status(status: Any) -> None:
+    """Refuses what is no status of an instance."""
+    if status not in STATUSES:
+        raise ValueError(f"{show(status)} is not a status: expected one of {', '.join(STATUSES)}")
 
 
 def _kebab(name: str) -> str:
@@ -5433,9 +5438,7 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def wait_for_status(self, status: str) -> None:
         """Waits until the instance has this status, or has had it since the call. `WorkflowError`
         if it finishes in another one."""
-        if status not in STATUSES:
-            known = ", ".join(STATUSES)
-            raise ValueError(f"{show(status)} is not a status: expected one of {known}")
+        check_status(status)
         await self._reach(status)
 
     async def get_output(self) -> Any:
