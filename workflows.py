@@ -4136,6 +4136,7 @@ Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword 
 # What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
 _CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
+_EXISTS, _REPEATED = (10405, "already_exists"), (10415, "duplicate_in_batch")
 _KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
@@ -4200,9 +4201,7 @@ class Workflow:
         new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
             if id in seen or id not in new:
-                code, why = 10405, "already_exists"
-                if id in seen:
-                    code, why = 10415, "duplicate_in_batch"
+                code, why = _REPEATED if id in seen else _EXISTS
                 message = f"workflows.api.error.instance.{why}"
                 errors.append({"index": index, "id": id, "code": code, "message": message})
             seen.add(id)
@@ -5494,7 +5493,7 @@ class WorkflowIntrospector(_Introspector):
 
 
 # --------------------------------------------------------------------------------------------------
-# The clock of tests moves only when told, so that a year of sleeps is tested in milliseconds. After
+# The clock of tests: it moves only when told, so that a year of sleeps takes milliseconds. After
 # each moment it asks its engines whether they have come to rest.
 
 
