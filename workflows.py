@@ -4898,18 +4898,19 @@ class History:
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
-        types, what = list(_TOLD.get(row.type, ())), f"{self._instance_id!r}: row {row.seq}"
+        types, what = [], f"{self._instance_id!r}: row {row.seq}"
         data = None if row.data is None else read_back(row.data, what)
         if row.type == "queued" and row.data is not None:
             self._params = data
-        if row.step is None and row.extra is not None:  # how the rollback went
-            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        if row.started is not None:
-            types.insert(0, "attempt_started")
         if row.attempt is not None and row.extra is not None:
-            types.insert(0, "step_started")
             config = read_back(row.extra, what)["config"] if row.extra else DEFAULT_CONFIG
             self._configs[row.step] = config
+            types.append("step_started")
+        if row.started is not None:
+            types.append("attempt_started")
+        if row.step is None and row.extra is not None:  # how the rollback went
+            types.append("rollback_completed" if row.extra == "null" else "rollback_errored")
+        types += _TOLD.get(row.type, ())
         if row.step is not None and row.step.startswith(ROLLBACK):
             types = [f"rollback_{type}" for type in types]
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
