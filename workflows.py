@@ -5553,7 +5553,7 @@ class ManualClock(Clock):
             await self.settle()
             while True:
                 due = min((timer.due for timer in self.timers), default=math.inf)
-                if due > target and self._now == target:
+                if due > target and self._now >= target:
                     return
                 moment = max(self._now, math.ceil(min(due, target)))
                 if self._may_end_before(moment):
