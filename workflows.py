@@ -3844,7 +3844,8 @@ class Engine(Core):
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        return usage_of(await self.call(read_usage))
+        usage: Usage = await self.call(read_usage)
+        return usage
 
 
 def warn_about_unbound_work(scheduler: Scheduler) -> None:
@@ -4233,10 +4234,10 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 # Binding: the objects that callers hold, and how what they are given is checked.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
-# Options and their defaults. (A hint where to run has no effect in one process.)
+# What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
 _CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
-_SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
+_EXISTS, _REPEATED = (10405, "already_exists"), (10415, "duplicate_in_batch")
 _KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
@@ -4301,9 +4302,9 @@ class Workflow:
         new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
             if id in seen or id not in new:
-                code = 10415 if id in seen else 10405
-                what = f"workflows.api.error.instance.{_SKIPPED[code]}"
-                errors.append({"index": index, "id": id, "code": code, "message": what})
+                code, why = _REPEATED if id in seen else _EXISTS
+                message = f"workflows.api.error.instance.{why}"
+                errors.append({"index": index, "id": id, "code": code, "message": message})
             seen.add(id)
         return {"created": created, "errors": errors}
 
@@ -4333,9 +4334,8 @@ class Workflow:
     ) -> AsyncGenerator[WorkflowInstance, None]:
         """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
         first."""
-        if status not in (None, *STATUSES):
-            expected = f"one of {', '.join(STATUSES)}"
-            raise ValueError(f"status is {show(status)}: expected {expected}")
+        if status is not None:
+            check_status(status)
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
         left = math.inf if limit is None else limit
@@ -4399,10 +4399,12 @@ class Workflow:
     def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
         """How long an instance is kept whose `create` is given this."""
         limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+        plan = limits.success_retention, limits.error_retention
+        longest = dict(zip(_KEPT_FOR, plan, strict=True))
         given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
         for name in given:
             kept[name] = ms = duration_of(given, name, f"{where}: retention")
-            most = limits.error_retention if name == _KEPT_FOR[1] else limits.success_retention
+            most = longest[name]
             if most is not None and ms > most:
                 what = f"{where}: {name} is longer than {most} ms (limit retention)"
                 raise refusal("limit.retention", what)
@@ -4472,6 +4474,12 @@ def _any_id(id: Any) -> str:
     if not isinstance(id, str):
         raise TypeError(f"id is {show(id)}: expected a str")
     return id
+
+
+def check_status(status: Any) -> None:
+    """Refuses what is no status of an instance."""
+    if status not in STATUSES:
+        raise ValueError(f"{show(status)} is not a status: expected one of {', '.join(STATUSES)}")
 
 
 def _kebab(name: str) -> str:
@@ -4745,10 +4753,10 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
     inst.generation += 1
-    ran = inst.status in ("running", "waitingForPause")
-    status = "running" if ran else inst.status
-    tx.change(inst, status=status, rollback="begun", paused=None, wake=tx.now)
-    if not ran:
+    tx.change(inst, rollback="begun", paused=None, wake=tx.now)
+    if inst.status in ("running", "waitingForPause"):
+        tx.change(inst, status="running")
+    else:
         tx.requeue(inst)
     return True
 
@@ -4996,9 +5004,9 @@ def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
 # --------------------------------------------------------------------------------------------------
 # History: journal rows as the events of `subscribe`.
 
-_STATUSES = "queued running waiting waiting_for_pause paused errored terminated"
+_ONE_EVENT = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
-_TOLD = {camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
+_TOLD = {camel(status): [f"workflow_{status}"] for status in _ONE_EVENT.split()}
 _TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
 _TOLD |= {"rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
@@ -5021,18 +5029,19 @@ class History:
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
-        types, what = list(_TOLD.get(row.type, ())), f"{self._instance_id!r}: row {row.seq}"
+        types, what = [], f"{self._instance_id!r}: row {row.seq}"
         data = None if row.data is None else read_back(row.data, what)
         if row.type == "queued" and row.data is not None:
             self._params = data
-        if row.step is None and row.extra is not None:  # how the rollback went
-            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        if row.began is not None:
-            types.insert(0, "attempt_started")
         if row.attempt is not None and row.extra is not None:
-            types.insert(0, "step_started")
             config = read_back(row.extra, what)["config"] if row.extra else DEFAULT_CONFIG
             self._configs[row.step] = config
+            types.append("step_started")
+        if row.began is not None:
+            types.append("attempt_started")
+        if row.step is None and row.extra is not None:  # how the rollback went
+            types.append("rollback_completed" if row.extra == "null" else "rollback_errored")
+        types += _TOLD.get(row.type, ())
         if row.step is not None and row.step.startswith(ROLLBACK):
             types = [f"rollback_{type}" for type in types]
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
@@ -5088,18 +5097,13 @@ def count_usage(tx: Transaction) -> None:
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
-def read_usage(tx: Transaction) -> list[Any]:
-    """Requests, steps and CPU time of this month, and the bytes that are stored now."""
+def read_usage(tx: Transaction) -> Usage:
+    """What was used this month, what is stored now, and what that would cost on the paid plan."""
     count_usage(tx)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
-    return [total or 0 for total in tx.db.one(sql, tx.now)]
-
-
-def usage_of(totals: list[Any]) -> Usage:
-    """The totals, and what they would cost on the paid plan."""
-    requests, steps, cpu_ms, storage_bytes = totals
+    requests, steps, cpu_ms, storage_bytes = (total or 0 for total in tx.db.one(sql, tx.now))
     cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
     cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
     return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
@@ -5122,7 +5126,7 @@ class StepDecorator(StepCall):
             what = "step.do needs a name or parentheses: to call a function, write"
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
-        self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
+        self.run, self._coroutine = step._run, None  # nothing more, or it would count as a call
         self._given = step, name, args, options
 
     @overload
@@ -5196,7 +5200,8 @@ class StepFunction(Generic[Result]):
             if isinstance(error, Exception):
                 outcome.set_exception(error)
                 outcome.exception()  # asyncio logs an error that nobody has asked for
-            outcome.cancel()  # if it has no end yet
+            else:
+                outcome.cancel()
             raise
         outcomes[call.outer] = outcome
         return value
@@ -5379,9 +5384,8 @@ def install_workers_shim() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Test tools: introspection, which looks into the instances of a test and changes what happens to
-# them, without a change to their workflow; and a clock that moves only when told, so that a year of
-# sleeps is tested in milliseconds.
+# Introspection: a test looks into instances and changes what happens to them, without a change to
+# their workflow.
 #
 # The engine asks the open blocks at four points: when an instance starts (for its events), when a
 # wait begins, when a retry delay does, and when an attempt is launched.
@@ -5397,9 +5401,10 @@ class WorkflowInstanceModifier:
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
         self.workflow, self.id = workflow, id
         self.after = 0  # instances with a key up to this one are too old
-        self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
-        self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
-        # By step: how its attempts end, in their order, and so many of them like that.
+        self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
+        # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
+        self._skipped: set[tuple[Any, ...]] = set()
+        # By step: how its attempts end, each with the number of attempts that end like this.
         self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
@@ -5531,8 +5536,8 @@ class _Introspector(WorkflowInstanceModifier):
     async def __aexit__(self, *_: object) -> None:
         blocks = self.workflow.engine.scheduler.blocks
         blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for state in (self.events, self._skipped, self._ends, self._parts):
-            state.clear()
+        for rules in (self.events, self._skipped, self._ends, self._parts):
+            rules.clear()
 
     async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
         """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
@@ -5564,9 +5569,7 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def wait_for_status(self, status: str) -> None:
         """Waits until the instance has this status, or has had it since the call. `WorkflowError`
         if it finishes in another one."""
-        if status not in STATUSES:
-            known = ", ".join(STATUSES)
-            raise ValueError(f"{show(status)} is not a status: expected one of {known}")
+        check_status(status)
         await self._reach(status)
 
     async def get_output(self) -> Any:
@@ -5619,6 +5622,11 @@ class WorkflowIntrospector(_Introspector):
                 one = WorkflowInstanceIntrospector(self.workflow, id)
                 self._parts[id] = await one.__aenter__()
         return [self._parts[id] for id in ids]
+
+
+# --------------------------------------------------------------------------------------------------
+# The clock of tests: it moves only when told, so that a year of sleeps takes milliseconds. After
+# each moment it asks its engines whether they have come to rest.
 
 
 class _Timer:
@@ -5689,7 +5697,7 @@ class ManualClock(Clock):
             await self.settle()
             while True:
                 due = min((timer.due for timer in self.timers), default=math.inf)
-                if due > target and self._now == target:
+                if due > target and self._now >= target:
                     return
                 moment = max(self._now, math.ceil(min(due, target)))
                 if self._may_end_before(moment):
@@ -5725,7 +5733,9 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# Cloudflare's own spellings: createBatch, sendEvent, sleepUntil, waitForEvent, getOutput, …
+# --------------------------------------------------------------------------------------------------
+# Aliases: Cloudflare's own spellings (createBatch, sendEvent, sleepUntil, waitForEvent, …).
+
 _api: tuple[type, ...] = (Workflow, WorkflowInstance, WorkflowStep, WorkflowInstanceModifier)
 for _class in (*_api, WorkflowInstanceIntrospector):
     for _name in [name for name in vars(_class) if "_" in name and name[0] != "_"]:
