@@ -12291,7 +12291,7 @@ class Bad(WorkflowEntrypoint):
 """
 
 
-class Dev(Real):
+class DevProcess(Real):
     """`dev` as a real process."""
 
     async def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
@@ -12327,6 +12327,8 @@ class Dev(Real):
         _, text = await asyncio.to_thread(exchange, self.port, method, REST + path, body)
         return json.loads(text)["result"]
 
+
+class Dev(DevProcess):
     async def test_it_stops_cleanly_at_either_signal_and_logs_each_change(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number):
@@ -12399,6 +12401,95 @@ class Dev(Real):
             exchange, self.port, "GET", EXPLORER, Host=host, Sec_Fetch_Mode="cors"
         )
         self.assertEqual(answer.status, 200)
+
+
+class Checking(DevProcess):
+    """`check`: real processes, with code that changes."""
+
+    async def check(self, *args: str) -> tuple[int, str, str]:
+        command = [sys.executable, workflows.__file__, "check", *args]
+        if "--db" not in args:
+            command += ["--db", self.path]
+        options: Any = {"cwd": self.folder, "capture_output": True, "text": True}
+        done = await asyncio.to_thread(subprocess.run, command, **options)
+        return done.returncode, done.stdout, done.stderr
+
+    def change(self, old: str, new: str) -> None:
+        file = self.folder / "app.py"
+        self.assertIn(old, file.read_text())
+        file.write_text(file.read_text().replace(old, new))
+
+    async def begin(self) -> None:
+        """Instances that wait or run, of a process that goes on beside the check."""
+        await self.start()
+        for name in ("naps", "slow"):
+            await self.ask("POST", f"/{name}/instances", {"id": name[0], "params": 3600})
+        for name, label in (("naps", "nap-1"), ("slow", "work-1")):
+
+            async def has_begun(name: str = name, label: str = label) -> bool:
+                found = await self.ask("GET", f"/{name}/instances/{name[0]}")
+                return [step["name"] for step in found["steps"]] == [label]
+
+            await until(has_begun)
+
+    async def test_beside_the_owner_it_tells_what_would_not_go_on(self) -> None:
+        await self.begin()
+        rows = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM workflows")
+        safe = "0 of 2 unfinished instances would not go on as recorded\n"
+        self.assertEqual(await self.check(), (0, safe, ""))
+        self.change('"nap"', '"rest"')
+        line = "naps n: no longer reached: nap-1; new before these: rest-1\n"
+        unsafe = line + "1 of 2 unfinished instances would not go on as recorded\n"
+        self.assertEqual(await self.check(), (1, unsafe, ""))
+        self.change("async def work", "raise KeyError('k')\n        async def work")
+        code, out, _ = await self.check("slow")
+        line = "slow s: no longer reached: work-1; run would raise: KeyError: 'k'"
+        self.assertEqual((code, out.splitlines()[0]), (1, line))
+        now = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM workflows")
+        self.assertEqual(now, rows)
+
+    async def test_on_a_copy_and_for_programs(self) -> None:
+        await self.begin()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("VACUUM INTO ?", (str(self.folder / "copy.db"),))
+        self.change('"nap"', '"rest"')
+        self.change("import asyncio", "import asyncio; print('out of the way')")
+        code, out, err = await self.check("--db", "copy.db", "--json")
+        found = json.loads(out)
+        self.assertEqual((code, err, found["checked"]), (1, "out of the way\n", 2))
+        (one,) = found["instances"]
+        self.assertEqual((one["workflow"], one["instance_id"]), ("naps", "n"))
+        self.assertEqual((one["unreached"], one["early"]), (["nap-1"], ["rest-1"]))
+
+    async def test_a_damaged_instance_is_told_too(self) -> None:
+        await self.stop(await self.start())
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_event, "Naps")).create(id="n")
+        with contextlib.closing(sqlite3.connect(self.path)) as db, db:
+            db.execute("UPDATE journal SET data = cast(x'ff' AS text)")
+        code, out, _ = await self.check()
+        self.assertEqual(code, 1)
+        self.assertIn("naps n: run would raise: Unreadable: a row of instance 'n'", out)
+
+    async def test_bad_input_is_one_line_and_exit_code_2(self) -> None:
+        await self.begin()
+        file = self.folder / "wrangler.jsonc"
+        for args, says in (
+            (("nope",), "no workflow 'nope': expected some of naps, slow, bad"),
+            (("--db", "nope.db"), "no database nope.db"),
+            (("--config", "nope.jsonc"), "nope.jsonc"),
+            (("--nope",), "--nope"),
+        ):
+            code, out, err = await self.check(*args)
+            self.assertEqual((code, out, len(err.splitlines())), (2, "", 1))
+            self.assertIn(says, err)
+        file.write_text(file.read_text().replace('"naps"', '"other"'))
+        code, _, err = await self.check()
+        self.assertEqual(code, 2)
+        self.assertIn("naps has 1 unfinished instances, and the configuration has no such", err)
+        self.assertEqual((await self.check("slow"))[0], 0)
+        file.unlink()
+        self.assertEqual((await self.check())[0], 2)
 
 
 class Readme(unittest.TestCase):

@@ -4089,10 +4089,16 @@ class Workflow:
 
     async def _replay(self, ids: Ids) -> Sequence[WorkflowReplay]:
         found = await asyncio.gather(*map(self.replay, ids), return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException) and not isinstance(error, WorkflowError):
-                raise error  # one that was deleted meanwhile is left out
-        return [report for report in found if isinstance(report, WorkflowReplay)]
+        reports = []
+        for id, report in zip(ids, found, strict=True):
+            if isinstance(report, Unreadable):
+                problem = {"name": "Unreadable", "message": str(report)}
+                report = WorkflowReplay(id, [], [], [], [], "errored", problem, False)
+            if isinstance(report, WorkflowReplay):
+                reports.append(report)
+            elif not isinstance(report, WorkflowError):  # else it was deleted meanwhile
+                raise report
+        return reports
 
     async def delete_batch(self, ids: Iterable[str]) -> Deleted:
         """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
@@ -6791,8 +6797,8 @@ def demo(given: argparse.Namespace) -> int:
 _PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
 _FROM = "--from-step-name= --from-step-count=1 --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
-# By name: what it does; its arguments, of which those with a `=` have that default; and the
-# resource. (`check` will stand here, too.)
+# By name: what it does; its arguments, of which those with a `=` have that default, and of those
+# with a `*` there may be any number; and the resource.
 _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
     "list": ("the workflows", _PAGE, show_workflows),
     "describe": ("a workflow", "name", show_workflow),
@@ -6805,8 +6811,9 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
     "instances resume": ("go on", "name id", steer),
     "instances restart": ("begin again", f"name id {_FROM}", steer),
     "instances terminate": ("stop for good", "name id --rollback", steer),
-    "instances delete": ("delete some", "name ids --filename=", drop_instances),
+    "instances delete": ("delete some", "name ids* --filename=", drop_instances),
     "usage": ("what this month would cost at Cloudflare", "", show_usage),
+    "check": ("would unfinished instances go on, with the code of now?", "names*", ignore),
     "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
     "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
 }
@@ -6827,7 +6834,9 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
-    common.add_argument("--config", metavar="FILE", help="for `dev` (default: wrangler.jsonc, …)")
+    common.add_argument(
+        "--config", metavar="FILE", help="for `dev` and `check` (default: wrangler.jsonc, …)"
+    )
     common.add_argument("--json", action="store_true", help="for programs")
     root = Parser(prog="workflows.py", description="Durable workflows.", parents=[common])
     groups = {"": root.add_subparsers(metavar="COMMAND")}
@@ -6845,10 +6854,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             if default.isdecimal():
                 more = {"type": int, "default": int(default)}
             elif not name.startswith("--"):
-                more |= {"nargs": "*" if name == "ids" else "?" if equals else None}
+                more |= {"nargs": "*" if name.endswith("*") else "?" if equals else None}
             elif not equals:
                 more = {"action": "store_true"}
-            parser.add_argument(name, **more)
+            parser.add_argument(name.removesuffix("*"), **more)
     defaults = {"parser": root, "command": None, "db": "workflows.db", "config": None}
     return root.parse_args(arguments, argparse.Namespace(**defaults, json=False))
 
@@ -6968,8 +6977,6 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
 
 async def run_command(given: argparse.Namespace) -> int:
     """Carries out a command that needs nothing but the database. Returns the exit code."""
-    if not os.path.exists(given.db):
-        raise ValueError(f"there is no database {given.db}")
     async with Engine(given.db) as engine:
         ask = await make_request(engine, given)
         answer = await ask.answer(_COMMANDS[given.command][2])
@@ -6988,6 +6995,50 @@ async def run_command(given: argparse.Namespace) -> int:
             async for event in ask.instance.subscribe(ask.seen):
                 print_event(event, datetime.fromisoformat(answer["queued"]))
     return 1 if isinstance(answer, dict) and answer.get("errors") else 0
+
+
+async def check(given: argparse.Namespace) -> int:
+    """Replays the unfinished instances of a configuration's workflows, or of some of these, and
+    tells which would not go on as recorded. Returns the exit code."""
+    with contextlib.redirect_stdout(sys.stderr):  # what `run` prints
+        engine = Engine.from_config(given.config, database=given.db)
+        # Here they are known, but not in the database: a process that binds wants to be its owner.
+        bound, engine._workflows = engine._workflows, {}
+        if unknown := [name for name in given.names if name not in bound]:
+            raise ValueError(f"no workflow {unknown[0]!r}: expected some of {', '.join(bound)}")
+        checked, unsafe, told = 0, 0, []
+        async with engine:
+            for row in await engine.call(read_workflows, None):
+                count = sum(n for status, n in row["instances"].items() if status not in FINISHED)
+                if row["name"] in (given.names or bound):
+                    async for report in bound[row["name"]].replay_all():
+                        checked, unsafe = checked + 1, unsafe + (not report.safe)
+                        if not report.safe or (report.error and report.outcome == "waiting"):
+                            told.append({"workflow": row["name"], **dataclasses.asdict(report)})
+                elif count and not given.names:
+                    what = f"{row['name']} has {count} unfinished instances"
+                    raise ValueError(f"{what}, and the configuration has no such workflow")
+    if given.json:
+        print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
+    else:
+        for found in told:
+            print(
+                fit(
+                    f"{found['workflow']} {found['instance_id']}: {verdict(found)}", room()
+                ).rstrip()
+            )
+        print(f"{unsafe} of {checked} unfinished instances would not go on as recorded")
+    return 1 if unsafe else 0
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What a replay has found wrong."""
+    unreached, early = ", ".join(report["unreached"]), ", ".join(report["early"])
+    said = {"no longer reached": unreached, "new before these": early}
+    if report["error"]:
+        key = "run would raise" if report["outcome"] == "errored" else "replay stopped"
+        said[key] = cell(report["error"], "error")
+    return "; ".join(f"{what}: {value}" for what, value in said.items() if value)
 
 
 async def dev(given: argparse.Namespace) -> int:
@@ -7009,15 +7060,17 @@ async def dev(given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0; 1 if some could not be deleted, or nobody reads;
-    2 if what was asked can't be done; 130 after Ctrl-C."""
+    """The command line. Returns the exit code: 0; 1 if some could not be deleted, `check` has found
+    something, or nobody reads; 2 if what was asked can't be done; 130 after Ctrl-C."""
     given = parse_arguments(arguments)
     log.addHandler(logging.NullHandler())  # a refusal is one line
     if given.command is None:
         given.parser.print_help()
         return 0
-    run = dev if given.command == "dev" else run_command
+    run = {"dev": dev, "check": check}.get(given.command, run_command)
     try:
+        if given.command not in ("dev", "demo") and not os.path.exists(given.db):
+            raise ValueError(f"there is no database {given.db}")
         code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
         return code
