@@ -11037,6 +11037,13 @@ class Outside(Case):
 
 
 class HttpWorkflows(Outside):
+    async def test_a_name_that_sqlite_would_not_take_is_unknown(self) -> None:
+        async with self.served() as engine:
+            await self.assertCode("workflow.not_found", engine.workflow("\ud800"))
+            with self.assertRaises(TypeError):
+                await engine.workflow(5)
+            self.assertEqual((await engine.workflow("naps")).name, "naps")
+
     async def test_workflows_are_listed_by_name_with_counts_of_their_instances(self) -> None:
         async with self.served():
             await self.create("naps", "a")
@@ -11681,6 +11688,7 @@ class HttpExplorer(Outside):
             expected = "status params queued start end output error steps step_count"
             self.assertEqual({*nap}, {*expected.split(), "success"})
             self.assertEqual((nap["output"], nap["steps"][0]["end"]), (None, None))
+            self.assertNotIn("output", (await self.local("GET", waits))["steps"][0])
             self.assertEqual(await self.local("POST", waits + "/events/t", [1]), {"success": True})
             await self.clock.settle()
             done = await self.local("GET", waits)
@@ -11701,6 +11709,84 @@ class HttpExplorer(Outside):
             some = await self.local("POST", "/naps/instances/batch/delete", {"instances": ["b"]})
             self.assertEqual(some, {"deleted": [{"id": "b"}], "errors": []})
             self.assertEqual(await self.local("DELETE", "/naps"), {"status": "ok", "success": True})
+
+
+class HttpFuzz(Outside):
+    """Whatever is asked, the answer is one of those that are documented."""
+
+    texts = (
+        "", "naps", "steps", "events", "i", "j", "nope", "batch", "delete", "status", "step", "t",
+        "terminate", "versions", "instances", "latest", "nap-1", "nap", "w", "%", "%00",
+        "%ed%a0%80", "a b", "*/5 * * * *-179", "..", "ü", "\ud800", "\x00", "x" * 300, "1", "0",
+        "-1", "2.0", "9" * 40, "NaN", "asc", "desc", "true", "waiting", "rollingBack", "pause",
+        "resume", "restart", "waitForEvent", "1 second", "[1]", "2026-01-01", "0001-01-01",
+        "9999-12-31", "2026-01-01T00:00:00+23:59",
+    )  # fmt: skip
+    keys = (
+        ("id", "instance_id", "params", "instance_retention", "location_hint"),
+        ("status", "action", "from", "rollback"), ("name", "count", "type"), ("instances",),
+        ("success_retention", "error_retention"),
+        ("page", "per_page", "cursor", "direction", "date_start", "date_end", "status", "search"),
+        ("order", "simple", "attempt", "name", "type"),
+    )  # fmt: skip
+
+    def value(self, chance: random.Random, depth: int = 0) -> Any:
+        kind = chance.random()
+        if kind < 0.5 and depth < 4:
+            known = chance.choice(self.keys)
+            keys = chance.sample(known, chance.randrange(len(known) + 1))
+            return {key: self.value(chance, depth + 1) for key in keys}
+        if kind < 0.6 and depth < 4:
+            return [self.value(chance, depth + 1) for _ in range(chance.randrange(4))]
+        if kind < 0.85:
+            return chance.choice(self.texts)
+        return chance.choice(
+            (None, True, False, 0, 1, -1, 2**53, 10**30, 1.5, 1e308, -float("inf"))
+        )
+
+    def request(self, chance: random.Random) -> tuple[str, str, bytes | None]:
+        """Method, path and body of one that is likely to get somewhere."""
+        known = {"NAME": ("naps", "steps", "events"), "ID": ("i", "j"), "TYPE": ("t",)}
+
+        def part(match: re.Match[str]) -> str:
+            if chance.random() < 0.8:
+                return chance.choice(known[match[0]])
+            return urllib.parse.quote(chance.choice(self.texts), "*/%", errors="replace")
+
+        pattern, resources, _ = chance.choice(workflows._ROUTES)
+        path = chance.choice(("/client/v4/accounts/a", "/cdn-cgi/local/explorer/api"))
+        path += re.sub("NAME|ID|TYPE", part, pattern)
+        if chance.random() < 0.5:
+            asked = {key: chance.choice(self.texts) for key in chance.sample(self.keys[-2], 2)}
+            asked |= {key: chance.choice(self.texts) for key in chance.sample(self.keys[-1], 2)}
+            path += "?" + urllib.parse.urlencode(asked, errors="replace")
+        text = json.dumps(self.value(chance)).encode()
+        if chance.random() < 0.05:
+            cut = chance.randrange(len(text) + 1)
+            text = text[:cut] + chance.randbytes(2) + text[cut:]
+        methods = [*resources] if chance.random() < 0.95 else ["GET", "PUT", "PATCH", "DELETE"]
+        return chance.choice(methods), path, text if chance.random() < 0.8 else None
+
+    async def fuzz(self, seed: int, count: int) -> collections.Counter[int]:
+        chance, statuses = random.Random(seed), collections.Counter[int]()
+        async with self.served() as engine:
+            for n in range(count):
+                if n % 10 == 0:
+                    for name in ("naps", "steps", "events"):
+                        made = await engine.workflow(name)
+                        await made.create_batch([{"id": "i", "params": n}, {"id": "j"}])
+                    await self.clock.settle()
+                method, path, body = self.request(chance)
+                with self.subTest(seed=seed, n=n, method=method, path=path, body=body):
+                    answer, text = await self.exchange(method, path, body)
+                    statuses[answer.status] += 1
+                    self.assertIn(answer.status, (200, 400, 404, 405, 409, 413, 429))
+                    self.assertEqual(json.loads(text)["success"], answer.status == 200)
+        return statuses
+
+    async def test_random_requests(self) -> None:
+        statuses = await self.fuzz(1, 400)
+        self.assertGreater(min(statuses[200], statuses[400], statuses[404]), 20)
 
 
 class Wire(Outside):
@@ -11887,6 +11973,11 @@ class Wire(Outside):
                         link.close()
                 await asyncio.sleep(0.1)
                 await self.create("naps")
+
+    async def test_a_code_is_told_once(self) -> None:
+        async with self.served():
+            refused = await self.assertRefused(404, 10400, self.ask("GET", "/naps/instances/x"))
+        self.assertEqual(refused.message.count("not_found"), 1)
 
     async def test_a_bug_is_logged_but_not_told(self) -> None:
         async with self.served():
@@ -12153,6 +12244,15 @@ class CommandLine(Outside):
                 )
             await self.assertFails("instances", "pause", "naps", says="id")
 
+    async def test_a_restart_from_no_named_step_is_no_restart(self) -> None:
+        async with self.served():
+            await self.create("naps", "a")
+            for args in (("--from-step-count", "2"), ("--from-step-type", "do")):
+                await self.assertFails("instances", "restart", "naps", "a", *args)
+            name = ("--from-step-name", "nap", "--from-step-count")
+            await self.assertFails("instances", "restart", "naps", "a", *name, "x", says="count")
+            await self.assertFails("instances", "restart", "naps", "a", *name, "0")
+
     async def test_send_event(self) -> None:
         async with self.served():
             await self.create("events")
@@ -12178,6 +12278,9 @@ class CommandLine(Outside):
         self.assertEqual([row["id"] for row in rows], ["d"])
         await self.assertFails("instances", "delete", "naps")
         await self.assertFails("instances", "delete", "naps", "--filename", "/nope.json")
+        for text in ("{}", "[1]", "[", "5"):
+            path.write_text(text)
+            await self.assertFails("instances", "delete", "naps", "--filename", str(path))
         self.assertEqual(await self.json("delete", "naps"), {"status": "ok", "success": True})
         self.assertEqual(await self.json("instances", "list", "naps"), [])
         await self.assertFails("instances", "describe", "naps", says="latest")
@@ -12214,6 +12317,13 @@ class CommandLine(Outside):
     async def test_dev_refuses_an_open_address_without_a_token(self) -> None:
         for ip in ("0.0.0.0", "::", "192.168.1.1"):
             await self.assertFails("dev", "--ip", ip, says="--token")
+
+    async def test_a_port_that_there_is_not_is_one_line(self) -> None:
+        async with self.engine() as engine:
+            for port in (-1, 65536):
+                with self.assertRaisesRegex(ValueError, f"port {port}: "):
+                    async with workflows.serve(engine, port=port):
+                        self.fail()
 
 
 class AtATerminal(Real):

@@ -2493,6 +2493,8 @@ class Engine:
         create instances and to steer them. Error: `workflow.not_found`."""
         if name in self._workflows:
             return self._workflows[name]
+        if not isinstance(name, str):
+            raise TypeError(f"name is {show(name)}: expected a str")
         binding, steps = await self.call(find_workflow, name)
         return Workflow(self, name, binding, steps)
 
@@ -2503,7 +2505,8 @@ class Engine:
 
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
     """Binding and limit of steps of a name that some process has bound."""
-    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
+    sql = "SELECT binding, steps FROM workflows WHERE name = ?"
+    found = tx.db.rows(sql, name) if _NAME.fullmatch(name) else []  # SQLite takes no surrogates
     if not found:
         raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
     return tuple(found[0])
@@ -6294,11 +6297,14 @@ async def show_ending(ask: Request) -> dict[str, Any]:
 
 async def show_instance(ask: Request) -> dict[str, Any]:
     """The timeline. It is made in a thread, because it may be long. The explorer's has no ends that
-    are only planned, and outputs in Cloudflare's API are the text of JSON."""
+    are only planned and no output that is null; in Cloudflare's API outputs are JSON as text."""
     inst, rows, dues = await ask.call(on_instance, ask.id, read_details)
     dues, say = {} if ask.api == "explorer" else dues, to_text if ask.api == "rest" else copy.copy
     ask.seen = inst.seq * 10 + 9
     shown = await asyncio.to_thread(timeline, inst, rows, dues, say)
+    for step in shown["steps"] if ask.api == "explorer" else ():
+        if step.get("output", "") is None:
+            del step["output"]
     if ask.word("order", "asc", "desc") == "desc":
         shown["steps"].reverse()
     if ask.query.get("simple") == "true":
@@ -6334,7 +6340,8 @@ async def steer(ask: Request) -> dict[str, Any]:
     if verb not in [*_VERBS]:
         raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
     options = {key: given[key] for key in ("from", "rollback") if given.get(key)}
-    options_of(options, [_VERBS[verb]], verb)
+    if wrong := options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
     await getattr(ask.instance, verb)(*[options] if options else [])
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
@@ -6412,7 +6419,8 @@ def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[s
 
 def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what is said of it: its message, and no more."""
-    code, text = getattr(error, "code", "bad_request"), str(error)
+    code = getattr(error, "code", "bad_request")
+    text = str(error).removeprefix(f"({code}) ")
     if not isinstance(error, (WorkflowError, *_MISTAKES)):
         log.error("a bug in workflows.py: please report it", exc_info=error)
         code, text = "request.bug", "see the log of `dev`"
@@ -6550,7 +6558,10 @@ async def serve(
     engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
 ) -> collections.abc.AsyncGenerator[Server, None]:
     """Answers HTTP as long as it is open; then lets the requests that are under way end."""
-    server = Server(engine, host, port, token)
+    try:
+        server = Server(engine, host, port, token)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"can't listen at {host}, port {port}: {error}") from error
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
@@ -6795,27 +6806,27 @@ def demo(given: argparse.Namespace) -> int:
 # developers.cloudflare.com/workers/wrangler/commands/workflows/
 
 _PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
-_FROM = "--from-step-name= --from-step-count=1 --from-step-type="
+_FROM = "--from-step-name= --from-step-count= --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
 # By name: what it does; its arguments, of which those with a `=` have that default, and of those
 # with a `*` there may be any number; and the resource.
 _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
-    "list": ("the workflows", _PAGE, show_workflows),
-    "describe": ("a workflow", "name", show_workflow),
+    "list": ("list the workflows", _PAGE, show_workflows),
+    "describe": ("describe a workflow", "name", show_workflow),
     "trigger": ("create an instance", "name params={} --id=", add_instances),
     "delete": ("delete all instances of a workflow", "name", drop_workflow),
-    "instances list": ("some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
-    "instances describe": ("one, over time", f"name id=latest {_SHOW}", show_instance),
-    "instances send-event": ("send an event", "name id --type= --payload={}", send),
-    "instances pause": ("stop for a while", "name id", steer),
-    "instances resume": ("go on", "name id", steer),
-    "instances restart": ("begin again", f"name id {_FROM}", steer),
-    "instances terminate": ("stop for good", "name id --rollback", steer),
+    "instances list": ("list some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
+    "instances describe": ("show one and its steps", f"name id=latest {_SHOW}", show_instance),
+    "instances send-event": ("send it an event", "name id --type= --payload={}", send),
+    "instances pause": ("stop it for a while", "name id", steer),
+    "instances resume": ("let it go on", "name id", steer),
+    "instances restart": ("begin again, from a step or all", f"name id {_FROM}", steer),
+    "instances terminate": ("stop it for good", "name id --rollback", steer),
     "instances delete": ("delete some", "name ids* --filename=", drop_instances),
-    "usage": ("what this month would cost at Cloudflare", "", show_usage),
-    "check": ("would unfinished instances go on, with the code of now?", "names*", ignore),
+    "usage": ("show what this month would cost at Cloudflare", "", show_usage),
+    "check": ("ask whether instances would go on with the code of now", "names*", ignore),
     "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
-    "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
+    "demo": ("kill a workflow's process, and see another go on", "--engine=", ignore),
 }
 _LISTED = {"list": "name class_name triggered_on instances"}
 _LISTED |= {"instances list": "id status created_on ended_on trigger_source"}
@@ -6843,7 +6854,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command, (help, words, _) in _COMMANDS.items():
         group, _, verb = command.rpartition(" ")
         if group not in groups:
-            parser = groups[""].add_parser(group, help=f"what can be done with {group}")
+            parser = groups[""].add_parser(group, help=f"list, describe, steer and delete {group}")
             parser.set_defaults(parser=parser)
             groups[group] = parser.add_subparsers(metavar="COMMAND")
         parser = groups[group].add_parser(verb, help=help, description=help, parents=[common])
@@ -6957,7 +6968,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     query = {name: str(value) for name, value in known.items() if value is not False}
     ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
-    ids += json.loads(Path(given.filename).read_text()) if "filename" in query else []
+    if "filename" in query:
+        with naming(given.filename):
+            more = json.loads(Path(given.filename).read_text())
+        _check(more, list, given.filename)
+        ids += more
     if "latest" in ids and given.command.startswith("instances "):
         newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
         ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
@@ -6965,8 +6980,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     for name in ("params", "payload"):
         with naming(name):
             values[name] = json.loads(query.get(name, "{}"))
-    start = {key: options.get(f"from_step_{key}") or None for key in ("name", "count", "type")}
-    body = {"status": verb, "rollback": options.get("rollback"), "from": start["name"] and start}
+    start = {key[10:]: value for key, value in known.items() if key.startswith("from_step_")}
+    if "count" in start:
+        with naming("--from-step-count"):
+            start["count"] = int(start["count"])
+    body = {"status": verb, "rollback": options.get("rollback"), "from": start}
     sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
     sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
@@ -7070,7 +7088,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {"dev": dev, "check": check}.get(given.command, run_command)
     try:
         if given.command not in ("dev", "demo") and not os.path.exists(given.db):
-            raise ValueError(f"there is no database {given.db}")
+            raise ValueError(f"there is no database {given.db!r}: give --db, or start dev")
         code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
         return code
