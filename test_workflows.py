@@ -10677,6 +10677,55 @@ class Configuration(Case):
                     result = await self.finish(await bound.create())
                 self.assertEqual(result, ["hello // you, }", "helper", "late"])
 
+    def spoiled(self, chance: random.Random, value: Any) -> Any:
+        """A configuration in which something else stands here and there."""
+        odd = (
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            10**30,
+            "",
+            "main.py",
+            "/etc/passwd",
+            "\0",
+            "\ud800",
+            "* * * * *",
+        )
+        if chance.random() < 0.03:
+            return chance.choice((*odd, [], {}, [1], {"a": 1}, float("inf"), "9" * 400))
+        if isinstance(value, dict):
+            kept = {key: part for key, part in value.items() if chance.random() < 0.98}
+            kept |= {chance.choice((*value, "x")): 5} if chance.random() < 0.02 else {}
+            return {key: self.spoiled(chance, part) for key, part in kept.items()}
+        return [self.spoiled(chance, part) for part in value] if type(value) is list else value
+
+    def test_whatever_the_file_says_it_is_taken_or_refused(self) -> None:
+        chance, taken = random.Random(1), 0
+        days = {"success_retention": "3 days", "error_retention": 5}
+        settings = {"limits": {"steps": 9}, "schedules": ["0 9 * * MON"], "default_retention": days}
+        given = self.given(**settings, concurrency={"limit": 5})
+        given |= {"vars": {"K": "v"}, "limits": {"cpu_ms": 500}, "name": "shop"}
+        given["exports"] = {"Second": {"type": "workflow", "name": "other"}, "D": {"type": "worker"}}
+        for n in range(500):
+            text = json.dumps(self.spoiled(chance, given))
+            for _ in range(chance.choice((0, 0, 0, 1, 2))):
+                cut = chance.randrange(len(text))
+                text = (
+                    text[:cut]
+                    + chance.choice('"/*,:[]{}\\\n\0\ufeff')
+                    + text[cut + chance.randrange(2) :]
+                )
+            with self.subTest(n=n, text=text):
+                try:
+                    self.load(text)
+                    taken += 1
+                except ValueError as error:
+                    self.assertIs(type(error), ValueError)
+                    self.assertRegex(str(error), r"(?s)wrangler\.jsonc: .+")
+        self.assertGreater(min(taken, 500 - taken), 50)
+
     def test_without_a_path_it_is_the_file_in_the_working_folder(self) -> None:
         with contextlib.chdir(self.folder):
             with self.assertRaisesRegex(ValueError, "wrangler.jsonc: can't be read"):
