@@ -10707,7 +10707,10 @@ class Configuration(Case):
         settings = {"limits": {"steps": 9}, "schedules": ["0 9 * * MON"], "default_retention": days}
         given = self.given(**settings, concurrency={"limit": 5})
         given |= {"vars": {"K": "v"}, "limits": {"cpu_ms": 500}, "name": "shop"}
-        given["exports"] = {"Second": {"type": "workflow", "name": "other"}, "D": {"type": "worker"}}
+        given["exports"] = {
+            "Second": {"type": "workflow", "name": "other"},
+            "D": {"type": "worker"},
+        }
         for n in range(500):
             text = json.dumps(self.spoiled(chance, given))
             for _ in range(chance.choice((0, 0, 0, 1, 2))):
@@ -12009,6 +12012,38 @@ class Wire(Outside):
                 await asyncio.gather(*waiting)
                 self.assertLess(time.monotonic() - began, 5)
                 self.assertEqual(await self.ids(name="steps"), [])
+
+    async def test_a_crowd_gets_in_nowhere_and_the_engine_goes_on(self) -> None:
+        async def busy(event: Any, step: Any) -> None:
+            for n in range(300):
+                await step.do("s", returns(n))
+
+        head = f"DELETE {REST}/naps HTTP/1.1\r\n"
+        kinds = [
+            f"{head}Host: evil.example\r\n\r\n",
+            f"{head}Host: localhost\r\nOrigin: http://evil.example\r\n\r\n",
+            f"{head}Host: localhost\r\nContent-Length: 9",
+            f"POST {REST}/naps/instances HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
+            "GET " + "x" * 70_000,
+        ]  # fmt: skip
+        async with self.served(busy=busy) as engine:
+            await self.create("naps")
+            running = await engine.env.BUSY.create()
+            began = time.monotonic()
+            sent = [kinds[n % 5].encode() for n in range(100)]
+            answers = await asyncio.gather(*map(self.raw, sent))
+            self.assertGreater(time.monotonic() - began, 99 * workflows.PACE)
+            statuses = {answer.split(b" ")[1] for answer in answers if answer}
+            self.assertEqual(statuses, {b"403", b"400", b"414"})
+            self.assertIsNone(await running.result(timeout="1 minute"))
+            self.assertEqual(await self.ids(), ["i"])
+
+    async def test_who_is_refused_has_to_connect_again(self) -> None:
+        async with self.served():
+            one = f"GET {REST} HTTP/1.1\r\nHost: %s\r\n\r\n" * 2
+            for host, count in (("evil", 1), ("localhost", 2)):
+                answer = await self.raw((one % (host, host)).encode())
+                self.assertEqual(answer.count(b"HTTP/1.1 "), count)
 
     async def test_there_is_a_bound_on_connections(self) -> None:
         with unittest.mock.patch.object(workflows, "CONNECTIONS", 3):

@@ -6366,6 +6366,9 @@ async def show_usage(ask: Request) -> dict[str, Any]:
 
 PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the answer
 CONNECTIONS = 64
+PACE = (
+    0.004  # seconds from one new connection to the next: many in turn take little from the engine
+)
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
@@ -6434,6 +6437,7 @@ class Server(socketserver.ThreadingTCPServer):
     """Listens, and bounds how many connections there are and how long they take."""
 
     allow_reuse_address = daemon_threads = True
+    request_queue_size = CONNECTIONS  # with less, who has to wait waits for a second
 
     def __init__(self, engine: Engine, host: str, port: int, token: str | None) -> None:
         self.engine, self.token = engine, token
@@ -6442,6 +6446,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__((host, port), Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        time.sleep(PACE)
         free = len(self.deadlines) < CONNECTIONS
         self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
         return free
@@ -6508,7 +6513,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             status, said = failure(error, local)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        self.close_connection |= len(text) != length  # what follows is not the next request
+        # Whom we refuse begins anew; what follows a body that was not read is not the next request.
+        self.close_connection |= status in (401, 403) or len(text) != length
         self._send(status, to_text(said))
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
