@@ -6596,9 +6596,11 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Workflows
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }
 * { overflow-wrap: anywhere } a { color: var(--run) } b { color: var(--bad) } i { min-width: 3px }
 table { width: 100%; border-spacing: 0 } th, small { font-weight: 400; opacity: .7 }
+th, time, .chip { overflow-wrap: normal } td + td { min-width: 3.6em }
 td, th { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--soft) }
 button, input, textarea { font: inherit; margin: 2px } label { display: block }
-.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px }
+.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px;
+  display: inline-block; white-space: nowrap }
 pre { background: var(--soft); padding: 8px; overflow: auto; white-space: pre-wrap }
 .row { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 5rem; gap: 10px; width: 100%;
   text-align: left; background: none; border: 0; border-bottom: 1px solid var(--soft) }
@@ -6652,12 +6654,12 @@ const table = (heads, rows) => h("table", {}, [heads.map(text => h("th", {}, tex
 const UNITS = [[864e5, "d"], [36e5, "h"], [6e4, "min"], [1e3, "s"]];
 function took(start, end, ms = (Date.parse(end) || Date.now()) - Date.parse(start)) {
   const [size, unit] = UNITS.find(([size]) => ms >= size) ?? [1, "ms"];
-  return `${+(ms / size).toFixed(1)} ${unit}`;
+  return `${+(ms / size).toFixed(1)}\xa0${unit}`;
 }
 async function workflows() {
   return table(["Name", "Instances", "Last created"], (await api("?per_page=100")).result.map(w => [
     [link("#/" + $(w.name), w.name), " ", h("small", {}, w.class_name, w.schedules.map(s =>
-      `, ${s.cron}: next ${s.next_instance}`))], chips(w), time(w.triggered_on)]));
+      [", ", s.cron, " next ", time(s.next_instance)]))], chips(w), time(w.triggered_on)]));
 }
 async function instances(name, query = "") {
   const path = "/" + $(name), { result: w } = await api(path), asked = new URLSearchParams(query);
@@ -6712,26 +6714,30 @@ function timeline(it, steer) { // A row for each step: what it did, from left to
     h("span", {}, step.type === "rollback" ? "↶ " : "", step.name),
     h("span", { className: "track " + step.type }, bar(step, "whole " + step.type),
       (step.attempts ?? []).map(attempt => bar(attempt, attempt.success))),
-    h("small", {}, took(step.start, step.end))), chosen.has(n) ? details(step, steer) : null])];
+    h("small", {}, took(0, 0, at(step.end) - at(step.start)))),
+    chosen.has(n) ? details(step, steer) : null])];
 }
 function details(step, steer) {
   const [, name, count] = step.name.match(/(.*)-(\d+)$/s), type = step.type.replace("step", "do");
-  return [table([step.type, "From", "To", "Error"], (step.attempts ?? [step]).map((part, n) => [
-    n + 1, time(part.start), time(part.end), failure(part.error)])), h("small", {}, step.event_type,
-    step.retry_at && `again at ${step.retry_at}`, pretty(step.config)), step.output && h("pre", {},
-    step.output), type !== "rollback" && button(["Restart from here…", "Begin again from here?",
-    steer("restart", { from: { name, count: +count, type } })])];
+  return [table(["#", "Began", "Took", "Error"], (step.attempts ?? [step]).map((part, n) => [
+    n + 1, time(part.start), part.finished ?? part.end ? took(part.start, part.end) : null,
+    failure(part.error)])), h("p", {}, h("small", {}, step.type, [step.event_type,
+    pretty(step.config), step.finished === false && ["until ", time(step.end)],
+    step.retry_at && ["again at ", time(step.retry_at)]].map(part => part && [" · ", part]))),
+    step.output && h("pre", {}, step.output), type !== "rollback" && button(["Restart from here…",
+      "Begin again from here?", steer("restart", { from: { name, count: +count, type } })])];
 }
 async function draw() {
   const { hash } = location, [path, query] = hash.slice(2).split("?");
-  const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
   try {
+    const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
     const view = await (id ? instance(name, id) : name ? instances(name, query) : workflows());
     const up = name && [" / ", link("#/" + $(name), name)];
     const next = h("main", {}, link("#/", "Workflows"), up, view);
     fault.textContent = "";
     if (hash === location.hash && !next.isEqualNode(main)) main.replaceWith(main = next);
-    document.getElementById(focus)?.focus({ preventScroll: true });
+    const same = focus && (document.getElementById(focus) ?? main.querySelector("button"));
+    if (same) same.focus({ preventScroll: true });
   } catch (error) { fault.textContent = error.message; }
 }
 onhashchange = () => (chosen.clear(), draw());
