@@ -6581,8 +6581,8 @@ async def serve(
 def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
     """Logs what happens to an instance as a whole."""
     bound = tx.scheduler.bound.get(inst.workflow)
-    error = cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
-    changes.debug("%s %s: %s %s", bound.name if bound else "", inst.id, row.type, error)
+    error = " " + cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
+    changes.debug("%s %s: %s%s", bound.name if bound else "", inst.id, row.type, error)
 
 
 # The page. It asks the REST API, and makes elements of what that says, never HTML of text.
@@ -6938,7 +6938,7 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
         notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
-        notes += [f"until {step['end']}"] if _ms(step["end"]) > now else []
+        notes += [f"until {step['end']}"] if _ms(step["end"]) > now and not shown["end"] else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
         success = step.get("success", not step["error"] if step.get("finished") else None)
         mark = {True: "✓", False: "✗", None: "●"}[success]
