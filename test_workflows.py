@@ -12280,19 +12280,29 @@ class CommandLine(Outside):
         self.assertEqual(workflows.fit("東京", 6), "東京  ")
         self.assertEqual(workflows.fit("e\u0301", 2), "e\u0301 ")
 
-    async def test_follow_goes_on_until_the_end(self) -> None:
-        async with self.served() as engine:
+    async def follow(self, *args: str) -> list[str]:
+        """What is printed of an instance that waits for an event, and then gets it."""
+        async with self.served():
             path = await self.create("events")
-            task = asyncio.create_task(self.cli("instances", "describe", "events", "--follow"))
-            await until(lambda: len(engine.watchers.topics()) >= 0)
+            command = ("instances", "describe", "events", "--follow", *args)
+            task = asyncio.create_task(self.cli(*command))
             await asyncio.sleep(0.5)
             await self.ask("POST", path + "/events/t", {"y": 1})
             await self.clock.settle()
             code, out, _ = await task
         self.assertEqual(code, 0)
-        self.assertIn("●  w-1", out)
-        self.assertIn("wait_completed", out)
-        self.assertTrue(out.rstrip().endswith('workflow_completed  output: {"y": 1}'), out)
+        return out.splitlines()
+
+    async def test_follow_goes_on_until_the_end(self) -> None:
+        lines = await self.follow()
+        self.assertTrue(any("●  w-1" in line for line in lines))
+        self.assertTrue(any("wait_completed" in line for line in lines))
+        self.assertTrue(lines[-1].endswith('workflow_completed  output: {"y": 1}'), lines)
+
+    async def test_follow_for_programs(self) -> None:
+        last = json.loads((await self.follow("--json"))[-1])
+        self.assertEqual((last["type"], last["output"]), ("workflow_completed", {"y": 1}))
+        datetime.fromisoformat(last["timestamp"])
 
     async def test_steering(self) -> None:
         async with self.served():

@@ -5992,8 +5992,7 @@ def timeline(
         shown.append({"type": "termination", "trigger": {"source": inst.termination}})
     last, undoing = decode(rows[-1].data or "null"), decode(rows[-1].extra or "null")
     complete, rolled = inst.status == "complete", inst.rollback in ("complete", "failed")
-    cron, _, ms = (inst.id or "").rpartition("-")
-    schedule = {"cron": cron, "scheduledTime": int(ms)} if inst.trigger == "cron" else None
+    schedule = schedule_of(inst)
     rollback = {"outcome": inst.rollback, "error": undoing and brief(undoing)} if rolled else None
     return (
         {"status": shown_status(None, inst), "params": decode(rows[0].data or "null")}
@@ -6001,7 +6000,7 @@ def timeline(
         | {"success": complete if inst.status in FINISHED else None, "rollback": rollback}
         | {"error": brief(last) if inst.status == "errored" else None}
         | {"output": say(last if complete else None), "trigger": {"source": inst.trigger}}
-        | {"schedule": schedule, "step_count": len(steps), "steps": shown}
+        | {"schedule": schedule and dict(schedule), "step_count": len(steps), "steps": shown}
     )
 
 
@@ -7023,7 +7022,10 @@ async def run_command(given: argparse.Namespace) -> int:
             print_table([[name, cell(value, name)] for name, value in answer.items()])
         if "follow" in ask.query:
             async for event in ask.instance.subscribe(ask.seen):
-                print_event(event, datetime.fromisoformat(answer["queued"]))
+                if given.json:
+                    print(to_text(dict(event)), flush=True)
+                else:
+                    print_event(event, datetime.fromisoformat(answer["queued"]))
     return 1 if isinstance(answer, dict) and answer.get("errors") else 0
 
 
