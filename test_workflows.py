@@ -12135,6 +12135,10 @@ class Page(Outside):
 
 
 class CommandLine(Outside):
+    async def asyncSetUp(self) -> None:
+        # What asyncio says of a slow machine would stand among what a command prints.
+        asyncio.get_running_loop().slow_callback_duration = 60
+
     async def cli(self, *args: str, db: bool = True, **environ: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
 
@@ -12680,7 +12684,7 @@ class Checking(DevProcess):
         file = self.folder / "wrangler.jsonc"
         for args, says in (
             (("nope",), "no workflow 'nope': expected some of naps, slow, bad"),
-            (("--db", "nope.db"), "no database nope.db"),
+            (("--db", "nope.db"), "no database 'nope.db'"),
             (("--config", "nope.jsonc"), "nope.jsonc"),
             (("--nope",), "--nope"),
         ):
