@@ -6856,9 +6856,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
-    common.add_argument(
-        "--config", metavar="FILE", help="for `dev` and `check` (default: wrangler.jsonc, …)"
-    )
+    common.add_argument("--config", metavar="FILE", help="of dev and check (wrangler.jsonc, …)")
     common.add_argument("--json", action="store_true", help="for programs")
     root = Parser(prog="workflows.py", description="Durable workflows.", parents=[common])
     groups = {"": root.add_subparsers(metavar="COMMAND")}
@@ -7054,11 +7052,8 @@ async def check(given: argparse.Namespace) -> int:
         print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
     else:
         for found in told:
-            print(
-                fit(
-                    f"{found['workflow']} {found['instance_id']}: {verdict(found)}", room()
-                ).rstrip()
-            )
+            line = f"{found['workflow']} {found['instance_id']}: {verdict(found)}"
+            print(fit(line, room()).rstrip())
         print(f"{unsafe} of {checked} unfinished instances would not go on as recorded")
     return 1 if unsafe else 0
 
