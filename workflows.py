@@ -5680,19 +5680,15 @@ class Cron:
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
         day, ms = divmod(after, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time > ms]
-        while not times:  # for 8 years at most
-            day += 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time > ms]):
+            day, ms = day + 1, -1  # for 8 years at most
         return day * _UNITS["day"] + times[0]
 
     def last(self, before: int) -> int | None:
         """The last time that is not later than a moment; None if that was before 1970."""
         day, ms = divmod(before, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time <= ms]
-        while not times:
-            day -= 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time <= ms]):
+            day, ms = day - 1, _UNITS["day"]
         return day * _UNITS["day"] + times[-1] if day >= 0 else None
 
 
