@@ -10975,6 +10975,58 @@ class Configuration(Case):
                     result = await self.finish(await bound.create())
                 self.assertEqual(result, ["hello // you, }", "helper", "late"])
 
+    def spoiled(self, chance: random.Random, value: Any) -> Any:
+        """A configuration in which something else stands here and there."""
+        odd = (
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            10**30,
+            "",
+            "main.py",
+            "/etc/passwd",
+            "\0",
+            "\ud800",
+            "* * * * *",
+        )
+        if chance.random() < 0.03:
+            return chance.choice((*odd, [], {}, [1], {"a": 1}, float("inf"), "9" * 400))
+        if isinstance(value, dict):
+            kept = {key: part for key, part in value.items() if chance.random() < 0.98}
+            kept |= {chance.choice((*value, "x")): 5} if chance.random() < 0.02 else {}
+            return {key: self.spoiled(chance, part) for key, part in kept.items()}
+        return [self.spoiled(chance, part) for part in value] if type(value) is list else value
+
+    def test_whatever_the_file_says_it_is_taken_or_refused(self) -> None:
+        chance, taken = random.Random(1), 0
+        days = {"success_retention": "3 days", "error_retention": 5}
+        settings = {"limits": {"steps": 9}, "schedules": ["0 9 * * MON"], "default_retention": days}
+        given = self.given(**settings, concurrency={"limit": 5})
+        given |= {"vars": {"K": "v"}, "limits": {"cpu_ms": 500}, "name": "shop"}
+        given["exports"] = {
+            "Second": {"type": "workflow", "name": "other"},
+            "D": {"type": "worker"},
+        }
+        for n in range(500):
+            text = json.dumps(self.spoiled(chance, given))
+            for _ in range(chance.choice((0, 0, 0, 1, 2))):
+                cut = chance.randrange(len(text))
+                text = (
+                    text[:cut]
+                    + chance.choice('"/*,:[]{}\\\n\0\ufeff')
+                    + text[cut + chance.randrange(2) :]
+                )
+            with self.subTest(n=n, text=text):
+                try:
+                    self.load(text)
+                    taken += 1
+                except ValueError as error:
+                    self.assertIs(type(error), ValueError)
+                    self.assertRegex(str(error), r"(?s)wrangler\.jsonc: .+")
+        self.assertGreater(min(taken, 500 - taken), 50)
+
     def test_without_a_path_it_is_the_file_in_the_working_folder(self) -> None:
         with contextlib.chdir(self.folder):
             with self.assertRaisesRegex(ValueError, "wrangler.jsonc: can't be read"):
@@ -11335,6 +11387,13 @@ class Outside(Case):
 
 
 class HttpWorkflows(Outside):
+    async def test_a_name_that_sqlite_would_not_take_is_unknown(self) -> None:
+        async with self.served() as engine:
+            await self.assertCode("workflow.not_found", engine.workflow("\ud800"))
+            with self.assertRaises(TypeError):
+                await engine.workflow(5)
+            self.assertEqual((await engine.workflow("naps")).name, "naps")
+
     async def test_workflows_are_listed_by_name_with_counts_of_their_instances(self) -> None:
         async with self.served():
             await self.create("naps", "a")
@@ -11979,6 +12038,7 @@ class HttpExplorer(Outside):
             expected = "status params queued start end output error steps step_count"
             self.assertEqual({*nap}, {*expected.split(), "success"})
             self.assertEqual((nap["output"], nap["steps"][0]["end"]), (None, None))
+            self.assertNotIn("output", (await self.local("GET", waits))["steps"][0])
             self.assertEqual(await self.local("POST", waits + "/events/t", [1]), {"success": True})
             await self.clock.settle()
             done = await self.local("GET", waits)
@@ -11999,6 +12059,84 @@ class HttpExplorer(Outside):
             some = await self.local("POST", "/naps/instances/batch/delete", {"instances": ["b"]})
             self.assertEqual(some, {"deleted": [{"id": "b"}], "errors": []})
             self.assertEqual(await self.local("DELETE", "/naps"), {"status": "ok", "success": True})
+
+
+class HttpFuzz(Outside):
+    """Whatever is asked, the answer is one of those that are documented."""
+
+    texts = (
+        "", "naps", "steps", "events", "i", "j", "nope", "batch", "delete", "status", "step", "t",
+        "terminate", "versions", "instances", "latest", "nap-1", "nap", "w", "%", "%00",
+        "%ed%a0%80", "a b", "*/5 * * * *-179", "..", "ü", "\ud800", "\x00", "x" * 300, "1", "0",
+        "-1", "2.0", "9" * 40, "NaN", "asc", "desc", "true", "waiting", "rollingBack", "pause",
+        "resume", "restart", "waitForEvent", "1 second", "[1]", "2026-01-01", "0001-01-01",
+        "9999-12-31", "2026-01-01T00:00:00+23:59",
+    )  # fmt: skip
+    keys = (
+        ("id", "instance_id", "params", "instance_retention", "location_hint"),
+        ("status", "action", "from", "rollback"), ("name", "count", "type"), ("instances",),
+        ("success_retention", "error_retention"),
+        ("page", "per_page", "cursor", "direction", "date_start", "date_end", "status", "search"),
+        ("order", "simple", "attempt", "name", "type"),
+    )  # fmt: skip
+
+    def value(self, chance: random.Random, depth: int = 0) -> Any:
+        kind = chance.random()
+        if kind < 0.5 and depth < 4:
+            known = chance.choice(self.keys)
+            keys = chance.sample(known, chance.randrange(len(known) + 1))
+            return {key: self.value(chance, depth + 1) for key in keys}
+        if kind < 0.6 and depth < 4:
+            return [self.value(chance, depth + 1) for _ in range(chance.randrange(4))]
+        if kind < 0.85:
+            return chance.choice(self.texts)
+        return chance.choice(
+            (None, True, False, 0, 1, -1, 2**53, 10**30, 1.5, 1e308, -float("inf"))
+        )
+
+    def request(self, chance: random.Random) -> tuple[str, str, bytes | None]:
+        """Method, path and body of one that is likely to get somewhere."""
+        known = {"NAME": ("naps", "steps", "events"), "ID": ("i", "j"), "TYPE": ("t",)}
+
+        def part(match: re.Match[str]) -> str:
+            if chance.random() < 0.8:
+                return chance.choice(known[match[0]])
+            return urllib.parse.quote(chance.choice(self.texts), "*/%", errors="replace")
+
+        pattern, resources, _ = chance.choice(workflows._ROUTES)
+        path = chance.choice(("/client/v4/accounts/a", "/cdn-cgi/local/explorer/api"))
+        path += re.sub("NAME|ID|TYPE", part, pattern)
+        if chance.random() < 0.5:
+            asked = {key: chance.choice(self.texts) for key in chance.sample(self.keys[-2], 2)}
+            asked |= {key: chance.choice(self.texts) for key in chance.sample(self.keys[-1], 2)}
+            path += "?" + urllib.parse.urlencode(asked, errors="replace")
+        text = json.dumps(self.value(chance)).encode()
+        if chance.random() < 0.05:
+            cut = chance.randrange(len(text) + 1)
+            text = text[:cut] + chance.randbytes(2) + text[cut:]
+        methods = [*resources] if chance.random() < 0.95 else ["GET", "PUT", "PATCH", "DELETE"]
+        return chance.choice(methods), path, text if chance.random() < 0.8 else None
+
+    async def fuzz(self, seed: int, count: int) -> collections.Counter[int]:
+        chance, statuses = random.Random(seed), collections.Counter[int]()
+        async with self.served() as engine:
+            for n in range(count):
+                if n % 10 == 0:
+                    for name in ("naps", "steps", "events"):
+                        made = await engine.workflow(name)
+                        await made.create_batch([{"id": "i", "params": n}, {"id": "j"}])
+                    await self.clock.settle()
+                method, path, body = self.request(chance)
+                with self.subTest(seed=seed, n=n, method=method, path=path, body=body):
+                    answer, text = await self.exchange(method, path, body)
+                    statuses[answer.status] += 1
+                    self.assertIn(answer.status, (200, 400, 404, 405, 409, 413, 429))
+                    self.assertEqual(json.loads(text)["success"], answer.status == 200)
+        return statuses
+
+    async def test_random_requests(self) -> None:
+        statuses = await self.fuzz(1, 400)
+        self.assertGreater(min(statuses[200], statuses[400], statuses[404]), 20)
 
 
 class Wire(Outside):
@@ -12173,6 +12311,38 @@ class Wire(Outside):
                 self.assertLess(time.monotonic() - began, 5)
                 self.assertEqual(await self.ids(name="steps"), [])
 
+    async def test_a_crowd_gets_in_nowhere_and_the_engine_goes_on(self) -> None:
+        async def busy(event: Any, step: Any) -> None:
+            for n in range(300):
+                await step.do("s", returns(n))
+
+        head = f"DELETE {REST}/naps HTTP/1.1\r\n"
+        kinds = [
+            f"{head}Host: evil.example\r\n\r\n",
+            f"{head}Host: localhost\r\nOrigin: http://evil.example\r\n\r\n",
+            f"{head}Host: localhost\r\nContent-Length: 9",
+            f"POST {REST}/naps/instances HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
+            "GET " + "x" * 70_000,
+        ]  # fmt: skip
+        async with self.served(busy=busy) as engine:
+            await self.create("naps")
+            running = await engine.env.BUSY.create()
+            began = time.monotonic()
+            sent = [kinds[n % 5].encode() for n in range(100)]
+            answers = await asyncio.gather(*map(self.raw, sent))
+            self.assertGreater(time.monotonic() - began, 99 * workflows.PACE)
+            statuses = {answer.split(b" ")[1] for answer in answers if answer}
+            self.assertEqual(statuses, {b"403", b"400", b"414"})
+            self.assertIsNone(await running.result(timeout="1 minute"))
+            self.assertEqual(await self.ids(), ["i"])
+
+    async def test_who_is_refused_has_to_connect_again(self) -> None:
+        async with self.served():
+            one = f"GET {REST} HTTP/1.1\r\nHost: %s\r\n\r\n" * 2
+            for host, count in (("evil", 1), ("localhost", 2)):
+                answer = await self.raw((one % (host, host)).encode())
+                self.assertEqual(answer.count(b"HTTP/1.1 "), count)
+
     async def test_there_is_a_bound_on_connections(self) -> None:
         with unittest.mock.patch.object(workflows, "CONNECTIONS", 3):
             async with self.served():
@@ -12185,6 +12355,11 @@ class Wire(Outside):
                         link.close()
                 await asyncio.sleep(0.1)
                 await self.create("naps")
+
+    async def test_a_code_is_told_once(self) -> None:
+        async with self.served():
+            refused = await self.assertRefused(404, 10400, self.ask("GET", "/naps/instances/x"))
+        self.assertEqual(refused.message.count("not_found"), 1)
 
     async def test_a_bug_is_logged_but_not_told(self) -> None:
         async with self.served():
@@ -12258,6 +12433,10 @@ class Page(Outside):
 
 
 class CommandLine(Outside):
+    async def asyncSetUp(self) -> None:
+        # What asyncio says of a slow machine would stand among what a command prints.
+        asyncio.get_running_loop().slow_callback_duration = 60
+
     async def cli(self, *args: str, db: bool = True, **environ: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
 
@@ -12403,19 +12582,29 @@ class CommandLine(Outside):
         self.assertEqual(workflows.fit("東京", 6), "東京  ")
         self.assertEqual(workflows.fit("e\u0301", 2), "e\u0301 ")
 
-    async def test_follow_goes_on_until_the_end(self) -> None:
-        async with self.served() as engine:
+    async def follow(self, *args: str) -> list[str]:
+        """What is printed of an instance that waits for an event, and then gets it."""
+        async with self.served():
             path = await self.create("events")
-            task = asyncio.create_task(self.cli("instances", "describe", "events", "--follow"))
-            await until(lambda: len(engine.watchers.topics()) >= 0)
+            command = ("instances", "describe", "events", "--follow", *args)
+            task = asyncio.create_task(self.cli(*command))
             await asyncio.sleep(0.5)
             await self.ask("POST", path + "/events/t", {"y": 1})
             await self.clock.settle()
             code, out, _ = await task
         self.assertEqual(code, 0)
-        self.assertIn("●  w-1", out)
-        self.assertIn("wait_completed", out)
-        self.assertTrue(out.rstrip().endswith('workflow_completed  output: {"y": 1}'), out)
+        return out.splitlines()
+
+    async def test_follow_goes_on_until_the_end(self) -> None:
+        lines = await self.follow()
+        self.assertTrue(any("●  w-1" in line for line in lines))
+        self.assertTrue(any("wait_completed" in line for line in lines))
+        self.assertTrue(lines[-1].endswith('workflow_completed  output: {"y": 1}'), lines)
+
+    async def test_follow_for_programs(self) -> None:
+        last = json.loads((await self.follow("--json"))[-1])
+        self.assertEqual((last["type"], last["output"]), ("workflow_completed", {"y": 1}))
+        datetime.fromisoformat(last["timestamp"])
 
     async def test_steering(self) -> None:
         async with self.served():
@@ -12451,6 +12640,15 @@ class CommandLine(Outside):
                 )
             await self.assertFails("instances", "pause", "naps", says="id")
 
+    async def test_a_restart_from_no_named_step_is_no_restart(self) -> None:
+        async with self.served():
+            await self.create("naps", "a")
+            for args in (("--from-step-count", "2"), ("--from-step-type", "do")):
+                await self.assertFails("instances", "restart", "naps", "a", *args)
+            name = ("--from-step-name", "nap", "--from-step-count")
+            await self.assertFails("instances", "restart", "naps", "a", *name, "x", says="count")
+            await self.assertFails("instances", "restart", "naps", "a", *name, "0")
+
     async def test_send_event(self) -> None:
         async with self.served():
             await self.create("events")
@@ -12476,6 +12674,9 @@ class CommandLine(Outside):
         self.assertEqual([row["id"] for row in rows], ["d"])
         await self.assertFails("instances", "delete", "naps")
         await self.assertFails("instances", "delete", "naps", "--filename", "/nope.json")
+        for text in ("{}", "[1]", "[", "5"):
+            path.write_text(text)
+            await self.assertFails("instances", "delete", "naps", "--filename", str(path))
         self.assertEqual(await self.json("delete", "naps"), {"status": "ok", "success": True})
         self.assertEqual(await self.json("instances", "list", "naps"), [])
         await self.assertFails("instances", "describe", "naps", says="latest")
@@ -12512,6 +12713,13 @@ class CommandLine(Outside):
     async def test_dev_refuses_an_open_address_without_a_token(self) -> None:
         for ip in ("0.0.0.0", "::", "192.168.1.1"):
             await self.assertFails("dev", "--ip", ip, says="--token")
+
+    async def test_a_port_that_there_is_not_is_one_line(self) -> None:
+        async with self.engine() as engine:
+            for port in (-1, 65536):
+                with self.assertRaisesRegex(ValueError, f"port {port}: "):
+                    async with workflows.serve(engine, port=port):
+                        self.fail()
 
 
 class AtATerminal(Real):
@@ -12589,7 +12797,7 @@ class Bad(WorkflowEntrypoint):
 """
 
 
-class Dev(Real):
+class DevProcess(Real):
     """`dev` as a real process."""
 
     async def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
@@ -12625,6 +12833,8 @@ class Dev(Real):
         _, text = await asyncio.to_thread(exchange, self.port, method, REST + path, body)
         return json.loads(text)["result"]
 
+
+class Dev(DevProcess):
     async def test_it_stops_cleanly_at_either_signal_and_logs_each_change(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number):
@@ -12697,6 +12907,95 @@ class Dev(Real):
             exchange, self.port, "GET", EXPLORER, Host=host, Sec_Fetch_Mode="cors"
         )
         self.assertEqual(answer.status, 200)
+
+
+class Checking(DevProcess):
+    """`check`: real processes, with code that changes."""
+
+    async def check(self, *args: str) -> tuple[int, str, str]:
+        command = [sys.executable, workflows.__file__, "check", *args]
+        if "--db" not in args:
+            command += ["--db", self.path]
+        options: Any = {"cwd": self.folder, "capture_output": True, "text": True}
+        done = await asyncio.to_thread(subprocess.run, command, **options)
+        return done.returncode, done.stdout, done.stderr
+
+    def change(self, old: str, new: str) -> None:
+        file = self.folder / "app.py"
+        self.assertIn(old, file.read_text())
+        file.write_text(file.read_text().replace(old, new))
+
+    async def begin(self) -> None:
+        """Instances that wait or run, of a process that goes on beside the check."""
+        await self.start()
+        for name in ("naps", "slow"):
+            await self.ask("POST", f"/{name}/instances", {"id": name[0], "params": 3600})
+        for name, label in (("naps", "nap-1"), ("slow", "work-1")):
+
+            async def has_begun(name: str = name, label: str = label) -> bool:
+                found = await self.ask("GET", f"/{name}/instances/{name[0]}")
+                return [step["name"] for step in found["steps"]] == [label]
+
+            await until(has_begun)
+
+    async def test_beside_the_owner_it_tells_what_would_not_go_on(self) -> None:
+        await self.begin()
+        rows = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM workflows")
+        safe = "0 of 2 unfinished instances would not go on as recorded\n"
+        self.assertEqual(await self.check(), (0, safe, ""))
+        self.change('"nap"', '"rest"')
+        line = "naps n: no longer reached: nap-1; new before these: rest-1\n"
+        unsafe = line + "1 of 2 unfinished instances would not go on as recorded\n"
+        self.assertEqual(await self.check(), (1, unsafe, ""))
+        self.change("async def work", "raise KeyError('k')\n        async def work")
+        code, out, _ = await self.check("slow")
+        line = "slow s: no longer reached: work-1; run would raise: KeyError: 'k'"
+        self.assertEqual((code, out.splitlines()[0]), (1, line))
+        now = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM workflows")
+        self.assertEqual(now, rows)
+
+    async def test_on_a_copy_and_for_programs(self) -> None:
+        await self.begin()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("VACUUM INTO ?", (str(self.folder / "copy.db"),))
+        self.change('"nap"', '"rest"')
+        self.change("import asyncio", "import asyncio; print('out of the way')")
+        code, out, err = await self.check("--db", "copy.db", "--json")
+        found = json.loads(out)
+        self.assertEqual((code, err, found["checked"]), (1, "out of the way\n", 2))
+        (one,) = found["instances"]
+        self.assertEqual((one["workflow"], one["instance_id"]), ("naps", "n"))
+        self.assertEqual((one["unreached"], one["early"]), (["nap-1"], ["rest-1"]))
+
+    async def test_a_damaged_instance_is_told_too(self) -> None:
+        await self.stop(await self.start())
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_event, "Naps")).create(id="n")
+        with contextlib.closing(sqlite3.connect(self.path)) as db, db:
+            db.execute("UPDATE journal SET data = cast(x'ff' AS text)")
+        code, out, _ = await self.check()
+        self.assertEqual(code, 1)
+        self.assertIn("naps n: run would raise: Unreadable: a row of instance 'n'", out)
+
+    async def test_bad_input_is_one_line_and_exit_code_2(self) -> None:
+        await self.begin()
+        file = self.folder / "wrangler.jsonc"
+        for args, says in (
+            (("nope",), "no workflow 'nope': expected some of naps, slow, bad"),
+            (("--db", "nope.db"), "no database 'nope.db'"),
+            (("--config", "nope.jsonc"), "nope.jsonc"),
+            (("--nope",), "--nope"),
+        ):
+            code, out, err = await self.check(*args)
+            self.assertEqual((code, out, len(err.splitlines())), (2, "", 1))
+            self.assertIn(says, err)
+        file.write_text(file.read_text().replace('"naps"', '"other"'))
+        code, _, err = await self.check()
+        self.assertEqual(code, 2)
+        self.assertIn("naps has 1 unfinished instances, and the configuration has no such", err)
+        self.assertEqual((await self.check("slow"))[0], 0)
+        file.unlink()
+        self.assertEqual((await self.check())[0], 2)
 
 
 class Readme(unittest.TestCase):

@@ -3835,8 +3835,8 @@ class Engine(Core):
     async def workflow(self, name: str) -> Workflow:
         """The workflow of a name that some process has bound, for one that has not its class: to
         create instances and to steer them. Error: `workflow.not_found`."""
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise refusal("workflow.not_found", f"{show(name)} is no workflow name")
+        if not isinstance(name, str):
+            raise TypeError(f"name is {show(name)}: expected a str")
         if name in self._workflows:
             return self._workflows[name]
         binding, steps = await self.call(find_workflow, name)
@@ -3863,7 +3863,8 @@ def warn_about_unbound_work(scheduler: Scheduler) -> None:
 
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
     """Binding and limit of steps of a name that some process has bound."""
-    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
+    sql = "SELECT binding, steps FROM workflows WHERE name = ?"
+    found = tx.db.rows(sql, name) if _NAME.fullmatch(name) else []  # SQLite takes no surrogates
     if not found:
         raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
     return tuple(found[0])
@@ -4986,9 +4987,13 @@ async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowRep
     for status in (*LIVE, "paused"):
         async for page in workflow._pages(status):
             reports = (report_on(workflow, id) for id in page)
-            for report in await asyncio.gather(*reports, return_exceptions=True):
+            found = await asyncio.gather(*reports, return_exceptions=True)
+            for id, report in zip(page, found, strict=True):
                 if isinstance(report, WorkflowReplay):
                     yield report
+                elif isinstance(report, Unreadable):
+                    problem = {"name": "Unreadable", "message": str(report)}
+                    yield WorkflowReplay(id, [], [], [], [], "errored", problem, False)
                 elif not isinstance(report, WorkflowError):  # of one that was deleted meanwhile
                     raise report
 
@@ -5803,19 +5808,15 @@ class Cron:
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
         day, ms = divmod(after, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time > ms]
-        while not times:  # for 8 years at most
-            day += 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time > ms]):
+            day, ms = day + 1, -1  # for 8 years at most
         return day * _UNITS["day"] + times[0]
 
     def last(self, before: int) -> int | None:
         """The last time that is not later than a moment; None if that was before 1970."""
         day, ms = divmod(before, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time <= ms]
-        while not times:
-            day -= 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time <= ms]):
+            day, ms = day - 1, _UNITS["day"]
         return day * _UNITS["day"] + times[-1] if day >= 0 else None
 
 
@@ -6115,8 +6116,7 @@ def timeline(
         shown.append({"type": "termination", "trigger": {"source": inst.termination}})
     last, undoing = decode(rows[-1].data or "null"), decode(rows[-1].extra or "null")
     complete, rolled = inst.status == "complete", inst.rollback in ("complete", "failed")
-    cron, _, ms = (inst.id or "").rpartition("-")
-    schedule = {"cron": cron, "scheduledTime": int(ms)} if inst.trigger == "cron" else None
+    schedule = schedule_of(inst)
     rollback = {"outcome": inst.rollback, "error": undoing and brief(undoing)} if rolled else None
     return (
         {"status": shown_status(None, inst), "params": decode(rows[0].data or "null")}
@@ -6124,7 +6124,7 @@ def timeline(
         | {"success": complete if inst.status in FINISHED else None, "rollback": rollback}
         | {"error": brief(last) if inst.status == "errored" else None}
         | {"output": say(last if complete else None), "trigger": {"source": inst.trigger}}
-        | {"schedule": schedule, "step_count": len(steps), "steps": shown}
+        | {"schedule": schedule and dict(schedule), "step_count": len(steps), "steps": shown}
     )
 
 
@@ -6420,11 +6420,14 @@ async def show_ending(ask: Request) -> dict[str, Any]:
 
 async def show_instance(ask: Request) -> dict[str, Any]:
     """The timeline. It is made in a thread, because it may be long. The explorer's has no ends that
-    are only planned, and outputs in Cloudflare's API are the text of JSON."""
+    are only planned and no output that is null; in Cloudflare's API outputs are JSON as text."""
     inst, rows, dues = await ask.call(on_instance, ask.id, read_details)
     dues, say = {} if ask.api == "explorer" else dues, to_text if ask.api == "rest" else copy.copy
     ask.seen = inst.seq * 10 + 9
     shown = await asyncio.to_thread(timeline, inst, rows, dues, say)
+    for step in shown["steps"] if ask.api == "explorer" else ():
+        if step.get("output", "") is None:
+            del step["output"]
     if ask.word("order", "asc", "desc") == "desc":
         shown["steps"].reverse()
     if ask.query.get("simple") == "true":
@@ -6460,7 +6463,8 @@ async def steer(ask: Request) -> dict[str, Any]:
     if verb not in [*_VERBS]:
         raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
     options = {key: given[key] for key in ("from", "rollback") if given.get(key)}
-    options_of(options, [_VERBS[verb]], verb)
+    if wrong := options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
     await getattr(ask.instance, verb)(*[options] if options else [])
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
@@ -6485,6 +6489,9 @@ async def show_usage(ask: Request) -> dict[str, Any]:
 
 PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the answer
 CONNECTIONS = 64
+PACE = (
+    0.004  # seconds from one new connection to the next: many in turn take little from the engine
+)
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
@@ -6538,7 +6545,8 @@ def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[s
 
 def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what is said of it: its message, and no more."""
-    code, text = getattr(error, "code", "bad_request"), str(error)
+    code = getattr(error, "code", "bad_request")
+    text = str(error).removeprefix(f"({code}) ")
     if not isinstance(error, (WorkflowError, *_MISTAKES)):
         log.error("a bug in workflows.py: please report it", exc_info=error)
         code, text = "request.bug", "see the log of `dev`"
@@ -6552,6 +6560,7 @@ class Server(socketserver.ThreadingTCPServer):
     """Listens, and bounds how many connections there are and how long they take."""
 
     allow_reuse_address = daemon_threads = True
+    request_queue_size = CONNECTIONS  # with less, who has to wait waits for a second
 
     def __init__(self, engine: Engine, host: str, port: int, token: str | None) -> None:
         self.engine, self.token = engine, token
@@ -6560,6 +6569,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__((host, port), Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        time.sleep(PACE)
         free = len(self.deadlines) < CONNECTIONS
         self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
         return free
@@ -6626,7 +6636,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             status, said = failure(error, local)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        self.close_connection |= len(text) != length  # what follows is not the next request
+        # Whom we refuse begins anew; what follows a body that was not read is not the next request.
+        self.close_connection |= status in (401, 403) or len(text) != length
         self._send(status, to_text(said))
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
@@ -6676,7 +6687,10 @@ async def serve(
     engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
 ) -> collections.abc.AsyncGenerator[Server, None]:
     """Answers HTTP as long as it is open; then lets the requests that are under way end."""
-    server = Server(engine, host, port, token)
+    try:
+        server = Server(engine, host, port, token)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"can't listen at {host}, port {port}: {error}") from error
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
@@ -6690,8 +6704,8 @@ async def serve(
 def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
     """Logs what happens to an instance as a whole."""
     bound = tx.scheduler.bound.get(inst.workflow)
-    error = cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
-    changes.debug("%s %s: %s %s", bound.name if bound else "", inst.id, row.type, error)
+    error = " " + cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
+    changes.debug("%s %s: %s%s", bound.name if bound else "", inst.id, row.type, error)
 
 
 # The page. It asks the REST API, and makes elements of what that says, never HTML of text.
@@ -6705,9 +6719,11 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Workflows
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }
 * { overflow-wrap: anywhere } a { color: var(--run) } b { color: var(--bad) } i { min-width: 3px }
 table { width: 100%; border-spacing: 0 } th, small { font-weight: 400; opacity: .7 }
+th, time, .chip { overflow-wrap: normal } td + td { min-width: 3.6em }
 td, th { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--soft) }
 button, input, textarea { font: inherit; margin: 2px } label { display: block }
-.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px }
+.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px;
+  display: inline-block; white-space: nowrap }
 pre { background: var(--soft); padding: 8px; overflow: auto; white-space: pre-wrap }
 .row { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 5rem; gap: 10px; width: 100%;
   text-align: left; background: none; border: 0; border-bottom: 1px solid var(--soft) }
@@ -6761,12 +6777,12 @@ const table = (heads, rows) => h("table", {}, [heads.map(text => h("th", {}, tex
 const UNITS = [[864e5, "d"], [36e5, "h"], [6e4, "min"], [1e3, "s"]];
 function took(start, end, ms = (Date.parse(end) || Date.now()) - Date.parse(start)) {
   const [size, unit] = UNITS.find(([size]) => ms >= size) ?? [1, "ms"];
-  return `${+(ms / size).toFixed(1)} ${unit}`;
+  return `${+(ms / size).toFixed(1)}\xa0${unit}`;
 }
 async function workflows() {
   return table(["Name", "Instances", "Last created"], (await api("?per_page=100")).result.map(w => [
     [link("#/" + $(w.name), w.name), " ", h("small", {}, w.class_name, w.schedules.map(s =>
-      `, ${s.cron}: next ${s.next_instance}`))], chips(w), time(w.triggered_on)]));
+      [", ", s.cron, " next ", time(s.next_instance)]))], chips(w), time(w.triggered_on)]));
 }
 async function instances(name, query = "") {
   const path = "/" + $(name), { result: w } = await api(path), asked = new URLSearchParams(query);
@@ -6821,26 +6837,30 @@ function timeline(it, steer) { // A row for each step: what it did, from left to
     h("span", {}, step.type === "rollback" ? "↶ " : "", step.name),
     h("span", { className: "track " + step.type }, bar(step, "whole " + step.type),
       (step.attempts ?? []).map(attempt => bar(attempt, attempt.success))),
-    h("small", {}, took(step.start, step.end))), chosen.has(n) ? details(step, steer) : null])];
+    h("small", {}, took(0, 0, at(step.end) - at(step.start)))),
+    chosen.has(n) ? details(step, steer) : null])];
 }
 function details(step, steer) {
   const [, name, count] = step.name.match(/(.*)-(\d+)$/s), type = step.type.replace("step", "do");
-  return [table([step.type, "From", "To", "Error"], (step.attempts ?? [step]).map((part, n) => [
-    n + 1, time(part.start), time(part.end), failure(part.error)])), h("small", {}, step.event_type,
-    step.retry_at && `again at ${step.retry_at}`, pretty(step.config)), step.output && h("pre", {},
-    step.output), type !== "rollback" && button(["Restart from here…", "Begin again from here?",
-    steer("restart", { from: { name, count: +count, type } })])];
+  return [table(["#", "Began", "Took", "Error"], (step.attempts ?? [step]).map((part, n) => [
+    n + 1, time(part.start), part.finished ?? part.end ? took(part.start, part.end) : null,
+    failure(part.error)])), h("p", {}, h("small", {}, step.type, [step.event_type,
+    pretty(step.config), step.finished === false && ["until ", time(step.end)],
+    step.retry_at && ["again at ", time(step.retry_at)]].map(part => part && [" · ", part]))),
+    step.output && h("pre", {}, step.output), type !== "rollback" && button(["Restart from here…",
+      "Begin again from here?", steer("restart", { from: { name, count: +count, type } })])];
 }
 async function draw() {
   const { hash } = location, [path, query] = hash.slice(2).split("?");
-  const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
   try {
+    const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
     const view = await (id ? instance(name, id) : name ? instances(name, query) : workflows());
     const up = name && [" / ", link("#/" + $(name), name)];
     const next = h("main", {}, link("#/", "Workflows"), up, view);
     fault.textContent = "";
     if (hash === location.hash && !next.isEqualNode(main)) main.replaceWith(main = next);
-    document.getElementById(focus)?.focus({ preventScroll: true });
+    const same = focus && (document.getElementById(focus) ?? main.querySelector("button"));
+    if (same) same.focus({ preventScroll: true });
   } catch (error) { fault.textContent = error.message; }
 }
 onhashchange = () => (chosen.clear(), draw());
@@ -6921,26 +6941,27 @@ def demo(given: argparse.Namespace) -> int:
 # developers.cloudflare.com/workers/wrangler/commands/workflows/
 
 _PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
-_FROM = "--from-step-name= --from-step-count=1 --from-step-type="
+_FROM = "--from-step-name= --from-step-count= --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
-# By name: what it does; its arguments, of which those with a `=` have that default; and the
-# resource. (`check` will stand here, too.)
+# By name: what it does; its arguments, of which those with a `=` have that default, and of those
+# with a `*` there may be any number; and the resource.
 _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
-    "list": ("the workflows", _PAGE, show_workflows),
-    "describe": ("a workflow", "name", show_workflow),
+    "list": ("list the workflows", _PAGE, show_workflows),
+    "describe": ("describe a workflow", "name", show_workflow),
     "trigger": ("create an instance", "name params={} --id=", add_instances),
     "delete": ("delete all instances of a workflow", "name", drop_workflow),
-    "instances list": ("some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
-    "instances describe": ("one, over time", f"name id=latest {_SHOW}", show_instance),
-    "instances send-event": ("send an event", "name id --type= --payload={}", send),
-    "instances pause": ("stop for a while", "name id", steer),
-    "instances resume": ("go on", "name id", steer),
-    "instances restart": ("begin again", f"name id {_FROM}", steer),
-    "instances terminate": ("stop for good", "name id --rollback", steer),
-    "instances delete": ("delete some", "name ids --filename=", drop_instances),
-    "usage": ("what this month would cost at Cloudflare", "", show_usage),
+    "instances list": ("list some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
+    "instances describe": ("show one and its steps", f"name id=latest {_SHOW}", show_instance),
+    "instances send-event": ("send it an event", "name id --type= --payload={}", send),
+    "instances pause": ("stop it for a while", "name id", steer),
+    "instances resume": ("let it go on", "name id", steer),
+    "instances restart": ("begin again, from a step or all", f"name id {_FROM}", steer),
+    "instances terminate": ("stop it for good", "name id --rollback", steer),
+    "instances delete": ("delete some", "name ids* --filename=", drop_instances),
+    "usage": ("show what this month would cost at Cloudflare", "", show_usage),
+    "check": ("ask whether instances would go on with the code of now", "names*", ignore),
     "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
-    "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
+    "demo": ("kill a workflow's process, and see another go on", "--engine=", ignore),
 }
 _LISTED = {"list": "name class_name triggered_on instances"}
 _LISTED |= {"instances list": "id status created_on ended_on trigger_source"}
@@ -6959,14 +6980,14 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
-    common.add_argument("--config", metavar="FILE", help="for `dev` (default: wrangler.jsonc, …)")
+    common.add_argument("--config", metavar="FILE", help="of dev and check (wrangler.jsonc, …)")
     common.add_argument("--json", action="store_true", help="for programs")
     root = Parser(prog="workflows.py", description="Durable workflows.", parents=[common])
     groups = {"": root.add_subparsers(metavar="COMMAND")}
     for command, (help, words, _) in _COMMANDS.items():
         group, _, verb = command.rpartition(" ")
         if group not in groups:
-            parser = groups[""].add_parser(group, help=f"what can be done with {group}")
+            parser = groups[""].add_parser(group, help=f"list, describe, steer and delete {group}")
             parser.set_defaults(parser=parser)
             groups[group] = parser.add_subparsers(metavar="COMMAND")
         parser = groups[group].add_parser(verb, help=help, description=help, parents=[common])
@@ -6977,10 +6998,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             if default.isdecimal():
                 more = {"type": int, "default": int(default)}
             elif not name.startswith("--"):
-                more |= {"nargs": "*" if name == "ids" else "?" if equals else None}
+                more |= {"nargs": "*" if name.endswith("*") else "?" if equals else None}
             elif not equals:
                 more = {"action": "store_true"}
-            parser.add_argument(name, **more)
+            parser.add_argument(name.removesuffix("*"), **more)
     defaults = {"parser": root, "command": None, "db": "workflows.db", "config": None}
     return root.parse_args(arguments, argparse.Namespace(**defaults, json=False))
 
@@ -7038,7 +7059,7 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
         notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
-        notes += [f"until {step['end']}"] if _ms(step["end"]) > now else []
+        notes += [f"until {step['end']}"] if _ms(step["end"]) > now and not shown["end"] else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
         success = step.get("success", not step["error"] if step.get("finished") else None)
         mark = {True: "✓", False: "✗", None: "●"}[success]
@@ -7080,7 +7101,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     query = {name: str(value) for name, value in known.items() if value is not False}
     ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
-    ids += json.loads(Path(given.filename).read_text()) if "filename" in query else []
+    if "filename" in query:
+        with naming(given.filename):
+            more = json.loads(Path(given.filename).read_text())
+        _check(more, list, given.filename)
+        ids += more
     if "latest" in ids and given.command.startswith("instances "):
         newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
         ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
@@ -7088,8 +7113,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     for name in ("params", "payload"):
         with naming(name):
             values[name] = json.loads(query.get(name, "{}"))
-    start = {key: options.get(f"from_step_{key}") or None for key in ("name", "count", "type")}
-    body = {"status": verb, "rollback": options.get("rollback"), "from": start["name"] and start}
+    start = {key[10:]: value for key, value in known.items() if key.startswith("from_step_")}
+    if "count" in start:
+        with naming("--from-step-count"):
+            start["count"] = int(start["count"])
+    body = {"status": verb, "rollback": options.get("rollback"), "from": start}
     sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
     sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
@@ -7100,8 +7128,6 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
 
 async def run_command(given: argparse.Namespace) -> int:
     """Carries out a command that needs nothing but the database. Returns the exit code."""
-    if not os.path.exists(given.db):
-        raise ValueError(f"there is no database {given.db}")
     async with Engine(given.db) as engine:
         ask = await make_request(engine, given)
         answer = await ask.answer(_COMMANDS[given.command][2])
@@ -7118,8 +7144,52 @@ async def run_command(given: argparse.Namespace) -> int:
             print_table([[name, cell(value, name)] for name, value in answer.items()])
         if "follow" in ask.query:
             async for event in ask.instance.subscribe(ask.seen):
-                print_event(event, datetime.fromisoformat(answer["queued"]))
+                if given.json:
+                    print(to_text(dict(event)), flush=True)
+                else:
+                    print_event(event, datetime.fromisoformat(answer["queued"]))
     return 1 if isinstance(answer, dict) and answer.get("errors") else 0
+
+
+async def check(given: argparse.Namespace) -> int:
+    """Replays the unfinished instances of a configuration's workflows, or of some of these, and
+    tells which would not go on as recorded. Returns the exit code."""
+    with contextlib.redirect_stdout(sys.stderr):  # what `run` prints
+        engine = Engine.from_config(given.config, database=given.db)
+        # Here they are known, but not in the database: a process that binds wants to be its owner.
+        bound, engine._workflows = engine._workflows, {}
+        if unknown := [name for name in given.names if name not in bound]:
+            raise ValueError(f"no workflow {unknown[0]!r}: expected some of {', '.join(bound)}")
+        checked, unsafe, told = 0, 0, []
+        async with engine:
+            for row in await engine.call(read_workflows, None):
+                count = sum(n for status, n in row["instances"].items() if status not in FINISHED)
+                if row["name"] in (given.names or bound):
+                    async for report in bound[row["name"]].replay_all():
+                        checked, unsafe = checked + 1, unsafe + (not report.safe)
+                        if not report.safe or (report.error and report.outcome == "waiting"):
+                            told.append({"workflow": row["name"], **dataclasses.asdict(report)})
+                elif count and not given.names:
+                    what = f"{row['name']} has {count} unfinished instances"
+                    raise ValueError(f"{what}, and the configuration has no such workflow")
+    if given.json:
+        print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
+    else:
+        for found in told:
+            line = f"{found['workflow']} {found['instance_id']}: {verdict(found)}"
+            print(fit(line, room()).rstrip())
+        print(f"{unsafe} of {checked} unfinished instances would not go on as recorded")
+    return 1 if unsafe else 0
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What a replay has found wrong."""
+    unreached, early = ", ".join(report["unreached"]), ", ".join(report["early"])
+    said = {"no longer reached": unreached, "new before these": early}
+    if report["error"]:
+        key = "run would raise" if report["outcome"] == "errored" else "replay stopped"
+        said[key] = cell(report["error"], "error")
+    return "; ".join(f"{what}: {value}" for what, value in said.items() if value)
 
 
 async def dev(given: argparse.Namespace) -> int:
@@ -7141,15 +7211,17 @@ async def dev(given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0; 1 if some could not be deleted, or nobody reads;
-    2 if what was asked can't be done; 130 after Ctrl-C."""
+    """The command line. Returns the exit code: 0; 1 if some could not be deleted, `check` has found
+    something, or nobody reads; 2 if what was asked can't be done; 130 after Ctrl-C."""
     given = parse_arguments(arguments)
     log.addHandler(logging.NullHandler())  # a refusal is one line
     if given.command is None:
         given.parser.print_help()
         return 0
-    run = dev if given.command == "dev" else run_command
+    run = {"dev": dev, "check": check}.get(given.command, run_command)
     try:
+        if given.command not in ("dev", "demo") and not os.path.exists(given.db):
+            raise ValueError(f"there is no database {given.db!r}: give --db, or start dev")
         code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
         return code
