@@ -5328,6 +5328,27 @@ class Limiting(Case):
         limits = dataclasses.replace(FOREVER, cpu_ms=10)
         self.assertEqual(await self.outcome(run, limits=limits), 2)
 
+    async def test_an_attempt_beyond_its_cpu_time_may_clean_up(self) -> None:
+        cleaned = []
+
+        async def burn() -> None:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.02:
+                pass
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                for n in range(3):
+                    await asyncio.sleep(0)
+                    cleaned.append(n)
+
+        async def run(event: Any, step: Any) -> str:
+            return (await caught(step.do("burn", ONCE, burn))).code
+
+        limits = dataclasses.replace(FOREVER, cpu_ms=10)
+        self.assertEqual(await self.outcome(run, limits=limits), "limit.cpu")
+        self.assertEqual(cleaned, [0, 1, 2])
+
     async def test_creations_per_second_are_counted_over_a_sliding_second(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, creations_per_second=2)) as e:
             bound = e.bind(workflow(one_sleep))
@@ -7582,6 +7603,23 @@ class DynamicDelay(Undoing):
         error = await self.fails(run)
         self.assertEqual(error.name, "NonRetryableDelayError")
         self.assertIn("timed out after 5000", str(error))
+
+    async def test_its_step_calls_are_those_of_the_attempt(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            async def delay(info: Any) -> int:
+                return await step.do("inner", returns(1000))
+
+            async def callback(ctx: Any) -> None:
+                await asyncio.sleep(3600 if ctx.attempt == 1 else 0)
+                raise ValueError
+
+            config = {"timeout": 1000, "retries": {"limit": 2, "delay": delay}}
+            await caught(step.do("s", config, callback))
+            return await step.do("inner", returns("outside"))
+
+        self.assertEqual(await self.outcome(run), "outside")
+        steps = self.rows("SELECT DISTINCT step FROM journal WHERE step LIKE '%inner%' ORDER BY 1")
+        self.assertEqual(steps, [("do\ninner\n1",), ("do\ns\n1\ndo\ninner\n1",)])
 
     async def sleep_by_the_clock(self, ms: int) -> None:
         over = asyncio.Event()

@@ -3600,7 +3600,6 @@ class Execution:
         to the attempt `scope`, or else to this one."""
         run, caller = self.run, asyncio.current_task(self.run.loop)
         task = asyncio.Task(self._perform(function, scope or self), loop=run.loop, **_EAGERLY)
-        self.task = task
         if self.outer is not None and self.outer.task is caller:
             self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
@@ -3623,7 +3622,8 @@ class Execution:
 
     async def _supervise(self, task: asyncio.Task[None]) -> None:
         """Waits until the task has ended, or is given up: a second after its time was up."""
-        timer = self.run.engine.clock.limit(self.patience, self._time_out)
+        clock, time_out = self.run.engine.clock, lambda: self._fail(self.timeout_error())
+        timer = clock.limit(self.patience, time_out)
         try:
             await self._outcome
         finally:
@@ -3639,7 +3639,8 @@ class Execution:
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
-        self._outcome.cancel()  # if there is none, because of a KeyboardInterrupt
+        if not task.cancelled():
+            resolve(self._outcome, error=task.exception())  # a KeyboardInterrupt, at most
 
     async def _perform(self, function: Callable[[], Any], scope: Execution) -> None:
         self.task = asyncio.current_task(self.run.loop)
@@ -3697,9 +3698,6 @@ class Execution:
     def timeout_error(self) -> WorkflowError:
         """What it fails with when its time is up."""
         return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
-
-    def _time_out(self) -> None:
-        self._fail(self.timeout_error())
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
