@@ -3163,22 +3163,18 @@ _OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_outpu
 
 
 def checked(
-    value: Any,
-    what: str,
-    code: str,
-    limits: Limits = Limits.UNLIMITED,
-    limit: str = "step_bytes",
-    refuse: Refuse = refusal,
+    value: Any, what: str, code: str, refuse: Refuse = refusal, **limit: int | None
 ) -> tuple[str, Any]:
-    """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
-    more bytes than the limit of that name."""
+    """What `encode` gives; a refusal with that code if the value can't be stored, or one that names
+    the limit (`step_bytes=…`) if it takes more bytes than that."""
     try:
         text, fresh = encode(value)
     except _Unserializable as bad:
         raise refuse(code, f"{what} can't be stored: {bad}; allowed are {ALLOWED}") from None
-    size, most = size_of(text), getattr(limits, limit)
-    if most is not None and size > most:
-        raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
+    size = size_of(text)
+    for name, most in limit.items():
+        if most is not None and size > most:
+            raise refuse(_OVER[name], f"{what} has {size} bytes: at most {most} (limit {name})")
     return text, fresh
 
 
@@ -3755,7 +3751,7 @@ class Attempt(Execution):
                     return
                 call.attempt = None
 
-    def _row(self, type: str, data: str | None = None) -> Row:
+    def _journal_row(self, type: str, data: str | None = None) -> Row:
         """A row about it. The first one says when it has begun, and the first one of the step has
         its configuration."""
         key = self.call.step.key
@@ -3767,7 +3763,7 @@ class Attempt(Execution):
     def post_start(self) -> None:
         """Records that it has begun, unless that was done."""
         if not self.recorded:
-            row = self._row("start")
+            row = self._journal_row("start")
             self.recorded = True
             apply(self.run.steps, row)
             self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
@@ -3775,7 +3771,7 @@ class Attempt(Execution):
     async def _store_start(self) -> bool:
         """Waits until its start is stored; False if a pause was stored before."""
         run, step = self.run, self.call.step
-        stored, row = run.loop.create_future(), self._row("start")
+        stored, row = run.loop.create_future(), self._journal_row("start")
         step.open = True
         run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
         self.recorded = step.open = bool(await stored)
@@ -3798,13 +3794,13 @@ class Attempt(Execution):
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
-                limits = self.run.engine.limits
-                text, fresh = checked(value, what, code, limits, "step_bytes", fatal)
+                most = self.run.engine.limits.step_bytes
+                text, fresh = checked(value, what, code, fatal, step_bytes=most)
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is None:
             self.again = False
-            self._post(self._row("done", text), fresh, size_of(text or ""))
+            self._post(self._journal_row("done", text), fresh, size_of(text or ""))
             return
         try:
             delay = await self._retry_delay(error)
@@ -3844,9 +3840,9 @@ class Attempt(Execution):
         step = self.call.step
         self.again = step.asleep = delay is not None
         if delay is None:
-            self._post(self._row("error", encode_error(error)), error)
+            self._post(self._journal_row("error", encode_error(error)), error)
         else:
-            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
+            row = self._journal_row("failed", encode_error(error, retry_delay_ms=delay))
             due = self.run.engine.clock.now() + delay
             self._post(row, error, 0, Wait("retry", step.key, None, due))
 
@@ -4065,7 +4061,7 @@ class Workflow:
             else self.check_id(options["id"], where, new=True)
         )
         what, code = f"{where}: params", "params.not_serializable"
-        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
+        text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
         names, longest = (
             ("successRetention", "errorRetention"),
             (
@@ -4110,8 +4106,8 @@ class Workflow:
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
         type = check_event_type(event["type"], refusal)
-        code, limits = "event.not_serializable", self.engine.limits
-        return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
+        code, most = "event.not_serializable", self.engine.limits.payload_bytes
+        return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
 
 
 def bindable(
