@@ -1374,6 +1374,22 @@ class Attempts(Lives):
             go.set()
             self.assertIsNone(await self.finish(instance))
 
+    async def test_what_a_plain_callback_returns_is_awaited_without_a_thread(self):
+        go, begun = asyncio.Event(), []
+
+        async def wait():
+            begun.append(1)
+            await go.wait()
+
+        async def run(event, step):
+            await asyncio.gather(*(step.do("s", lambda: wait()) for _ in range(70)))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: len(begun) == 70)
+            go.set()
+            self.assertIsNone(await self.finish(instance))
+
     async def test_an_abandoned_thread_holds_up_nothing_and_its_slot_is_free(self):
         stuck = threading.Event()
         self.addCleanup(stuck.set)
