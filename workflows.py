@@ -43,8 +43,8 @@ Below is the same, but stored, concurrent, and asleep most of the time.
 
     Part I, the heart      the words; the journal; the database; transactions; writing;
                            scheduling; a run; the engine
-    Part II, the rules     durations and the clock; values and errors; limits; arguments; retries;
-                           records; executions
+    Part II, the rules     durations and the clock; records; values and errors; limits; arguments;
+                           retries; executions
     Part III, the sides    binding; rollback; history; usage; the Python dialect; test tools; the
                            command line
 
@@ -2800,8 +2800,8 @@ def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 # A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
 # written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
 # times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
-# itself has a tag as a key). Only errors may hold a "$tuple", and text with lone surrogates, which
-# UTF-8 can't hold: theirs is ASCII.
+# itself has a tag as a key). Only errors may hold a "$tuple". Their JSON is ASCII, so that it can
+# hold lone surrogates, too, which UTF-8 can't.
 
 DEEPEST = 300  # levels of nesting
 ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
@@ -2859,7 +2859,7 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     except (_Unserializable, MemoryError):
         raise
     except Exception as error:  # the value's own methods may raise anything
-        raise _Unserializable(f"$: {type(error).__name__}: {message_of(error)}") from None
+        raise _Unserializable(f"$: {show_error(error)}") from None
 
 
 def decode(text: str) -> Any:
@@ -3570,7 +3570,10 @@ _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) 
 
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else."""
+    cancellation reaches that and nothing else.
+
+    The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
+    `run` cancels the step call, which waits for the outcome and so cancels that, too."""
 
     def __init__(self, run: Run, patience: int, outer: Attempt | None) -> None:
         self.run, self.patience = run, patience
@@ -3579,13 +3582,13 @@ class Execution:
         self.slot = False  # it has one of the threads' slots
         self.task: asyncio.Task[Any] | None = None
         self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
-        self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
+        self._failure: WorkflowError | None = None  # set if it has failed before it has ended
 
     def post_start(self) -> None:
         """Called when the function has not ended at once."""
 
     async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Called with the outcome: by the task, or when there is no use in waiting for that."""
+        """Called with the outcome: in the task, or outside if the task is not waited for."""
 
     def give_up(self) -> None:
         """Called when the function goes on although it was cancelled."""
@@ -3617,7 +3620,8 @@ class Execution:
             self.task = None  # whose context leads back to here
 
     async def _supervise(self, task: asyncio.Task[None]) -> None:
-        """Waits until the task has ended, or is given up: a second after its time was up."""
+        """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
+        ended a second later, it is given up."""
         clock, time_out = self.run.engine.clock, lambda: self._fail(self.timeout_error())
         timer = clock.limit(self.patience, time_out)
         try:
@@ -3702,7 +3706,8 @@ class Execution:
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
     def _fail(self, failure: WorkflowError) -> None:
-        """Decides that it has failed, whatever the function does from now on."""
+        """Decides that it has failed, whatever the function does from now on. (The task that waits
+        for the outcome cancels that of the function.)"""
         if not self._outcome.done():
             self._failure = failure
             self._outcome.set_result((None, failure))
