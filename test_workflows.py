@@ -1374,6 +1374,12 @@ class Attempts(Lives):
             go.set()
             self.assertIsNone(await self.finish(instance))
 
+    async def test_a_thread_is_used_again(self):
+        async def run(event, step):
+            return [await step.do("s", threading.get_ident) for _ in range(20)]
+
+        self.assertEqual(len(set(await self.outcome(run))), 1)
+
     async def test_what_a_plain_callback_returns_is_awaited_without_a_thread(self):
         go, begun = asyncio.Event(), []
 
@@ -5244,6 +5250,19 @@ class Garbage(Case):
             await self.finish(instance)
             await self.clock.settle()
             self.assertEqual([life() for life in lives], [None])
+
+    async def test_an_idle_thread_keeps_nothing_of_its_last_callback(self) -> None:
+        held: list[Any] = []
+
+        async def run(event: Any, step: Any) -> None:
+            held.append(weakref.ref(callback := functools.partial(threading.get_ident)))
+            await step.do("plain", callback)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.finish(instance)
+            gc.collect()
+            self.assertIsNone(held[0]())
 
 
 class Limiting(Case):
