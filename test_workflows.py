@@ -657,6 +657,21 @@ class Values(Lives):
             with self.assertRaises(MemoryError):
                 workflows.encode(given)
 
+    async def test_no_memory_left_for_a_result_is_a_failed_attempt(self):
+        class Huge(dict):
+            def items(self):
+                raise MemoryError
+
+        async def run(event, step):
+            async def callback(ctx):
+                return Huge(a=1) if ctx.attempt == 1 else "stored"
+
+            return await step.do("s", callback)
+
+        self.assertEqual(await self.outcome(run), "stored")
+        ((error,),) = self.rows("SELECT data FROM journal WHERE type = 'failed'")
+        self.assertEqual(json.loads(error)["name"], "MemoryError")
+
     async def test_records_are_stored_as_mappings_with_cloudflares_keys(self):
         lives = []
 
@@ -1492,6 +1507,7 @@ class Attempts(Lives):
             ("step.invalid_duration", lambda s: s.sleep("s", -1)),
             ("step.invalid_duration", lambda s: s.sleep_until("s", float("nan"))),
             ("step.invalid_duration", lambda s: s.sleep_until("s", "tomorrow")),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", 10**400)),
             ("limit.sleep", lambda s: s.sleep("s", "366 days")),
             ("limit.sleep", lambda s: s.sleep("s", 10**5000)),
             ("limit.sleep", lambda s: s.sleep_until("s", datetime.max.replace(tzinfo=UTC))),
@@ -1874,6 +1890,35 @@ class Attempts(Lives):
                 self.assertEqual(await instance.result(), "WorkflowTimeoutError")
         self.assertIn("stubborn", logs.output[0])
         end.set()
+
+    async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
+        end, cancelled = asyncio.Event(), []
+
+        async def run(event, step):
+            async def inner():
+                try:
+                    await end.wait()
+                except asyncio.CancelledError:
+                    cancelled.append("inner")
+                    raise
+
+            async def callback():
+                call = asyncio.create_task(step.do("inner", inner))
+                while not end.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await end.wait()
+                call.cancel()
+
+            await caught(step.do("stubborn", {"timeout": 1000} | ONCE, callback))
+            await asyncio.sleep(0.01)
+            return list(cancelled)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(1000)
+            result = await instance.result()
+            end.set()
+        self.assertEqual(result, ["inner"])
 
     async def test_asyncio_works_inside_a_callback(self):
         async def run(event, step):
