@@ -662,6 +662,21 @@ class Values(Lives):
             with self.assertRaises(MemoryError):
                 workflows.encode(given)
 
+    async def test_no_memory_left_for_a_result_is_a_failed_attempt(self):
+        class Huge(dict):
+            def items(self):
+                raise MemoryError
+
+        async def run(event, step):
+            async def callback(ctx):
+                return Huge(a=1) if ctx.attempt == 1 else "stored"
+
+            return await step.do("s", callback)
+
+        self.assertEqual(await self.outcome(run), "stored")
+        ((error,),) = self.rows("SELECT data FROM journal WHERE type = 'failed'")
+        self.assertEqual(json.loads(error)["name"], "MemoryError")
+
     async def test_records_are_stored_as_mappings_with_cloudflares_keys(self):
         lives = []
 
@@ -1379,6 +1394,28 @@ class Attempts(Lives):
             go.set()
             self.assertIsNone(await self.finish(instance))
 
+    async def test_a_thread_is_used_again(self):
+        async def run(event, step):
+            return [await step.do("s", threading.get_ident) for _ in range(20)]
+
+        self.assertEqual(len(set(await self.outcome(run))), 1)
+
+    async def test_what_a_plain_callback_returns_is_awaited_without_a_thread(self):
+        go, begun = asyncio.Event(), []
+
+        async def wait():
+            begun.append(1)
+            await go.wait()
+
+        async def run(event, step):
+            await asyncio.gather(*(step.do("s", lambda: wait()) for _ in range(70)))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: len(begun) == 70)
+            go.set()
+            self.assertIsNone(await self.finish(instance))
+
     async def test_an_abandoned_thread_holds_up_nothing_and_its_slot_is_free(self):
         stuck = threading.Event()
         self.addCleanup(stuck.set)
@@ -1475,6 +1512,7 @@ class Attempts(Lives):
             ("step.invalid_duration", lambda s: s.sleep("s", -1)),
             ("step.invalid_duration", lambda s: s.sleep_until("s", float("nan"))),
             ("step.invalid_duration", lambda s: s.sleep_until("s", "tomorrow")),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", 10**400)),
             ("limit.sleep", lambda s: s.sleep("s", "366 days")),
             ("limit.sleep", lambda s: s.sleep("s", 10**5000)),
             ("limit.sleep", lambda s: s.sleep_until("s", datetime.max.replace(tzinfo=UTC))),
@@ -1857,6 +1895,35 @@ class Attempts(Lives):
                 self.assertEqual(await instance.result(), "WorkflowTimeoutError")
         self.assertIn("stubborn", logs.output[0])
         end.set()
+
+    async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
+        end, cancelled = asyncio.Event(), []
+
+        async def run(event, step):
+            async def inner():
+                try:
+                    await end.wait()
+                except asyncio.CancelledError:
+                    cancelled.append("inner")
+                    raise
+
+            async def callback():
+                call = asyncio.create_task(step.do("inner", inner))
+                while not end.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await end.wait()
+                call.cancel()
+
+            await caught(step.do("stubborn", {"timeout": 1000} | ONCE, callback))
+            await asyncio.sleep(0.01)
+            return list(cancelled)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(1000)
+            result = await instance.result()
+            end.set()
+        self.assertEqual(result, ["inner"])
 
     async def test_asyncio_works_inside_a_callback(self):
         async def run(event, step):
@@ -5354,6 +5421,19 @@ class Garbage(Case):
             await self.clock.settle()
             self.assertEqual([life() for life in lives], [None])
 
+    async def test_an_idle_thread_keeps_nothing_of_its_last_callback(self) -> None:
+        held: list[Any] = []
+
+        async def run(event: Any, step: Any) -> None:
+            held.append(weakref.ref(callback := functools.partial(threading.get_ident)))
+            await step.do("plain", callback)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.finish(instance)
+            gc.collect()
+            self.assertIsNone(held[0]())
+
 
 class Limiting(Case):
     """Every row of the table of limits that no other class is about."""
@@ -5452,6 +5532,27 @@ class Limiting(Case):
 
         limits = dataclasses.replace(FOREVER, cpu_ms=10)
         self.assertEqual(await self.outcome(run, limits=limits), 2)
+
+    async def test_an_attempt_beyond_its_cpu_time_may_clean_up(self) -> None:
+        cleaned = []
+
+        async def burn() -> None:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.02:
+                pass
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                for n in range(3):
+                    await asyncio.sleep(0)
+                    cleaned.append(n)
+
+        async def run(event: Any, step: Any) -> str:
+            return (await caught(step.do("burn", ONCE, burn))).code
+
+        limits = dataclasses.replace(FOREVER, cpu_ms=10)
+        self.assertEqual(await self.outcome(run, limits=limits), "limit.cpu")
+        self.assertEqual(cleaned, [0, 1, 2])
 
     async def test_creations_per_second_are_counted_over_a_sliding_second(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, creations_per_second=2)) as e:
@@ -7775,6 +7876,23 @@ class DynamicDelay(Undoing):
         error = await self.fails(run)
         self.assertEqual(error.name, "NonRetryableDelayError")
         self.assertIn("timed out after 5000", str(error))
+
+    async def test_its_step_calls_are_those_of_the_attempt(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            async def delay(info: Any) -> int:
+                return await step.do("inner", returns(1000))
+
+            async def callback(ctx: Any) -> None:
+                await asyncio.sleep(3600 if ctx.attempt == 1 else 0)
+                raise ValueError
+
+            config = {"timeout": 1000, "retries": {"limit": 2, "delay": delay}}
+            await caught(step.do("s", config, callback))
+            return await step.do("inner", returns("outside"))
+
+        self.assertEqual(await self.outcome(run), "outside")
+        steps = self.rows("SELECT DISTINCT step FROM journal WHERE step LIKE '%inner%' ORDER BY 1")
+        self.assertEqual(steps, [("do\ninner\n1",), ("do\ns\n1\ndo\ninner\n1",)])
 
     async def sleep_by_the_clock(self, ms: int) -> None:
         over = asyncio.Event()

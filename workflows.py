@@ -45,8 +45,8 @@ Below is the same, but stored, concurrent, and asleep most of the time.
     Part I, the heart      the words; the journal; the database; transactions; writing;
                            scheduling; lives; replay; a run; attempts; what a run
                            records; the engine
-    Part II, the rules     durations and the clock; records; codec; limits; arguments; retries;
-                           executions
+    Part II, the rules     durations and the clock; records; values and errors; limits; arguments;
+                           retries; executions
     Part III, the sides    the API; files; binding; rollback; replay reports; history; usage; the
                            Python dialect; test tools; schedules; configuration; showing;
                            resources; HTTP; the demo; the command line
@@ -2039,8 +2039,8 @@ class Attempt:
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
-                limits = self.run.engine.limits
-                text, fresh = checked(value, what, code, limits, "step_bytes", fatal)
+                most = self.run.engine.limits.step_bytes
+                text, fresh = checked(value, what, code, fatal, step_bytes=most)
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is None:
@@ -2069,7 +2069,7 @@ class Attempt:
     async def _ask(self, error: BaseException) -> int:
         """What the delay function says, within five seconds. Its failure is that of the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
-        asked = Execution(self.run, ASKING)
+        asked = Execution(self.run, ASKING, self)
         if not is_async(function):
             await asked.take_thread()
         answer, failure = await asked.execute(functools.partial(function, info))
@@ -2586,10 +2586,10 @@ def parse_duration(value: Duration) -> int:
         ms = value / timedelta(milliseconds=1)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         ms = float(match[1]) * _UNITS[match[2]]
-    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < ENDLESS:
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
         return round(ms)
     text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    expected = f"milliseconds (0 or more, below 2**62), a timedelta, or {text}"
+    expected = f"milliseconds (0 or more), a timedelta, or {text}"
     raise ValueError(f"{show(value)} is not a duration: expected {expected}")
 
 
@@ -2813,8 +2813,8 @@ def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 # A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
 # written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
 # times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
-# itself has a tag as a key). Only errors may hold a "$tuple", and text with lone surrogates, which
-# UTF-8 can't hold: theirs is ASCII.
+# itself has a tag as a key). Only errors may hold a "$tuple". Their JSON is ASCII, so that it can
+# hold lone surrogates, too, which UTF-8 can't.
 
 DEEPEST = 300  # levels of nesting
 ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
@@ -2872,7 +2872,7 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     except (_Unserializable, MemoryError):
         raise
     except Exception as error:  # the value's own methods may raise anything
-        raise _Unserializable(f"$: {type(error).__name__}: {message_of(error)}") from None
+        raise _Unserializable(f"$: {show_error(error)}") from None
 
 
 def decode(text: str) -> Any:
@@ -3176,22 +3176,18 @@ _OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_outpu
 
 
 def checked(
-    value: Any,
-    what: str,
-    code: str,
-    limits: Limits = Limits.UNLIMITED,
-    limit: str = "step_bytes",
-    refuse: ErrorMaker = refusal,
+    value: Any, what: str, code: str, refuse: ErrorMaker = refusal, **limit: int | None
 ) -> tuple[str, Any]:
-    """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
-    more bytes than the limit of that name."""
+    """What `encode` gives; a refusal with that code if the value can't be stored, or one that names
+    the limit (`step_bytes=…`) if it takes more bytes than that."""
     try:
         text, fresh = encode(value)
     except _Unserializable as bad:
         raise refuse(code, f"{what} can't be stored: {bad}; allowed are {ALLOWED}") from None
-    size, most = size_of(text), getattr(limits, limit)
-    if most is not None and size > most:
-        raise refuse(_OVER[limit], f"{what} has {size} bytes: at most {most} (limit {limit})")
+    size = size_of(text)
+    for name, most in limit.items():
+        if most is not None and size > most:
+            raise refuse(_OVER[name], f"{what} has {size} bytes: at most {most} (limit {name})")
     return text, fresh
 
 
@@ -3238,9 +3234,11 @@ def read_count(value: Any, most: int | None = None) -> int:
 
 def _read_retention(value: Any, longest: int | None) -> int | None:
     """A duration up to the plan's, which is also the default."""
-    ms = longest if value is None else parse_duration(value)
-    if ms is not None and longest is not None and ms > longest:
-        raise ValueError(f"{show(value)} is too long: expected {longest} ms at most")
+    if value is None:
+        return longest
+    ms, most = parse_duration(value), ENDLESS if longest is None else longest
+    if ms > most:
+        raise ValueError(f"{show(value)} is too long: expected {most} ms at most")
     return ms
 
 
@@ -3593,30 +3591,33 @@ _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) 
 
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else. If the function is the callback of an attempt, the
-    attempt is told how it goes: `post_start`, `ends` and `abandoned`."""
+    cancellation reaches that and nothing else. The step calls that the function makes belong to the
+    attempt. If it is the callback of the attempt, and not its delay function, the attempt is told
+    how it goes: `post_start`, `ends` and `abandoned`.
 
-    def __init__(self, run: Run, patience: int, attempt: Attempt | None = None) -> None:
+    The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
+    `run` cancels the step call, which waits for the outcome and so cancels that, too."""
+
+    def __init__(self, run: Run, patience: int, attempt: Attempt) -> None:
         self.run, self.patience, self._attempt = run, patience, attempt
         self.cpu = 0  # ns
         self.thread = False  # it has one of the threads
         self.task: asyncio.Task[Any] | None = None
         self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
-        self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
+        self._failure: WorkflowError | None = None  # set if it has failed before it has ended
 
     async def execute(self, function: Callable[[], Any]) -> Outcome:
         """Calls the function; returns the outcome."""
-        run, attempt, caller = self.run, self._attempt, asyncio.current_task(self.run.loop)
+        run, outer, caller = self.run, self._attempt.outer, asyncio.current_task(self.run.loop)
         task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
-        self.task = task
-        if attempt and attempt.outer and attempt.outer.execution.task is caller:
-            attempt.outer.execution.cpu -= self.cpu  # the task's first step was taken inside that
+        if outer is not None and outer.execution.task is caller:
+            outer.execution.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                if attempt is not None:
-                    attempt.post_start()
+                if self._of_callback():
+                    self._attempt.post_start()
                 await self._supervise(task)
             if task.done() and not task.cancelled():
                 task.result()  # raises what `ends` has raised
@@ -3628,11 +3629,14 @@ class Execution:
         finally:
             run.engine.cpu_ns += self.cpu
             self.free_thread()
-            self.task = self._attempt = None  # both lead back to here
+            self.task = None  # whose context leads back to here,
+            del self._attempt  # as this does
 
     async def _supervise(self, task: asyncio.Task[None]) -> None:
-        """Waits until the task has ended, or is abandoned: a second after its time was up."""
-        timer = self.run.engine.clock.limit(self.patience, self._time_out)
+        """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
+        ended a second later, it is abandoned."""
+        clock, late = self.run.engine.clock, timed_out(self.patience)
+        timer = clock.limit(self.patience, functools.partial(self._fail, late))
         try:
             await self._outcome
         finally:
@@ -3641,9 +3645,8 @@ class Execution:
             task.cancel()
             await asyncio.wait({task}, timeout=GRACE)
             if not task.done():
-                what = self._attempt or "a delay function"
-                log.warning("%s: %s ignores its cancellation; abandoned", self.run, what)
-                if self._attempt is not None:
+                log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
+                if self._of_callback():
                     self._attempt.abandoned()
             await self._tell(None, self._failure)
         elif not task.done():
@@ -3651,20 +3654,23 @@ class Execution:
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
-        self._outcome.cancel()  # if there is none, because of a KeyboardInterrupt
+        if not task.cancelled():
+            resolve(self._outcome, error=task.exception())  # a KeyboardInterrupt, at most
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        if self._attempt is not None:
-            _scope.set(self._attempt)  # the step calls that the function makes belong to it
+        _scope.set(self._attempt)
         outcome = await self._drive(function)
         if not self._outcome.done():  # otherwise it was decided, or nobody waits for it any more
             self._outcome.set_result(outcome)
             await self._tell(*outcome)
 
     async def _tell(self, value: Any, error: BaseException | None) -> None:
-        if self._attempt is not None:
+        if self._of_callback():
             await self._attempt.ends(value, error)
+
+    def _of_callback(self) -> bool:
+        return self._attempt.execution is self
 
     @types.coroutine
     def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
@@ -3719,9 +3725,6 @@ class Execution:
             self.thread = False
             self.run.engine.threads.slots.release()
 
-    def _time_out(self) -> None:
-        self._fail(timed_out(self.patience))
-
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
         if limit is None or self.cpu <= limit * 1_000_000:
@@ -3729,7 +3732,8 @@ class Execution:
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
     def _fail(self, failure: WorkflowError) -> None:
-        """Decides that it has failed, whatever the function does from now on."""
+        """Decides that it has failed, whatever the function does from now on. (The task that waits
+        for the outcome cancels that of the function.)"""
         if not self._outcome.done():
             self._failure = failure
             self._outcome.set_result((None, failure))
@@ -3789,7 +3793,8 @@ class Engine(Core):
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
-        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+        self.hibernate_after = parse_duration(hibernate_after)
+        self.drain = min(parse_duration(drain), YEAR)
         self.creations = Rate(self.limits.creations_per_second, self.clock)
 
     @classmethod
@@ -4394,7 +4399,7 @@ class Workflow:
         options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
-        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
+        text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
         return id, text, *self._retention(options["retention"], where)
 
     def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
@@ -4427,8 +4432,8 @@ class Workflow:
         if "type" not in event:
             raise TypeError(f"{what} needs a type")
         type = check_event_type(event["type"], refusal)
-        code, limits = "event.not_serializable", self.engine.limits
-        return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
+        code, most = "event.not_serializable", self.engine.limits.payload_bytes
+        return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
 
 
 def bindable(
