@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12492,45 +12493,167 @@ class Checking(DevProcess):
         self.assertEqual((await self.check())[0], 2)
 
 
+# As much of FastAPI as the README uses, and what happens to its front end.
+FASTAPI = """
+from types import SimpleNamespace as Request
+
+class FastAPI:
+    def __init__(self, lifespan): self.state = Request()
+    def get(self, _): return lambda function: function
+    put = post = exception_handler = get
+
+def JSONResponse(content, status): return status
+"""
+REQUESTS = """
+import asyncio, web
+
+async def main():
+    async with web.lifespan(web.app):
+        assert await web.put("a", 5) == {"new": True}
+        assert await web.put("a", 5) == {"new": False}
+        await web.approve("a", "Ada")
+        while (await web.get("a"))["status"] != "complete":
+            await asyncio.sleep(0.01)
+        assert (await web.get("a"))["output"]["approved by"] == "Ada"
+        for request, status in (web.get("b"), 404), (web.approve("a", "Bob"), 409):
+            try:
+                await request
+            except web.WorkflowError as error:
+                assert await web.refuse(None, error) == status
+
+asyncio.run(main())
+"""
+
+
 class Readme(unittest.TestCase):
+    """What README.md shows is carried out: a block of code that begins with the name of a file is
+    that file, which other blocks may import."""
+
     module = Path(workflows.__file__).resolve()
     text: str
+    files: dict[str, str]
 
     @classmethod
     def setUpClass(cls) -> None:
-        path = cls.module.parent / "README.md"
-        cls.text = Path(path).read_text(encoding="utf-8")
+        cls.text = (cls.module.parent / "README.md").read_text(encoding="utf-8")
+        named = (re.match(r"\S+ (\S+)\n", block) for block in cls.blocks())
+        cls.files = {match[1]: match.string for match in named if match and "." in match[1]}
 
-    def python(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Runs Python in a folder of its own, with workflows.py to import."""
-        with tempfile.TemporaryDirectory() as folder:
-            return subprocess.run(
-                [sys.executable, "-X", "dev", *args],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(self.module.parent)},
-                capture_output=True,
-                encoding="utf-8",
-                timeout=60,
-            )
+    @classmethod
+    def blocks(cls, language: str = r"\w+") -> list[str]:
+        return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", cls.text)
 
-    def program(self, source: str) -> subprocess.CompletedProcess[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "program.py")
-            path.write_text(source, encoding="utf-8")
-            return self.python(str(path))
+    def folder(self) -> Path:
+        """A new folder that has these files."""
+        folder = tempfile.TemporaryDirectory(dir=Case.where)
+        self.addCleanup(folder.cleanup)
+        for name, text in self.files.items():
+            Path(folder.name, name).write_text(text, encoding="utf-8")
+        return Path(folder.name)
+
+    def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
+        """Runs Python in a folder, with workflows.py to import."""
+        process = subprocess.Popen(
+            [sys.executable, "-X", "dev", *args],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(self.module.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_python(self, folder: Path, *args: str) -> tuple[int, str, str]:
+        """Its exit code, and what it says on stdout and stderr."""
+        process = self.start(folder, *args)
+        said, complained = process.communicate(timeout=60)
+        return process.returncode, said, complained
+
+    def program(self, source: str) -> tuple[int, str, str]:
+        return self.run_python(self.folder(), "-c", source)
+
+    def console(self, folder: Path, showing: str) -> None:
+        """Carries out the commands of the console block that shows this, and compares what they say
+        with what it shows: but for numbers, bars, and what a terminal is too narrow for."""
+        (block,) = [block for block in self.blocks("console") if showing in block]
+        for command, shown in re.findall(r"(?m)^\$ python3 (.*)\n((?:(?!\$).*\n)*)", block):
+            name, *args = shlex.split(command)
+            args = [str(self.module) if name == "workflows.py" else name, *args]
+            with self.subTest(command):
+                _, said, complained = self.run_python(folder, *args)
+                self.assertEqual(complained, "")
+                found, wanted = map(self.comparable, (said, shown or said))
+                for line, start in zip(found, wanted, strict=True):
+                    self.assertEqual(line[: len(start)], start)
+
+    @staticmethod
+    def comparable(text: str) -> list[str]:
+        zeros = re.sub(r"[█─╌ ]+", " ", re.sub(r"[0-9]", "0", text))
+        return [line.removesuffix("…") for line in zeros.splitlines()]
+
+    @staticmethod
+    def wait_for_row(path: Path, sql: str) -> None:
+        """Waits until a query of a database gives something."""
+        for _ in range(3000):
+            with contextlib.suppress(sqlite3.OperationalError):  # it is not there yet
+                with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+                    if db.execute(sql).fetchone():
+                        return
+            time.sleep(0.01)
+        raise AssertionError("it never came")
 
     def test_every_program_in_the_readme_runs(self) -> None:
-        blocks = re.findall(r"^```python\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
-        self.assertGreaterEqual(len(blocks), 3)
-        with ThreadPoolExecutor() as pool:
-            for block, done in zip(blocks, pool.map(self.program, blocks), strict=True):
-                with self.subTest(block):
-                    # A program of tests reports on stderr, as unittest does; and each failed
-                    # attempt that is retried is one line.
-                    report = r"\.+\n-+\nRan \d+ tests? in [\d.]+s\n\nOK\n" * ("unittest" in block)
-                    told = re.sub(r"(?m)^.*: attempt \d+ of \d+ failed: .*\n", "", done.stderr)
-                    self.assertEqual(done.returncode, 0, done.stderr)
-                    self.assertRegex(told, rf"\A{report}\Z")
+        programs = [text for text in self.blocks("python") if text not in self.files.values()]
+        self.assertGreaterEqual(len(programs), 3)
+        programs.append(self.files["test_order.py"])
+        tests = "[asyncio.run(test()) for name, test in [*vars().items()] if name[:5] == 'test_']"
+        programs.append(f"import asyncio\n{self.files['test_with_pytest.py']}\n{tests}\n")
+        with ThreadPoolExecutor(2) as pool:
+            for program, ended in zip(programs, pool.map(self.program, programs), strict=True):
+                with self.subTest(program):
+                    report = r"\.+\n-+\nRan \d+ tests? in [\d.]+s\n\nOK\n" * ("unittest" in program)
+                    said = ended[1].replace("charging 5 EUR\n", "")
+                    self.assertEqual((ended[0], said), (0, ""), ended[2])
+                    self.assertRegex(ended[2], rf"\A{report}\Z")
+
+    def test_the_first_workflow_survives_a_kill_and_a_renamed_step_is_caught(self) -> None:
+        folder = self.folder()
+        path = folder / "order.py"
+        path.write_text(self.files["order.py"].replace('"2 seconds"', '"0.1 seconds"'))
+        order = self.start(folder, "order.py")
+        self.wait_for_row(folder / "orders.db", "SELECT 1 FROM journal WHERE type = 'sleep'")
+        order.kill()
+        self.assertEqual(order.communicate(), ("charging 5 EUR\n", ""))
+        order = self.start(folder, "order.py")
+        self.wait_for_row(folder / "orders.db", "SELECT 1 FROM journal WHERE type = 'wait'")
+        path.write_text(path.read_text().replace('"charge"', '"charge card"'))
+        self.console(folder, "no longer reached")
+        self.console(folder, "send-event")
+        output = {"receipt": "receipt 17", "approved by": "Ada"}
+        self.assertEqual(order.communicate(timeout=30), (f"{output}\n", ""))
+
+    def test_a_front_end_creates_and_asks_and_a_worker_runs_until_sigterm(self) -> None:
+        folder = self.folder()
+        (folder / "fastapi").mkdir()
+        (folder / "fastapi" / "__init__.py").write_text(FASTAPI)
+        (folder / "fastapi" / "responses.py").write_text("from . import JSONResponse\n")
+        worker = self.start(folder, "worker.py")
+        self.wait_for_row(folder / "orders.db", "SELECT 1 FROM workflows")
+        front_end = self.start(folder, "-c", REQUESTS)
+        self.assertEqual(front_end.communicate(timeout=30), ("", ""))
+        self.assertEqual(front_end.returncode, 0)
+        worker.terminate()
+        self.assertEqual(worker.communicate(timeout=30), ("charging 5 EUR\n", ""))
+        self.assertEqual(worker.returncode, 0)
+
+    def test_every_command_that_it_shows_is_one(self) -> None:
+        lines = re.findall(r"(?m)^\$ python3 workflows.py ?([^#\n]*)", "".join(self.blocks()))
+        self.assertGreater(len(lines), 5)
+        for line in lines:
+            with self.subTest(line):
+                workflows.parse_arguments(shlex.split(line))
 
     def test_every_block_says_what_it_is(self) -> None:
         opened = re.findall(r"^```(.*)$", self.text, re.MULTILINE)
@@ -12539,13 +12662,13 @@ class Readme(unittest.TestCase):
 
     def test_the_demo_shows_that_no_finished_step_ran_twice(self) -> None:
         self.assertIn("python3 workflows.py demo", self.text)
-        done = self.python(str(self.module), "demo")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        before, after = done.stdout.split("was killed (SIGKILL)")
+        code, said, complained = self.run_python(self.folder(), str(self.module), "demo")
+        self.assertEqual((code, complained), (0, ""))
+        before, after = said.split("was killed (SIGKILL)")
         self.assertNotIn("workflow_completed", before)
         self.assertIn("workflow_completed", after)
-        self.assertIn("attempt failed: the engine stopped", done.stdout)
-        finished = re.findall(r"^finished (\d+) time: (.*)$", done.stdout, re.MULTILINE)
+        self.assertIn("attempt failed: the engine stopped", said)
+        finished = re.findall(r"^finished (\d+) time: (.*)$", said, re.MULTILINE)
         self.assertEqual(finished, [("1", "fetch user-1"), ("1", "process action-1")])
 
     def test_every_code_and_attribute_that_it_names_exists(self) -> None:
@@ -12563,7 +12686,7 @@ class Readme(unittest.TestCase):
         words = "|".join([*things, "limit", "params", "output"])
         prose = re.sub(r"^```.*?^```$", "", self.text, flags=re.MULTILINE | re.DOTALL)
         quoted = "\n".join(re.findall(r"`[^`\n]+`", prose))
-        named = re.findall(rf"(?<![\w./-])({words})\.([a-zA-Z_]+)", quoted)
+        named = re.findall(rf"(?<![\w./-])({words})\.(\w+)", quoted)
         self.assertGreater(len(named), 40)
         for thing, name in sorted(set(named)):
             with self.subTest(f"{thing}.{name}"):
