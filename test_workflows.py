@@ -101,6 +101,9 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     # What is about logic does not wait for a disk. (`Real` does.)
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    # asyncio's debug mode, which finds calls from a wrong thread, takes as long as the tests
+    # themselves: some classes, in which threads have a part, are enough.
+    debug = False
 
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory(dir=self.where)
@@ -108,6 +111,11 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.folder = Path(folder.name)
         self.path = str(self.folder / "test.db")
         self.clock = ManualClock(patience=0)  # no callback here awaits anything real for long
+
+    async def asyncSetUp(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_debug(self.debug)
+        loop.slow_callback_duration = 60  # no report of a busy machine
 
     @contextlib.asynccontextmanager
     async def engine(self, **options: Any) -> Any:
@@ -1903,6 +1911,7 @@ class Attempts(Lives):
                     self.assertEqual(await call, expected)
             return asyncio.current_task().cancelling()
 
+        self.clock = ManualClock(patience="1 minute")
         self.assertEqual(await self.outcome(run), 0)
 
 
@@ -2476,6 +2485,7 @@ class Nested(Lives):
         for delay in (1, "1 hour"):  # in one life, and in several
             with self.subTest(delay):
                 self.setUp()
+                self.clock = ManualClock(patience="1 minute")
                 async with self.engine() as engine:
                     instance = await engine.bind(workflow(run)).create(id="i")
                     self.assertEqual(await self.finish(instance), [1])
@@ -9306,7 +9316,6 @@ class Decorated(Lives):
             gc.collect()
             self.seen.append(tracemalloc.get_traced_memory()[0])
 
-        asyncio.get_running_loop().slow_callback_duration = 9  # collecting garbage takes its time
         tracemalloc.start()
         try:
             for count in (500, 2000):
@@ -12224,6 +12233,7 @@ class AtATerminal(Real):
         return [sys.executable, workflows.__file__, *args, "--db", self.path]
 
     async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
         async with self.engine() as engine:
             made = engine.bind(workflow(one_step, "Steps"))
             await (await made.create(id="i", params=1)).result()
