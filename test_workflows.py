@@ -81,6 +81,11 @@ logging.getLogger("workflows").setLevel(logging.CRITICAL)  # tests that want a w
 FOREVER = dataclasses.replace(Limits(), success_retention=None, error_retention=None)
 
 
+def setUpModule() -> None:
+    # A shell starts in the background what ignores SIGINT, and so would our child processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def workflow(run: Callable[..., Any], name: str = "Test") -> type[WorkflowEntrypoint[Any]]:
     """A workflow class made of `async def run(event, step)`."""
 
