@@ -4791,7 +4791,7 @@ class Processes(Real):
             await running.terminate()
 
     async def test_a_forked_child_holds_nothing_of_its_dead_parent(self) -> None:
-        fork = "if os.fork(): say('up')\n        else: sys.stdin.read(); os._exit(0)"
+        fork = "if os.fork(): say('up')\n    else: sys.stdin.read(); os._exit(0)"
         script = "import warnings; warnings.simplefilter('ignore')  # of fork beside threads\n"
         script += textwrap.dedent(OWNER).replace('say("up")', fork)
         async with self.client(script=script) as bound:
@@ -12629,7 +12629,7 @@ class Readme(unittest.TestCase):
     def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
         """Runs Python in a folder, with workflows.py to import."""
         process = subprocess.Popen(
-            [sys.executable, "-X", "dev", *args],
+            [sys.executable, "-W", "default", *args],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(self.module.parent)},
             stdout=subprocess.PIPE,
