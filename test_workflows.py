@@ -12685,13 +12685,15 @@ class Readme(unittest.TestCase):
     def test_every_program_in_the_readme_runs(self) -> None:
         programs = [text for text in self.blocks("python") if text not in self.files.values()]
         self.assertGreaterEqual(len(programs), 3)
+        (complete,) = [text for text in programs if text.startswith("import")]
+        start = re.match(r"(?s).*?\n\n\n", complete)[0]  # its imports
+        programs = [text if text == complete else start + text for text in programs]
         programs.append(self.files["test_order.py"])
-        tests = "[asyncio.run(test()) for name, test in [*vars().items()] if name[:5] == 'test_']"
-        programs.append(f"import asyncio\n{self.files['test_with_pytest.py']}\n{tests}\n")
         with ThreadPoolExecutor(2) as pool:
             for program, ended in zip(programs, pool.map(self.program, programs), strict=True):
                 with self.subTest(program):
                     report = r"\.+\n-+\nRan \d+ tests? in [\d.]+s\n\nOK\n" * ("unittest" in program)
+                    report += r"(?s:.*)ValueError: no cars left\n" * ("is logged" in program)
                     said = ended[1].replace("charging 5 EUR\n", "")
                     self.assertEqual((ended[0], said), (0, ""), ended[2])
                     self.assertRegex(ended[2], rf"\A{report}\Z")
@@ -12727,7 +12729,7 @@ class Readme(unittest.TestCase):
 
     def test_every_command_that_it_shows_is_one(self) -> None:
         lines = re.findall(r"(?m)^\$ python3 workflows.py ?([^#\n]*)", "".join(self.blocks()))
-        self.assertGreater(len(lines), 5)
+        self.assertGreater(len(lines), 4)
         for line in lines:
             with self.subTest(line):
                 workflows.parse_arguments(shlex.split(line))
