@@ -1272,6 +1272,8 @@ class Errors(Lives):
 class Attempts(Lives):
     """3.4 to 3.8: callbacks, config, retries, timeouts."""
 
+    debug = True
+
     async def test_callbacks_of_every_kind_are_called(self):
         class Asynchronous:
             async def __call__(self):
@@ -4175,6 +4177,8 @@ RAN: list[str] = []
 class Campaigns(Real):
     """Seeded, and on the real clock: what random timing finds."""
 
+    debug = True
+
     def setUp(self) -> None:
         super().setUp()
         RAN.clear()
@@ -4457,6 +4461,8 @@ class Interrupted(Real):
 
 
 class Storage(Real):
+    debug = True
+
     async def refused(self, pattern: str, path: str | None = None) -> None:
         """The engine doesn't open the file, says why, and writes to nothing."""
         before = self.contents()
@@ -4662,6 +4668,8 @@ OWNER = """
 
 
 class Processes(Real):
+    debug = True
+
     @contextlib.asynccontextmanager
     async def client(self, run: Callable[..., Any] = one_event, script: str = OWNER) -> Any:
         """A workflow as this process sees it, while another one runs the instances."""
