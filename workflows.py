@@ -33,8 +33,9 @@ life; what a step did is done once:
 
         def do(step, callback):
             if step not in recorded:          # it has not finished yet: so it runs, and what it
-                recorded[step] = callback()   # returns is appended before anybody sees it
-                journal.append((step, recorded[step]))
+                result = callback()           # returns is appended before anybody sees it
+                journal.append((step, result))
+                recorded[step] = result
             return recorded[step]
 
         return run(do)                        # always from the top, however often the process died
@@ -42,15 +43,16 @@ life; what a step did is done once:
 Below is the same, but stored, concurrent, and asleep most of the time.
 
     Part I, the heart      the words; the journal; the database; transactions; writing;
-                           scheduling; a run; the engine
-    Part II, the rules     durations and the clock; values and errors; limits; arguments; retries;
-                           records; executions
-    Part III, the sides    binding; rollback; history; usage; the Python dialect; test tools; the
-                           command line
+                           scheduling; lives; replay; a run; attempts; what a run
+                           records; the engine
+    Part II, the rules     durations and the clock; records; codec; limits; arguments; retries;
+                           executions
+    Part III, the sides    the API; files; binding; rollback; replay reports; history; usage; the
+                           Python dialect; test tools; schedules; configuration; showing;
+                           resources; HTTP; the demo; the command line
 
 Whoever reads the first part knows how durable execution works. Each section of the second can be
-read alone, and knows nothing of the heart. Each section of the third could be deleted: the heart
-calls it in one place or two.
+read alone. Each section of the third could be left out: the heart calls it in one place or two.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
-changes = log.getChild("changes")  # of instances: a line for each, at DEBUG (see "HTTP")
+changes = log.getChild("changes")  # a line for each change of an instance, at DEBUG (see "HTTP")
 
 if TYPE_CHECKING:  # so that `WorkflowEntrypoint` alone is one of any params, for type checkers
     from typing_extensions import TypeVar
@@ -168,7 +170,12 @@ Pending = Coroutine[object, None, Result]  # (`Any` here would make mypy give up
 #
 # A caller moves it by `pause` (queued, waiting → paused; running → waitingForPause), `resume`
 # (paused → queued or waiting; waitingForPause → running), `terminate`, and `restart` (→ queued,
-# from anywhere). All other moves are the engine's. What ran when its process ended is queued again.
+# from anywhere). All other moves are the engine's. What ran when its process ended is queued again;
+# what was about to pause is paused. A status says nothing about memory: an instance that waits or
+# is queued may still be loaded, and its `run` may go on by itself, and finish.
+#
+# Every duration, here and in the whole file, is a number of milliseconds, and every moment one
+# since 1970, unless something else is said.
 
 FINISHED = ("complete", "errored", "terminated")
 LIVE = ("running", "waiting", "queued", "waitingForPause")  # in these a run may write
@@ -220,10 +227,14 @@ class WorkflowInternalError(WorkflowError):
 
 class Unreadable(WorkflowInternalError):
     """A stored record was damaged on the disk, where SQLite could not see it. Its instance stops
-    where it is, and nothing becomes an error by it."""
+    where it is, and no error is recorded for it."""
 
 
-Refuse = Callable[[str, str], WorkflowError]  # makes an error of a code and a message
+class LeaseLost(WorkflowError):
+    """What a run wanted to write is not written, because it may not write any more: see `Lease`."""
+
+
+ErrorMaker = Callable[[str, str], WorkflowError]  # of a code and a message
 
 
 def refusal(code: str, message: str) -> WorkflowError:
@@ -239,26 +250,31 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 # --------------------------------------------------------------------------------------------------
 # The journal: what is recorded, and what it means.
 #
-# The journal of an instance is append-only, and the only thing that a replay knows. An instance is
-# in memory only from time to time. Each of these stays is a life (see "A run"), and what happens in
-# a life is recorded as it happens:
+# The journal of an instance is the only thing that a replay knows. Rows are appended to it, and
+# never changed; only a restart takes some away. An instance is in memory from time to time. Each of
+# these stays is a life (see "Lives"), and what happens in a life is recorded as it happens. (A step
+# is a call of `step.do`, `step.sleep` or `step.wait_for_event` in `run`; a `do` has a callback,
+# which is attempted, and attempted again if it fails.)
 #
 #     type                               step    what has happened
-#     queued started running waiting     –       The instance has this status now. The first row of
+#     queued running waiting             –       The instance has this status now. The first row of
 #       waitingForPause paused                   all, `queued`, holds the params, `complete` holds
 #       complete errored terminated              the output, `errored` the error.
+#     started                            –       It is `running` for the first time.
 #     start                              do      An attempt began.
 #     done | failed | error              do      The attempt ended: with a result, with a failure
-#                                                that is retried, with a failure for good. If it
-#                                                has no `start`, `started` says when it began. The
-#                                                first of all these holds the configuration of the
-#                                                step in `extra`.
+#                                                that is retried, with a failure for good. If the
+#                                                attempt has no row `start`, the column `began`
+#                                                says when it began. The first of all these rows of
+#                                                a step holds its configuration in `extra`.
 #     due                                do      The delay before the next attempt is over.
 #     sleep → slept                      sleep   `sleep_until` is a sleep, too.
-#     wait → event | timeout             wait    The event is consumed in this very row.
+#     wait → event | timeout             wait    The event is consumed in this very row; `extra`
+#                                                says where it came from.
 #     cancel                             any     `run` itself has cancelled the call.
-#     stop                               any     A clean stop, a restart or the callback around the
-#                                                call interrupted it: it counts as not begun.
+#     stop                               any     A clean stop, a restart, or the callback around the
+#                                                call has interrupted the step: its last attempt,
+#                                                its sleep or its wait counts as not begun.
 #     sent                               –       An event was put into the instance's buffer.
 #     rollback                           –       From here on only rollback handlers run; `data` is
 #                                                the error that they undo.
@@ -271,7 +287,7 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 
 
 class Row(NamedTuple):
-    """A row of the journal. `data` and `extra` are JSON, `started` is a moment; `seq` and `at` (a
+    """A row of the journal. `data` and `extra` are JSON, `began` is a moment; `seq` and `at` (a
     moment, too) are given to it when it is appended."""
 
     type: str
@@ -279,7 +295,7 @@ class Row(NamedTuple):
     attempt: int | None = None
     data: str | None = None
     extra: str | None = None
-    started: int | None = None
+    began: int | None = None
     seq: int = 0
     at: int = 0
 
@@ -311,7 +327,7 @@ class Step:
     @property
     def nested(self) -> bool:
         """Whether its result does not go to `run`: a callback has called it, or it is a rollback
-        handler."""
+        handler. (Then its key has more than the three parts kind, name and count.)"""
         return self.key.count(SEPARATOR) > 2
 
     @property
@@ -320,7 +336,21 @@ class Step:
         return self.state in ("done", "error")
 
 
-_ENDS = {"done": "done", "slept": "done", "event": "done", "error": "error", "timeout": "error"}
+# What a row says about its step from then on: open, asleep, and its state. (`stop` takes back what
+# the row before it says.)
+_MEANING = {
+    "start": (True, False, "pending"),
+    "done": (False, False, "done"),
+    "failed": (False, True, "pending"),
+    "error": (False, False, "error"),
+    "due": (False, False, "pending"),
+    "sleep": (False, True, "pending"),
+    "slept": (False, False, "done"),
+    "wait": (False, True, "pending"),
+    "event": (False, False, "done"),
+    "timeout": (False, False, "error"),
+    "cancel": (False, False, "cancelled"),
+}
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
@@ -332,7 +362,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         step = steps[row.step] = Step(row.step)
     if row.type == "stop":
         step.attempts -= 1 if step.open else 0
-        step.open = False
+        step.open = step.asleep = False
         if step.config is None:  # a sleep, a wait, or a step without any attempt
             del steps[row.step]
         return None
@@ -340,14 +370,13 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         step.attempts = row.attempt
         if step.config is None:
             step.config = row.extra or ""  # "" is the default configuration
-    step.open = row.type == "start"
-    step.asleep = row.type in ("sleep", "wait", "failed")
-    if row.type == "cancel":
-        step.state = "cancelled"
+    step.open, step.asleep, state = _MEANING[row.type]
+    if state == "cancelled":  # also one with a result that `run` has never seen
+        step.state = state
         return step
     if step.ended or step.state == "cancelled":
         return None  # the first end counts
-    step.state = _ENDS.get(row.type, "pending")
+    step.state = state
     if not step.ended:
         return None
     step.data, step.extra = row.data, row.extra
@@ -364,16 +393,6 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
             inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
             inbox[step.key] = step
     return steps, inbox
-
-
-def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """What is left of a history when it begins again from the step with the first of these keys
-    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
-    after that begins anew, because the reason for the cancellation may be gone."""
-    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
-    counts_from = {row.step: row.seq for row in reversed(rows)}
-    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
-    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
 
 
 class Wait(NamedTuple):
@@ -400,9 +419,9 @@ class WaitEnd(NamedTuple):
 def end_waits(
     waits: Iterable[Wait], events: Mapping[str | None, Sequence[tuple[int, int]]], now: int
 ) -> list[WaitEnd]:
-    """Which waits have ended by now, in the order in which they did, however late we look. The
-    oldest event that came at or before the deadline of the first waiter of its type is that
-    waiter's."""
+    """Which waits have ended by now, in the order in which they did, however late we look. Each
+    waiter, first come first served, takes the oldest event of its type, if that came by the
+    waiter's deadline."""
     buffered = {type: deque(queue) for type, queue in events.items()}
     ended = []
     for wait in waits:
@@ -419,24 +438,12 @@ def end_waits(
 # The database: one file, one connection, one process that runs the instances.
 #
 # The rows are the truth; nobody's memory is. Every write of a run is guarded by the instance's
-# status and generation in the same transaction, so that a run whose instance was changed meanwhile,
-# by whichever process, writes nothing more.
+# status and generation in the same transaction: a run whose instance was changed meanwhile, by
+# whichever process, writes nothing more.
 #
 # Any number of processes may use the file. One of them, the owner, runs the instances: the one that
-# holds an exclusive transaction on a second, empty database. SQLite brings the locking of every
-# platform, and a process that dies lets go of it.
-#
-# Three columns of an instance together say what is being done to it:
-#
-#     status                rollback            termination   meaning
-#     any but the finished  NULL                NULL          `run` runs, or will
-#     queued, running       begun               NULL          `run` has failed: its steps are undone
-#     queued, running       begun               by whom       terminated: its steps are undone first
-#     complete              NULL                NULL          the output is in the newest row
-#     errored               NULL                NULL          failed; there was nothing to undo
-#     errored               complete | failed   NULL          failed, and the undoing went like that
-#     terminated            NULL                by whom       terminated at once
-#     terminated            complete | failed   by whom       the undoing went like that, or was cut
+# holds an exclusive transaction on a second, empty database. SQLite knows how to lock on every
+# platform; a process that is slow keeps the lock, and one that dies lets go of it.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
 _SCHEMA = (  # by version: what leads to it from the one before
@@ -453,12 +460,12 @@ CREATE TABLE instances (
     trigger TEXT NOT NULL, created INTEGER NOT NULL,
     success_retention INTEGER, error_retention INTEGER,
     status TEXT NOT NULL,
-    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete
-    careful INTEGER NOT NULL,      -- it was running when its process died: see "A run"
+    generation INTEGER NOT NULL,   -- raised by restart, rollback, terminate and delete: see `Lease`
+    careful INTEGER NOT NULL,      -- it was running when its process died: see "Attempts"
     place INTEGER,                 -- in the queue; of a paused one, where it goes back to
-    wake INTEGER,                  -- when the owner must attend to it
+    wake INTEGER,                  -- when the owner must attend to it: see "Scheduling"
     started INTEGER, ended INTEGER, paused INTEGER,
-    termination TEXT, rollback TEXT,
+    termination TEXT, rollback TEXT,               -- see "Rollback"
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
@@ -466,7 +473,7 @@ CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
-    started INTEGER,
+    began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
 CREATE TABLE waits (               -- each with the number of its row in the journal, like events
     instance INTEGER NOT NULL, kind TEXT NOT NULL, step TEXT NOT NULL, event TEXT,
@@ -476,17 +483,15 @@ CREATE TABLE events (              -- the buffer: sent, and not consumed
     instance INTEGER NOT NULL, type TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL,
     payload TEXT NOT NULL,
     PRIMARY KEY (instance, type, seq)) WITHOUT ROWID;
-CREATE TABLE schedules (
+CREATE TABLE schedules (           -- see "Schedules"
     workflow INTEGER NOT NULL, cron TEXT NOT NULL, next INTEGER NOT NULL,
     PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
-CREATE TABLE usage (
+CREATE TABLE usage (               -- see "Usage"
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
     storage_bytes INTEGER) WITHOUT ROWID;
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
-SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
-LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
 
 
 class Database:
@@ -497,8 +502,8 @@ class Database:
     def __init__(self, path: str) -> None:
         self.path = path
         self.owner = False  # whether this process runs the instances
-        self._files: dict[str, os.stat_result] = {}
-        self._version = 0  # of the data, when we last asked
+        self.files: Files | None = None
+        self._data_version = 0  # what SQLite said when we last asked whether others wrote
 
     def open(self) -> None:
         """Opens or makes the file, in one transaction, so that it always says whose it is."""
@@ -506,31 +511,30 @@ class Database:
             raise WorkflowInternalError(f"needs SQLite 3.35, and this is {sqlite3.sqlite_version}")
         on_disk = self.path != ":memory:"
         if on_disk:
-            _refuse_what_is_not_ours(self.path)
+            refuse_what_is_not_ours(self.path)
         paths = [self.path, self.path + "-owner" if on_disk else self.path]
-        self._db, self._lock = (
+        self._db, self._ownership = (
             sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
             for path in paths
         )
         self.execute, self.executemany = self._db.execute, self._db.executemany
-        self.insist("PRAGMA synchronous = FULL")
-        self.insist("PRAGMA fullfsync = 1")
-        self.insist("BEGIN IMMEDIATE")
-        version = _schema_version(self._db)
+        self._insist("PRAGMA synchronous = FULL")
+        self._insist("PRAGMA fullfsync = 1")
+        self.begin(patient=True)
+        version = schema_version(self._db)
         for script in _SCHEMA[version:]:
             for statement in script.split(";\n"):
                 self.execute(statement)
         if version < SCHEMA_VERSION:
             self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self.insist("COMMIT")
-        if on_disk and self.insist("PRAGMA journal_mode = WAL") != [("wal",)]:
-            raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
+        self._insist("COMMIT")
         if on_disk:
+            if self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
+                raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
             self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
-            self.others_wrote()  # the first question makes the log
-            files = [self.path + side for side in ("", *SIDES)]
-            self._files = {path: os.stat(path) for path in files}
+            self.others_wrote()  # the first read makes the log
+            self.files = Files(self.path)
 
     def close(self) -> None:
         """Closes the file, and lets go of the lock."""
@@ -538,125 +542,69 @@ class Database:
             self.owned.discard(self.path)
         self.owner = False
         with contextlib.suppress(AttributeError, sqlite3.Error):  # not open yet, or it has failed
-            self._lock.close()
+            self._ownership.close()
             self._db.close()
 
     def rows(self, sql: str, *args: Any) -> list[Any]:
-        return self.execute(sql, args).fetchall()
+        """The rows of a query."""
+        try:
+            return self.execute(sql, args).fetchall()
+        except sqlite3.OperationalError as error:
+            if hasattr(error, "sqlite_errorcode"):
+                raise
+            raise Unreadable(str(error)) from None  # by Python, not by SQLite: it is no UTF-8
 
     def one(self, sql: str, *args: Any) -> Any:
-        (row,) = self.execute(sql, args).fetchall()
+        """The row of a query that has one."""
+        (row,) = self.rows(sql, *args)
         return row
 
-    def begin(self) -> bool:
-        """Begins a transaction that may write; False if another process is in one."""
-        try:
-            self.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if not _is_busy(error):
-                raise
-            return False
-        return True
+    def begin(self, patient: bool) -> bool:
+        """Begins a transaction that may write. False if another process is in one, and we are not
+        patient."""
+        if patient:
+            self._insist("BEGIN IMMEDIATE")
+            return True
+        return _get_lock(self._db, "BEGIN IMMEDIATE") is not None
 
-    def insist(self, sql: str) -> list[Any]:
+    def _insist(self, sql: str) -> list[Any]:
         """Waits for a lock that another process holds, but not for long without notice. (SQLite's
         own way to wait sleeps too long to be fair, and gives up.)"""
         began = time.monotonic()
-        while True:
-            try:
-                return self.execute(sql).fetchall()
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
+        while (rows := _get_lock(self._db, sql)) is None:
             if time.monotonic() > began + 5:
                 began = math.inf
                 log.warning("%s: another process has held a lock for 5 s; waiting", self.path)
             time.sleep(0.001)
+        return rows
 
     def contend(self) -> bool:
         """Tries to become the owner; says whether this process is the owner now."""
-        if not self.owner:
-            try:
-                self._lock.execute("BEGIN EXCLUSIVE")
-                self.owner = True
-                self.owned.add(self.path)
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
+        if not self.owner and _get_lock(self._ownership, "BEGIN EXCLUSIVE") is not None:
+            self.owner = True
+            self.owned.add(self.path)
         return self.owner
 
     def others_wrote(self) -> bool:
         """Whether another connection has written since we last asked."""
-        before, (self._version,) = self._version, self.one("PRAGMA data_version")
-        return self._version != before
-
-    def check_files(self) -> None:
-        """SQLite goes on writing into a file that was removed, replaced or cut short, where nobody
-        would ever read it: that is a failure of storage."""
-        shorter = False
-        for path, was in self._files.items():
-            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
-                raise WorkflowInternalError(f"{path} was removed or replaced")
-            ours = LONG_LOG if path.endswith("-wal") else math.inf
-            shorter = shorter or is_now.st_size < min(was.st_size, ours)
-            self._files[path] = is_now
-        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
-            raise WorkflowInternalError("the file, or its log beside it, was truncated")
-
-    def _is_whole(self) -> bool:
-        """Whether every page is there, for one who has seen none of them yet."""
-        if os.path.getsize(self.path) == 0:  # SQLite would now delete the log
-            return False
-        try:
-            with contextlib.closing(sqlite3.connect(self.path)) as db:
-                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        except sqlite3.DatabaseError:
-            return False
+        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
+        return self._data_version != before
 
 
-def _refuse_what_is_not_ours(path: str) -> None:
-    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made.
-    It is read through SQLite, because closing a plain file would drop the locks that another engine
-    of this process holds on it."""
-    if os.path.isdir(path):
-        raise WorkflowInternalError("is a directory")
-    for each in [path + side for side in ("", *SIDES)]:
-        if os.path.exists(each) and not os.access(each, os.W_OK):
-            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
-        return
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        # A process may have died while SQLite wrote its log back: then the schema makes sense only
-        # together with the log, which is not read here.
-        db.execute("PRAGMA writable_schema = ON")
-        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-            raise WorkflowInternalError("not a database of this module")
-        _schema_version(db)
-
-
-def _schema_version(db: sqlite3.Connection) -> int:
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise WorkflowInternalError(f"written by a newer version (schema {version})")
-    return version
-
-
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def _storage_error(path: str, error: BaseException) -> WorkflowInternalError:
-    if isinstance(error, WorkflowInternalError):
-        return WorkflowInternalError(f"{path}: {error}")
-    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-        return WorkflowInternalError(f"{path}: not a database")
-    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
+    """What a statement gives; None if another process holds the lock that it needs."""
+    try:
+        return db.execute(sql).fetchall()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Instance:
-    """A row of `instances`, with the number and the state of its newest row in the journal."""
+    """A row of `instances`, its columns in their order, with the number and the state of its newest
+    row in the journal."""
 
     key: int
     workflow: int
@@ -690,14 +638,14 @@ class Instance:
         return self.id is None or (expiry is not None and expiry <= now)
 
     def as_of_now(self) -> Instance:
-        """A copy, which nothing changes that is still to come in this transaction."""
+        """A copy, which the rest of the transaction does not change."""
         return Instance(*_all_of(self))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
 _all_of = operator.attrgetter(*_FIELDS)
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
-_CHANGING = _COLUMNS[_COLUMNS.index("status") :]
+_CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of = operator.attrgetter(*_COLUMNS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
@@ -711,18 +659,23 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # --------------------------------------------------------------------------------------------------
 # Transactions: the unit of work.
 #
-# What callers and runs want done they post as operations: functions whose first argument is the
-# transaction. All that is posted within one turn of the loop shares a transaction and its one
-# commit (group commit), and nobody is told of a result before that commit: what a caller has seen
-# is on disk. An operation checks first and writes last, so that one that refuses (by raising a
-# `WorkflowError`) leaves no trace; any other error undoes the whole transaction and stops the
-# engine.
+# Callers and runs post operations: functions whose first argument is the transaction. All that is
+# posted within one turn of the loop shares a transaction and its one commit (group commit), and
+# nobody is told of a result before that commit: what a caller has seen is on disk. An operation
+# checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
+# trace. Any other error, and a plain `WorkflowInternalError`, undoes the whole transaction and
+# stops the engine.
+#
+# After the operations the scheduler does what is due by then, in the same transaction. So a run
+# that is just being loaded hears of every row exactly once: what was there before is in the journal
+# that `load` reads, and what comes later is in the news, which follow the answer of `load`.
 
 _TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
 
 
 class Lease(NamedTuple):
-    """A run's right to write: it ends when its instance's generation is raised."""
+    """A run's right to write: until its instance has finished or is paused, or its generation is
+    raised."""
 
     key: int
     generation: int
@@ -730,14 +683,19 @@ class Lease(NamedTuple):
 
 class News(NamedTuple):
     """What a transaction tells the engine about an instance. `rows` are those that its run, if it
-    is in memory, has not seen; `admitted` says that a new life begins."""
+    is in memory, has not seen; `admitted` says that it has a slot: a life begins, if none is in
+    memory, or follows."""
 
     instance: Instance
     rows: list[Row]
     admitted: bool = False
+    damage: Unreadable | None = None
 
 
-Topic = int | str  # what is watched: a key for the end of that instance, an id for all its rows
+# What is watched: the key of an instance, for its end; or an id, for every row of the instances
+# that have it, in whichever workflow.
+Topic = int | str
+WOKEN = -(2**53)  # added to a moment: a place in the queue ahead of those that count up from 1
 
 
 class Transaction:
@@ -748,7 +706,7 @@ class Transaction:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
         self.news: list[News] = []
         self.touched: set[Topic] = set()
-        self.requeued: list[Instance] = []
+        self.requeued: list[Instance] = []  # those that get no slot at once need a row `queued`
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
         self._instances: dict[int, Instance] = {}
@@ -762,28 +720,24 @@ class Transaction:
 
     def _read(self, where: str, *args: Any) -> list[Instance]:
         rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
-        found = []
-        for row in rows:
-            inst = self._instances.setdefault(row[0], Instance(*row))
-            found.append(inst)
-            if inst.wake is not None and inst.wake <= self.now:
-                self.scheduler.stirred = True  # another process may have changed it
-        return found
+        return [self._instances.setdefault(row[0], Instance(*row)) for row in rows]
 
     def prefetch(self, leases: Iterable[Lease]) -> None:
-        """Reads the instances of many runs at once."""
+        """Reads the instances of many runs at once, for `mine`."""
         keys = {lease.key for lease in leases}
         if len(keys) == 1:
             self._read("key = ?", *keys)
         elif keys:
             self._read(f"key {_AMONG}", str([*keys]))
 
-    def mine(self, lease: Lease, *statuses: str) -> Instance | None:
-        """The instance of a run, if the run may still write, and the status is one of these."""
+    def mine(self, lease: Lease) -> Instance:
+        """The instance of a run that may still write. It raises `LeaseLost` otherwise."""
+        if lease.key not in self._instances:
+            self._read("key = ?", lease.key)
         inst = self._instances.get(lease.key)
-        if inst is None or inst.generation != lease.generation:
-            return None
-        return inst if inst.status in (statuses or LIVE) else None
+        if inst is None or inst.generation != lease.generation or inst.status not in LIVE:
+            raise LeaseLost("this run may not write any more")
+        return inst
 
     def find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
         """The instances with these ids. Those that have expired are not found but cleared away: so
@@ -802,10 +756,8 @@ class Transaction:
         sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
         try:
             return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
-        except sqlite3.OperationalError as error:
-            if hasattr(error, "sqlite_errorcode"):
-                raise
-            raise Unreadable(f"a row of instance {inst.id!r}: {error}") from None  # it's no UTF-8
+        except Unreadable as damage:
+            raise Unreadable(f"a row of instance {inst.id!r}: {damage}") from None
 
     def next_number(self) -> int:
         """Keys and places in the queue are numbers of one sequence, and never given twice."""
@@ -824,7 +776,8 @@ class Transaction:
             report_change(self, inst, row)
 
     def change(self, inst: Instance, **columns: Any) -> None:
-        """Changes columns of an instance."""
+        """Changes columns of an instance. The scheduler hears of a new status, and of a new moment
+        to attend to it."""
         for name, value in columns.items():
             setattr(inst, name, value)
         self._instances[inst.key] = inst
@@ -844,23 +797,35 @@ class Transaction:
 
     def requeue(self, inst: Instance) -> None:
         """Puts an instance that has run at its place in the queue: ahead of those that have not run
-        yet, and among its like by when it fell due, however late that was noticed. One that was
-        about to pause goes there when it is resumed."""
-        place = inst.place
-        if place is None:
-            place = WOKEN + min(inst.wake or self.now, self.now)
+        yet, and among its like by when it fell due, however late that was noticed."""
+        place = self._place_of(inst)
+        self.change(inst, status="queued", place=place)
+        self.requeued.append(inst)
+
+    def leave_slot(self, inst: Instance) -> None:
+        """Takes an instance out of its slot. One that was about to pause is paused; it goes to its
+        place in the queue when it is resumed."""
         if inst.status == "waitingForPause":
+            place = self._place_of(inst)
             self.move(inst, Row("paused"), paused=self.now, place=place, wake=None)
             self.news.append(News(inst, []))
         else:
-            self.change(inst, status="queued", place=place)
-            self.requeued.append(inst)
+            self.requeue(inst)
+
+    def _place_of(self, inst: Instance) -> int:
+        if inst.place is not None:
+            return inst.place
+        return WOKEN + (self.now if inst.wake is None else min(inst.wake, self.now))
+
+    def call_on(self, inst: Instance) -> None:
+        """The owner must attend to it at once, if not since earlier."""
+        self.change(inst, wake=self.now if inst.wake is None else min(inst.wake, self.now))
 
     def buffer(self, inst: Instance, type: str, payload: str) -> None:
         """Adds an event to those that the instance has not consumed; the owner delivers it, usually
         in this very transaction."""
         self.append(inst, Row("sent"), size_of(payload))
-        self.change(inst, wake=self.now)
+        self.call_on(inst)
         event = (inst.key, type, inst.seq, self.now, payload)
         self.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
 
@@ -876,9 +841,8 @@ class Transaction:
     def write(self) -> None:
         """Writes what has been appended and changed."""
         if self._rows:
-            self.db.executemany(
-                "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
-            )
+            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            self.db.executemany(sql, self._rows)
             self.written += len(self._rows)
             self._rows.clear()
         if self._changed:
@@ -891,20 +855,21 @@ class Transaction:
 # --------------------------------------------------------------------------------------------------
 # Writing: who runs a transaction, and when.
 #
-# On the loop itself, at the end of the turn in which something was posted, as long as that takes
-# well under a millisecond: so a step needs no hand-over between threads. On a slow disk, or while
-# another process holds the write lock, in the writer thread: so the loop never waits for either.
+# On the loop itself, at the end of the turn in which something was posted, as long as a commit
+# takes about a millisecond at most: so a step needs no hand-over between threads. On a slow disk,
+# or while another process holds the write lock, in the writer thread: so the loop never waits for
+# either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
 # Both take the same `_transact`, one at a time. What was posted first is committed first, so that
 # everything goes through the thread as long as the thread has anything.
 #
-# Beside that, the thread looks every 50 ms (a tick) whether another process has written, whether
-# something has fallen due by the wall clock, which may jump, whether the owner is gone, and every
-# second whether the file is still there. What it finds it tells the loop, which posts.
+# Beside that, the thread looks every 50 to 100 ms (a tick) whether another process has written,
+# whether something has fallen due by the wall clock, which may jump, whether the owner is gone, and
+# every second whether the file is still there. What it finds it tells the loop, which posts.
 
 TICK = 0.05  # seconds
-QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit on the loop may take
-TRUST = 3  # quick commits in the thread until the next one is made on the loop
-BATCH = 256  # operations, and due or queued instances, that one transaction takes at most
+QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
+TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
+BATCH = 256  # at most so many operations, and so many due instances, are taken at once
 
 Operation = Callable[..., Any]
 Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
@@ -939,22 +904,22 @@ class Answer(NamedTuple):
 class Writer:
     """Runs what is posted, and then tells the engine."""
 
-    def __init__(self, engine: Engine, database: Database) -> None:
+    def __init__(self, engine: Core, database: Database) -> None:
         self.engine, self.database, self.scheduler = engine, database, engine.scheduler
-        self.exact = engine.clock.exact
+        self.exact = engine.clock.exact  # everything on the loop
         self.failure: WorkflowInternalError | None = None
         self.flushing = False  # the loop is about to run what was posted
         self._posted: list[Posted] = []
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
         self._lock = threading.RLock()  # whoever uses the database holds it
-        self._doubts = TRUST  # so many more quick commits, until the next one is made on the loop
+        self._distrust = TRUST  # so many more of these
         self._timer: Any = None
         self._armed: float = math.inf  # when the timer goes off
         self._ticked = self._checked = time.monotonic()
         self._process = os.getpid()
         self._closed = False
-        self._cpu_counted = 0  # ns, of the engine's
+        self._cpu_counted = 0  # of the engine's `cpu_ns`
 
     def start(self) -> asyncio.Future[None]:
         """Opens the database in the thread; the future fails if that is refused."""
@@ -997,7 +962,7 @@ class Writer:
         if self._closed or self._process != os.getpid():
             return  # (a forked child must not write over our connection)
         answer = None
-        if self.exact or (self._doubts == 0 and self._handed == 0):
+        if self.exact or (self._distrust == 0 and self._handed == 0):
             try:
                 if self._lock.acquire(blocking=self.exact):
                     answer = self._answer(batch, patient=self.exact)
@@ -1007,13 +972,13 @@ class Writer:
         if answer is None:
             self._give_to_thread(batch)
         else:
-            self._take(answer)
+            self._receive(answer)
 
     def _give_to_thread(self, batch: list[Posted]) -> None:
         self._handed += 1
         self._batches.put(batch)
 
-    def _take(self, answer: Answer, batches: int = 0) -> None:
+    def _receive(self, answer: Answer, batches: int = 0) -> None:
         self._handed -= batches
         if self.failure is not None:
             self.engine.storage_failed()
@@ -1057,11 +1022,9 @@ class Writer:
 
     def _transact(self, batch: list[Posted], patient: bool) -> Answer | None:
         """The transaction: each operation, then what is due by then, then the commit."""
-        if patient:
-            self.database.insist("BEGIN IMMEDIATE")
-        elif not self.database.begin():
+        if not self.database.begin(patient):
             return None
-        outside = self.exact and self.database.others_wrote()  # the tick would see it some time
+        outside = self.exact and self.database.others_wrote()  # else the tick notices that
         self.scheduler.stirred |= outside
         tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
         tx.cpu_ns = cpu_ns - self._cpu_counted
@@ -1074,7 +1037,7 @@ class Writer:
                 if type(refused) is WorkflowInternalError:
                     raise
                 results.append((then, None, refused))
-        self.scheduler.run(tx)
+        self.scheduler.schedule(tx)
         count_usage(tx)
         tx.write()
         began = time.perf_counter()
@@ -1082,12 +1045,12 @@ class Writer:
         self._cpu_counted = cpu_ns
         if tx.written:
             quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
-            self._doubts = max(0, self._doubts - 1) if quick else TRUST
+            self._distrust = max(0, self._distrust - 1) if quick else TRUST
         return Answer(results, tx.news, None if outside else tx.touched)
 
     def fail(self, error: BaseException) -> None:
         """Storage has failed: nothing of this transaction is stored, and nothing more will be."""
-        self.failure = _storage_error(self.database.path, error)
+        self.failure = storage_error(self.database.path, error)
         if isinstance(error, Exception):
             log.critical("%s; the engine stops here", self.failure, exc_info=error)
         self.database.close()
@@ -1100,15 +1063,17 @@ class Writer:
             self.database.open()
             call(resolve, opened)
             self._work()
-        except Exception as error:  # of opening: all else is told by `_answer` and `tick`
-            call(resolve, opened, None, _storage_error(self.database.path, error))
+        except Exception as error:  # of opening: all else is told by `_answer` and `_tick`
+            call(resolve, opened, None, storage_error(self.database.path, error))
         with self._lock:
             self.database.close()
         call(resolve, self.closed)
 
     def _work(self) -> None:
         batches: list[list[Posted] | None] = []
-        while None not in batches and not self.engine.loop.is_closed():  # without our being left
+        while (
+            None not in batches and not self.engine.loop.is_closed()
+        ):  # by one who forgot to leave
             batches.clear()
             with contextlib.suppress(queue.Empty):
                 batches.append(self._batches.get(timeout=TICK))
@@ -1118,7 +1083,9 @@ class Writer:
                 batch = [posted for part in batches for posted in part or ()]
                 with self._lock:
                     answer = self._answer(batch, patient=True)
-                self.engine.call_from_thread(self._take, answer, len(batches) - batches.count(None))
+                self.engine.call_from_thread(
+                    self._receive, answer, len(batches) - batches.count(None)
+                )
             if time.monotonic() > self._ticked + TICK:
                 self._tick()
 
@@ -1131,16 +1098,17 @@ class Writer:
             try:
                 others_wrote = self.database.others_wrote()
                 if self.scheduler.bound and not self.database.owner:
-                    self.scheduler.stirred = self.database.contend()
+                    self.scheduler.stirred |= self.database.contend()
                 if self._ticked > self._checked + 1:
                     self._checked = self._ticked
-                    self.database.check_files()
-                    self.scheduler.warn_about_unbound_work()
+                    if self.database.files is not None:
+                        self.database.files.check()
+                    warn_about_unbound_work(self.scheduler)
                 if others_wrote or self.scheduler.is_due():
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
                 self.fail(error)
-                self.engine.call_from_thread(self._take, Answer([], [], set()))
+                self.engine.call_from_thread(self._receive, Answer([], [], set()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1148,14 +1116,15 @@ class Writer:
 #
 # The column `wake` says when the owner must attend to an instance: because something falls due,
 # because a caller has changed it (then `wake` is that moment), or because it expires. So waiting,
-# recovery, retention and news from other processes are one index scan. It is part of every
+# recovery, retention and news from other processes are one index scan. That scan is part of every
 # transaction that may have made something due, and its cost depends on what is due, not on what is
 # there. Only `queued` instances are found otherwise: by their place in the queue.
 #
 # An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
 # wakes up it goes through the queue again, ahead of those that have never started.
 
-WOKEN = -(2**53)  # added to a place in the queue: ahead of those that have never started
+
+DAMAGED = 3_600_000  # until an instance is attended to again whose waits can't be read back
 
 
 class Scheduler:
@@ -1168,8 +1137,8 @@ class Scheduler:
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # nothing begins any more
-        self._warned: set[int] = set()  # workflows that are not bound, and have been warned about
-        self._room = 0  # so many may be created before the queue must be counted again
+        self.queue_limit = QueueLimit(self)
+        self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
 
     def is_due(self) -> bool:
@@ -1186,12 +1155,12 @@ class Scheduler:
         if not self.database.contend() and path in Database.owned and len(self.bound) == 1:
             log.warning("%s: another engine of this process runs it; this one is a client", path)
 
-    def run(self, tx: Transaction) -> None:
+    def schedule(self, tx: Transaction) -> None:
         """What is due, then the queue."""
         if self.is_due():
             self._inherit(tx)
             due = self._of_bound(tx, "wake <= ? ORDER BY wake LIMIT ?", tx.now, BATCH)
-            if len(due) >= BATCH:  # so that a fresh one need not wait behind a million expired ones
+            if len(due) >= BATCH:  # then a fresh one need not wait behind a million expired ones
                 due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
@@ -1204,30 +1173,33 @@ class Scheduler:
                 tx.append(inst, Row("queued"))
 
     def _inherit(self, tx: Transaction) -> None:
-        """What ran when its process died is queued again."""
+        """What took a slot when its process died is queued again, or paused."""
         inherited, self._inherited = self._inherited, []
         for key in inherited:
             keep_schedules(tx, key, self.bound[key])
             for inst in tx.select(f"workflow = ? AND {_TAKES_A_SLOT}", key):
                 tx.change(inst, careful=1)
-                tx.requeue(inst)
+                tx.leave_slot(inst)
 
     def _attend(self, tx: Transaction, inst: Instance) -> None:
         """Ends what an instance has waited for, or clears it away; and tells the engine."""
         rows: list[Row] = []
+        damage = None
         if inst.is_over(tx.now):
             tx.purge(inst)
         else:
+            due = inst.expiry()
             if inst.status in LIVE:
-                rows, due = self._end_waits(tx, inst)
-                if rows and inst.status == "waiting":
-                    tx.requeue(inst)
-            else:
-                due = inst.expiry()
+                try:
+                    rows, due = self._end_waits(tx, inst)
+                except Unreadable as error:
+                    damage, due = error, tx.now + DAMAGED
+            if rows and inst.status == "waiting":
+                tx.requeue(inst)
             tx.change(inst, wake=due)
-        # A rollback begins a new life without leaving its slot.
+        # A rollback that begins is a new life in the same slot.
         begun = inst.status == "running" and inst.rollback == "begun"
-        tx.news.append(News(inst, rows, admitted=begun))
+        tx.news.append(News(inst, rows, begun, damage))
 
     def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
         """Ends the waits of an instance that are over; returns the rows that say so, and when the
@@ -1252,18 +1224,18 @@ class Scheduler:
     def _end_wait(self, tx: Transaction, inst: Instance, end: WaitEnd) -> Row:
         """Records the end of a wait; the event that ended it is consumed with that."""
         wait, event = end.wait, end.event
-        tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         row = Row("due" if wait.kind == "retry" else "slept", wait.step)
         if event is not None:
-            sql = "DELETE FROM events WHERE instance = ? AND type = ? AND seq = ? RETURNING payload"
-            (payload,) = tx.db.one(sql, inst.key, wait.event, event[0])
+            where = "FROM events WHERE instance = ? AND type = ? AND seq = ?"
+            (payload,) = tx.db.one(f"SELECT payload {where}", inst.key, wait.event, event[0])
+            tx.db.execute(f"DELETE {where}", (inst.key, wait.event, event[0]))
             extra = json.dumps({"type": wait.event, "seq": event[0], "at": event[1]})
             row = Row("event", wait.step, None, payload, extra)
         elif wait.event is not None:
             (began,) = tx.journal(inst, "seq = ?", wait.seq)
-            ms = json.loads(began.data or "")["timeout"]
-            error = WorkflowTimeoutError(f"Execution timed out after {ms}ms")
-            row = Row("timeout", wait.step, None, encode_error(error))
+            ms = read_back(began.data or "null", f"row {began.seq}")["timeout"]
+            row = Row("timeout", wait.step, None, encode_error(timed_out(ms)))
+        tx.db.execute("DELETE FROM waits WHERE instance = ? AND seq = ?", (inst.key, wait.seq))
         tx.append(inst, row)
         return Row(*row[:6], inst.seq, tx.now)
 
@@ -1275,8 +1247,8 @@ class Scheduler:
             head = tx.select(
                 "workflow = ? AND status = 'queued' ORDER BY place LIMIT ?", key, BATCH
             )
-            queued += head[: self._free(tx, workflow.running, [key])] if head else []
-        most = min(BATCH, self._free(tx, self.limits.running, self.bound)) if queued else 0
+            queued += head[: self.free(tx, workflow.running, [key])] if head else []
+        most = min(BATCH, self.free(tx, self.limits.running, self.bound)) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
         for inst in queued[:most]:
             first_time = inst.started is None
@@ -1290,38 +1262,12 @@ class Scheduler:
             tx.news.append(News(inst, [], admitted=True))
         return len(queued) >= BATCH == most
 
-    def _free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
+    def free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
         """How many more may run."""
         if limit is None:
             return 10**9
         taken: int = sum(self._one(tx, "count(*)", key, _TAKES_A_SLOT) for key in workflows)
         return max(0, limit - taken)
-
-    def check_queue(self, tx: Transaction, new: int) -> None:
-        """Refuses what would be queued beyond the limit. Counting takes time with a long queue, so
-        that it is done again only when a tenth of the room is used up."""
-        limit = self.limits.queued
-        if limit is not None and new > self._room:
-            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
-            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
-            room = limit + self._free(tx, self.limits.running, self.bound) - length
-            if new > room:
-                what = f"more than {limit} instances would be queued (limit queued)"
-                raise refusal("limit.queued_instances", what)
-            self._room = (room - new) // 10 + new
-        self._room -= new
-
-    def warn_about_unbound_work(self) -> None:
-        """All processes that run a file bind the same workflows: says so, once, if that is not
-        so."""
-        sql = """SELECT key, name FROM workflows AS w WHERE
-                 EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
-                 OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
-        for key, name in self.database.rows(sql, self.clock.now()) if self.database.owner else ():
-            if key not in self.bound and key not in self._warned:
-                self._warned.add(key)
-                path = self.database.path
-                log.warning("%s: there is work for %r, which is not bound here", path, name)
 
     def _of_bound(self, tx: Transaction, where: str, *args: Any) -> list[Instance]:
         where = f"workflow = ? AND {where}"
@@ -1334,7 +1280,7 @@ class Scheduler:
 
 
 # --------------------------------------------------------------------------------------------------
-# A run: one life of one instance, from its loading to its unloading.
+# Lives: an instance is in memory from time to time, and each of these stays is a life.
 #
 # A life begins with the folded journal, and calls `run` from the top. Each step call is looked up:
 # if the journal has its result, it gets that, and nothing else happens; otherwise the step begins,
@@ -1342,29 +1288,28 @@ class Scheduler:
 #
 # Results reach `run` one at a time, in the order in which they were recorded, each only when the
 # run has settled down from the one before: when ten turns of the loop went by without a step call.
-# So
+# Therefore
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
-# finds the same task done in every life. What happens for the first time goes the same way: it is
-# recorded, then put into the inbox, then handed over when its turn comes. (Ten turns are more than
-# `gather`, `wait` and TaskGroups need between a result and the next step call. Code that needs more
-# of them may see two results at once in one life, and one after the other in another.)
+# finds the same task done in every life. What happens for the first time goes the same way:
 #
-# An attempt's start is a row of its own as soon as the callback waits for anything, or does
-# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
-# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
-# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
-# its process, and counts as failed. That leaves the callback that kills its process before its
-# first await, which would do so for ever. Therefore an instance that was running when its process
-# died is `careful`: until one more of its steps has ended, it waits for the commit of a start
-# before it calls the callback.
+#     the callback returns → its end is posted → committed → `take` → the inbox → `hand_over`
+#
+# (Ten turns are more than `gather`, `wait` and TaskGroups need between a result and the next step
+# call. Code that needs more of them may see two results at once in one life, and one after the
+# other in another. A result that can disturb nobody, because nothing else of `run` is under way, is
+# handed over at once.)
 #
 # When all that is under way waits for a moment or an event, the instance is `waiting`, and some
 # time later its life ends; only rows remain, and the scheduler begins another life when it is due.
 # A life also ends because `run` has ended, because the instance was paused, restarted, terminated
 # or deleted by whomever, or because the engine stops. It always ends in one way, `unload`, and
 # nothing in memory is worth keeping.
+#
+# Each of the next sections is about one class: a `Life` has tasks, and ends them; a `Replay` is a
+# life that calls `run`, and gives it what is recorded; a `Run` is a replay that goes on, and
+# records what happens; an `Attempt` is what it does for a `do`.
 
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
@@ -1380,14 +1325,132 @@ def current_attempt() -> Attempt | None:
 
 
 class Unload(asyncio.CancelledError):
-    """What step calls raise in a run that is being unloaded. A `CancelledError`, so that `finally`
+    """What step calls raise in a run that is being unloaded. A `CancelledError`: so `finally`
     blocks run, `except Exception` lets it pass, and asyncio logs nothing."""
+
+
+class Loaded(NamedTuple):
+    """What a life begins with."""
+
+    instance: Instance
+    rows: list[Row]
+    damage: Unreadable | None = None  # why there are no rows
+
+
+class Life:
+    """The tasks of one life of an instance, and how they end."""
+
+    def __init__(self, engine: Core, workflow: Workflow, inst: Instance) -> None:
+        self.engine, self.loop, self.workflow = engine, engine.loop, workflow
+        self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
+        self.token = object()  # what code of `run` has in its context: see `tokens_with_timers`
+        self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
+        self.dead = False  # whatever its code does is ignored
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.orphan = False  # its task was cancelled by somebody else
+        self.successor: Instance | None = None  # what the next life begins with, if one follows
+        self.interrupted: list[str] = []  # the steps whose attempts its end has cut off
+        self._ending: set[asyncio.Task[Any]] = set()  # the tasks that `ended` waits for
+        self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
+
+    def __str__(self) -> str:
+        return f"{self.workflow.name} {self.id}"
+
+    def begin(self) -> None:
+        """Calls `main` in a task."""
+        # Not by `loop.create_task`, whose factory may begin it before we know it.
+        name = f"workflows:{self.workflow.name}:{self.id}"
+        self.task = asyncio.Task(self.main(), loop=self.loop, name=name)
+        self.task.add_done_callback(self._main_ended)
+
+    async def main(self) -> Any:
+        """What its task does."""
+        raise NotImplementedError
+
+    def conclude(self, result: Any) -> None:
+        """What to do when `main` has returned."""
+        raise NotImplementedError
+
+    def calling(self) -> list[asyncio.Task[Any]]:
+        """The tasks that await step calls."""
+        raise NotImplementedError
+
+    def _main_ended(self, task: asyncio.Task[Any]) -> None:
+        if self.dead:
+            return
+        if task.cancelled() or task.exception() is not None:
+            self.orphan = True  # usually the loop is being torn down
+            self.unload()
+            self.loop.call_later(1, self.engine.lives.adopt, self)
+        else:
+            self.conclude(task.result())
+
+    def on_news(self, news: News) -> None:
+        """The instance has changed: if that ends this life, another one may follow."""
+        inst = news.instance
+        outdated = inst.generation != self.lease.generation
+        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
+            self.successor = inst if news.admitted else self.successor
+            self.unload()
+
+    def unload(self) -> None:
+        """Ends this life by cancelling its tasks. `ended` is done when all have ended, or after a
+        second."""
+        if self.dead:
+            return
+        self.dead = True
+        self._timer = self.loop.call_later(GRACE, self._abandon)
+        for task in {self.task, *self.calling(), *self.callbacks}:
+            if not task.done():
+                self._ending.add(task)
+                task.add_done_callback(self._one_has_ended)
+                task.cancel()
+        self._check_ended()
+
+    def _one_has_ended(self, task: asyncio.Task[Any]) -> None:
+        self._ending.discard(task)
+        self._check_ended()
+
+    def _abandon(self) -> None:
+        log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._ending))
+        self._ending.clear()
+        self._check_ended()
+
+    def _check_ended(self) -> None:
+        if not (self._ending or self.ended.done()):
+            self._timer.cancel()
+            self.ended.set_result(None)
+            self.engine.lives.life_ended(self)
+
+    def stop_in_place(self, damage: str) -> None:
+        """Ends it because a record can't be read back; no other life follows."""
+        self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
+        self.successor = None
+        self.unload()
+
+    async def refuse(self) -> NoReturn:
+        """Ends code that calls a step when this life is over. Code that catches that and goes on is
+        told more plainly, and slowed down if it never stops: a loop that catches everything does no
+        harm."""
+        attempt, task = current_attempt(), asyncio.current_task()
+        if attempt is not None and attempt.run is not self:
+            raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
+        self._refused[task] += 1
+        if self._refused[task] == 1:
+            raise Unload
+        if self._refused[task] > 100:
+            await asyncio.sleep(GRACE)
+        raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay: step calls, and the results that they get.
 
 
 class StepCall(Coroutine[Any, Any, Any]):
     """What `step.do(…)` and its siblings return: counted when made, begun when first awaited. It is
-    a coroutine for asyncio, so that `create_task`, `gather` and `TaskGroup` take it. While it is
-    under way, it holds what there is only then."""
+    a coroutine for asyncio: `create_task`, `gather` and `TaskGroup` take it. While it is under way,
+    it holds what there is only then."""
 
     step: Step
     task: asyncio.Task[Any] | None = None  # the one that awaits it
@@ -1399,7 +1462,7 @@ class StepCall(Coroutine[Any, Any, Any]):
 
     def __init__(
         self,
-        run: Run,
+        run: Replay,
         kind: str,
         plan: Callable[[Any], DoPlan | WaitPlan],
         name: Any,
@@ -1460,199 +1523,27 @@ class StepCall(Coroutine[Any, Any, Any]):
             resolve(self._over)
 
 
-class WorkflowStep:
-    """The `step` of `run(event, step)`. Each method returns something to await, once.
+class Replay(Life):
+    """A life that calls `run`, and gives its step calls what is recorded. What `run` would do
+    beyond that never begins: so this is all there is of a life that only looks."""
 
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.declared: dict[tuple[str, str], StepFunction[Any]] = {}  # see the Python dialect
-
-    @overload
-    def do(
-        self, name: str, callback: AsyncFunction[Result], options: Options = None, **more: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, callback: Callable[..., Result], options: Options = None, **more: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, config: Options, callback: AsyncFunction[Result], *more: Any, **named: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(
-        self, name: str, config: Options, callback: Callable[..., Result], *more: Any, **named: Any
-    ) -> Pending[Result]: ...
-    @overload
-    def do(self, name: str | None = None, *args: Any, **options: Any) -> StepDecorator: ...
-    def do(self, name: Any = None, *args: Any, **options: Any) -> Any:
-        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
-        returns, and returns that, now and in every replay.
-
-        The callback is async, or plain, which runs in a thread; if it has one required parameter,
-        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
-        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
-        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
-        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
-
-        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
-        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
-
-        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
-        function: see `StepFunction`.
-
-        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
-        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
-        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
-        `limit.instance_state`."""
-        if "callback" in options or any(map(callable, args)):
-            return StepCall(self._run, "do", plan_do, name, args, options)
-        return StepDecorator(self, name, args, options)
-
-    def sleep(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
-        """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
-
-        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
-        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
-        return StepCall(self._run, "sleep", plan_sleep, name, args, options)
-
-    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
-        """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
-        milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
-        counts of a name, and the errors."""
-        return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
-
-    def wait_for_event(
-        self, name: Any = None, *args: Any, **options: Any
-    ) -> Pending[WorkflowStepEvent]:
-        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
-        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
-        days) it raises `WorkflowTimeoutError`.
-
-        developers.cloudflare.com/workflows/build/events-and-parameters/
-        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
-        plan = plan_wait_for_event
-        return StepCall(self._run, "wait_for_event", plan, name, args, options)
-
-
-class Loaded(NamedTuple):
-    """What a life begins with."""
-
-    instance: Instance
-    rows: list[Row]
-    damage: Unreadable | None = None  # why there are no rows
-
-
-class Life:
-    """The tasks of a run, and how they end."""
-
-    def __init__(self, engine: Engine, workflow: Workflow, inst: Instance) -> None:
-        self.engine, self.loop, self.workflow = engine, engine.loop, workflow
-        self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
-        self.token = object()  # what code of `run` has in its context: see `runs_with_timers`
-        self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
-        self.dead = False  # whatever its code does is ignored
-        self.ended: asyncio.Future[None] = self.loop.create_future()
-        self.orphan = False  # its task was cancelled by somebody else
-        self.successor: Instance | None = None  # what the next life begins with, if one follows
-        self._ending: set[asyncio.Task[Any]] = set()  # tasks that must end before that
-        self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
-
-    def __str__(self) -> str:
-        return f"{self.workflow.name} {self.id}"
-
-    def begin(self) -> None:
-        """Calls `main` in a task."""
-        # Not by `loop.create_task`, whose factory may begin it before we know it.
-        name = f"workflows:{self.workflow.name}:{self.id}"
-        self.task = asyncio.Task(self.main(), loop=self.loop, name=name)
-        self.task.add_done_callback(self.main_ended)
-
-    async def main(self) -> Any:
-        """What it lives for."""
-        raise NotImplementedError
-
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
-        """Records what came of that."""
-        raise NotImplementedError
-
-    def calling(self) -> list[asyncio.Task[Any]]:
-        """The tasks that await step calls."""
-        raise NotImplementedError
-
-    def unload(self) -> None:
-        """Ends this life by cancelling its tasks. `ended` is done when all have ended, or after a
-        second."""
-        if self.dead:
-            return
-        self.dead = True
-        self._timer = self.loop.call_later(GRACE, self._abandon)
-        for task in {self.task, *self.calling(), *self.callbacks}:
-            if not task.done():
-                self._ending.add(task)
-                task.add_done_callback(self._one_has_ended)
-                task.cancel()
-        self._check_ended()
-
-    def _one_has_ended(self, task: asyncio.Task[Any]) -> None:
-        self._ending.discard(task)
-        self._check_ended()
-
-    def _abandon(self) -> None:
-        log.warning("%s: %d tasks ignore their cancellation; abandoned", self, len(self._ending))
-        self._ending.clear()
-        self._check_ended()
-
-    def _check_ended(self) -> None:
-        if not (self._ending or self.ended.done()):
-            self._timer.cancel()
-            self.ended.set_result(None)
-            self.engine.lives.life_ended(self)
-
-    async def refuse(self) -> NoReturn:
-        """Ends code that calls a step in a dead run. Code that catches that and goes on is told
-        more plainly, and slowed down if it never stops: a loop that catches everything does no
-        harm."""
-        attempt, task = current_attempt(), asyncio.current_task()
-        if attempt is not None and attempt.run is not self:
-            raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
-        self._refused[task] += 1
-        if self._refused[task] == 1:
-            raise Unload
-        if self._refused[task] > 100:
-            await asyncio.sleep(GRACE)
-        raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
-
-
-class Run(Life):
-    """One life of one instance: replays `run`, goes on, and records what happens."""
-
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         inst, rows, damage = loaded
         if damage is not None:
             raise damage
         super().__init__(engine, workflow, inst)
-        self.careful = bool(inst.careful)
-        # As recorded; or "idling" (it asks whether it may wait), "pausing" or "ended" (it has asked
-        # for that).
-        self.status = inst.status
-        self.seq = inst.seq  # of the newest row that it knows of
         self.steps, self.inbox = fold(rows)
         payload = freeze(read_back(rows[0].data or "null", "its params"))
         about = (to_datetime(inst.created), self.id, workflow.name, schedule_of(inst))
         self.event = WorkflowEvent(payload, *about)
-        self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes
-        self.unawaited: set[StepCall] = set()  # of these
-        self.active: dict[str, StepCall] = {}  # the calls that are under way
-        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
+        self.counts: dict[str, int] = {}  # of the step calls that `run` itself makes, by name
+        self.unawaited: set[StepCall] = set()  # those calls that were not awaited yet
+        self.called: set[str] = set()  # the keys of those that were
+        self.active: dict[str, StepCall] = {}  # the calls that are under way, nested ones, too
         self.handlers: dict[str, Any] = {}  # see "Rollback"
-        self._called: set[str] = set()  # the steps that were called
-        self._dos_left = workflow.steps
         self.last_move = 0  # the turn of the loop in which it last did something
+        self._dos_left = workflow.steps
         self._settling = False  # `settled` will be called
-        self._writing = 0  # operations that have no answer yet
 
     async def main(self) -> Any:
         """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
@@ -1672,52 +1563,24 @@ class Run(Life):
                 raise
             return error
 
-    def main_ended(self, task: asyncio.Task[Any]) -> None:
-        if self.dead:
-            return
-        if task.cancelled() or task.exception() is not None:
-            self.orphan = True  # usually the loop is being torn down
-            self.unload()
-            self.loop.call_later(1, self.engine.lives.adopt, self)
-        else:
-            self.status = "ended"  # nothing else begins
-            self.conclude(task.result())
-
-    def conclude(self, result: Any) -> None:
-        """Records how `run` has ended."""
-        self._warn_about_calls()
-        self._record_cancelled()
-        if isinstance(result, BaseException):
-            log.warning("%s: an error has left run", self, exc_info=result)
-            self.post(finish, Row("errored", data=encode_error(result)), 0, then=self._go_on_as)
-        else:
-            self.post(finish, Row("complete", data=result), size_of(result), then=self._go_on_as)
-
-    def _go_on_as(self, successor: Instance, damage: BaseException | None) -> None:
-        """`run` has ended, but not the instance: its steps will be undone."""
-        if damage is not None:
-            self.stop_in_place(str(damage))
-        self.successor = successor
-        self.unload()
-
     def calling(self) -> list[asyncio.Task[Any]]:
         return [call.task for call in self.active.values() if call.task is not None]
 
-    # -- step calls
+    # -- a step call
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
-        if self.dead:
-            await self.refuse()
         self.last_move = self.engine.turns.now
         check_name(call.name)
         while (other := self.active.get(call.key)) is not None:
-            await other.join()  # of the attempt before, which has failed without waiting for it
+            await other.join()  # a task that the attempt before has left behind is still at it
+        if self.dead:
+            await self.refuse()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
         self.active[call.key], self.steps[call.key] = call, step
         try:
-            self._note(call)
+            self.note(call)
             if step.state in ("new", "pending"):
                 await self.carry_out(call)
             elif self._is_next(step) and self._is_alone(call):
@@ -1729,7 +1592,7 @@ class Run(Life):
             return self._value(call)
         except asyncio.CancelledError:
             if not self.dead:
-                self._on_cancellation(call)
+                self.on_cancellation(call)
             raise
         except Unreadable as damage:
             self.stop_in_place(f"step {step_label(call.key)!r}: {damage}")
@@ -1737,45 +1600,25 @@ class Run(Life):
         finally:
             del self.active[call.key]
             call.end()
-            if self.active and not self.loop.is_closed():
+            if not self.loop.is_closed():
                 self.move_on()
 
-    def _note(self, call: StepCall) -> None:
+    def note(self, call: StepCall) -> None:
         """Notes that a step was called: counts it, if it is a `do`, and keeps its handler."""
         if call.kind == "do":
-            if call.key not in self._called:
+            if call.key not in self.called:
                 self._dos_left -= 1
-            if self._dos_left < 0:
-                limit = self.workflow.steps
-                raise fatal("limit.steps", f"the run calls more than {limit} steps (limit steps)")
+                if self._dos_left < 0:
+                    what = f"the run calls more than {self.workflow.steps} steps (limit steps)"
+                    raise fatal("limit.steps", what)
             note_handler(self, call)
-        self._called.add(call.key)
+        self.called.add(call.key)
 
     async def carry_out(self, call: StepCall) -> None:
-        """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
-        if call.outer is None:
-            self._record_cancelled()
-        else:
-            call.outer.post_start()  # comes first in the history
-        plan = call.plan(call)
-        if isinstance(plan, DoPlan):
-            await self._attempts(call, plan)
-        else:
-            self._begin_wait(call, plan)
+        """Begins a step, or goes on with it. (Here the call just stays pending.)"""
 
-    def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
-        """Begins a sleep or an event wait, unless an earlier life has done so."""
-        if call.outer is not None:
-            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
-        if call.step.state == "new":
-            due = 0 if self.is_skipped(plan.kind, call) else plan.due  # 0 is before any event
-            row = Row(plan.kind, call.key, None, plan.data)
-            apply(self.steps, row)
-            self.post(record, row, 0, Wait(plan.kind, call.key, plan.event, due, plan.fixed))
-
-    def is_skipped(self, kind: str, call: StepCall) -> bool:
-        """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-        return any(block.skips(kind, call) for block in self.engine.scheduler.blocks)
+    def on_cancellation(self, call: StepCall) -> None:
+        """`run`, or the callback around it, has cancelled a call."""
 
     async def wait(self, call: StepCall) -> None:
         """Suspends a call until something has happened to its step."""
@@ -1788,7 +1631,7 @@ class Run(Life):
             call.waiter = None
 
     def _value(self, call: StepCall) -> Any:
-        """What the caller gets: always from what was stored, also the first time."""
+        """What the caller gets: the record read back, or what is equal to it (`call.fresh`)."""
         step, fresh, data = call.step, call.fresh, call.step.data
         if not step.nested:
             step.data = None  # nobody asks again; the next attempt around a nested step does
@@ -1802,86 +1645,50 @@ class Run(Life):
             return step_event(data, step.extra)
         return read_back(data, "its result")
 
-    async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
-        """The attempts of a step, until the end of the last one is posted."""
-        again = True
-        if call.step.open:  # the process died during this one
-            attempt = Attempt(self, call, plan.config)
-            again = await attempt.end_as_dead()
-        while again:
-            attempt = Attempt(self, call, plan.config)
-            try:
-                await attempt.pass_gate(plan.plain)
-                await attempt.execute(self._callback(attempt, plan))
-            finally:
-                attempt.free_slot()
-            again = attempt.again
-
-    def _callback(self, attempt: Attempt, plan: DoPlan) -> Callable[[], Any]:
-        """What an attempt calls: the callback, or what a test has put in its place."""
-        for block in reversed(self.engine.scheduler.blocks):
-            if (mock := block.substitute(attempt)) is not None:
-                return mock
-        return plan.bind(attempt)
-
     # -- results, one at a time
-
-    def take(self, row: Row) -> None:
-        """Takes a row into account that was recorded in this life."""
-        step, call = apply(self.steps, row), self.active.get(row.step or "")
-        if step is not None and not step.nested:
-            self.inbox[step.key] = step
-        elif call is not None and (step is not None or row.type == "due"):
-            call.wake()
 
     def _is_next(self, step: Step) -> bool:
         return next(iter(self.inbox), None) == step.key and step.state != "cancelled"
 
     def _is_alone(self, call: StepCall) -> bool:
         """Whether nothing else of `run` can happen before this call goes on: it is made by the task
-        of `run` itself, no other call is under way, and no task is about to make one. Then a result
-        may be handed over at once: it can disturb nobody."""
+        of `run` itself, no other call is under way, and no task is about to make one."""
         return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
 
     def move_on(self) -> None:
-        """Does what comes next by itself. Called after whatever has happened."""
-        if self.status == "waiting" and not (self.dead or self.still_waits()):
-            self.status = "waking"
-            self.post(wake_up)  # `run` has gone on by itself
-        if self.dead or self.status not in ("running", "waitingForPause"):
+        """Hands over the next result: at once, if that can disturb nothing, else when the run has
+        settled. Called after whatever has happened."""
+        if self.dead or self._settling or not self.has_next():
             return
-        if self.status == "waitingForPause" and not self.attempts_in_flight():
-            self._record_cancelled()
-            self.status = "pausing"
-            self.post(pause_now)
-        elif not self._settling and (self.inbox or self.cancelled or self._is_idle()):
-            call = self.active.get(next(iter(self.inbox), ""))
-            if call and call.waiter and call.alone and len(self.active) == 1:
-                self._deliver(call)
-            else:
-                self._settling = True
-                self.last_move = self.engine.turns.now
-                self.engine.turns.when_settled(self)
+        call = self.active.get(next(iter(self.inbox), ""))
+        if call and call.waiter and call.alone and len(self.active) == 1:
+            self._deliver(call)
+        else:
+            self._settling = True
+            self.last_move = self.engine.turns.now
+            self.engine.turns.when_settled(self)
+
+    def has_next(self) -> bool:
+        """Whether there is anything to do when it has settled."""
+        return bool(self.inbox)
 
     def settled(self) -> None:
         """Ten turns of the loop went by without a step call or a result."""
         self._settling = False
-        if self.dead or self.status not in ("running", "waitingForPause"):
-            return
-        if self.active:
-            self._record_cancelled()
-        skipped: list[str] = []
-        for key in self.inbox:
-            call = self.active.get(key)
+        if not self.dead:
+            self.hand_over()
+
+    def hand_over(self) -> bool:
+        """Hands over the first result that a call waits for. Those before it are skipped, because
+        their calls never came. Returns whether there was one."""
+        calls = [self.active.get(key) for key in self.inbox]
+        for skipped, call in enumerate(calls):
             if call is not None and call.waiter is not None:
-                for key in skipped:
-                    del self.inbox[key]  # its call never came
+                for _ in range(skipped):
+                    self.inbox.popitem(last=False)
                 self._deliver(call)
-                return
-            skipped.append(key)
-        if self._is_idle():
-            self.status = "idling"  # until the answer comes, no attempt may begin
-            self.post(go_idle, self.seq, then=self._idled)
+                return True
+        return False
 
     def _deliver(self, call: StepCall) -> None:
         """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
@@ -1889,23 +1696,6 @@ class Run(Life):
             del self.inbox[call.key]
             self.last_move = self.engine.turns.now
             call.wake()
-
-    def _is_idle(self) -> bool:
-        """Whether all that is under way are sleeps, event waits and retry delays."""
-        if self.status != "running" or self._writing or not self.active:
-            return False
-        return all(call.step.asleep for call in self.active.values())
-
-    def _idled(self, idle: bool, _: BaseException | None) -> None:
-        if idle:
-            self.status = "waiting"
-            self.engine.lives.drowse(self)
-        elif self.status == "idling":
-            self._become("running")
-
-    def still_waits(self) -> bool:
-        """Whether it may be unloaded: not if `run` has made a call meanwhile."""
-        return self.status == "waiting" and all(c.step.asleep for c in self.active.values())
 
     def attempts_in_flight(self) -> bool:
         """Whether an attempt has begun whose end is not stored yet."""
@@ -1915,80 +1705,53 @@ class Run(Life):
         """Whether it will go on by itself, as far as we can see."""
         return self._settling or (self.dead and not self.ended.done())
 
-    # -- what others do
 
-    def on_news(self, news: News) -> None:
-        """The scheduler has recorded something, or somebody has changed the instance."""
-        inst = news.instance
-        outdated = inst.generation != self.lease.generation
-        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
-            self.successor = inst if news.admitted else self.successor
-            self.unload()
-            return
-        self.seq = max(self.seq, inst.seq)
-        for row in news.rows:
-            if row.step in self.steps:  # else the callback around it has cancelled it meanwhile
-                self.take(row)
-        # What was committed before it asked to be idle says nothing; the answer to that will.
-        if self.status != "ended" and (self.status, inst.status) != ("idling", "running"):
-            self._become(inst.status)
+# --------------------------------------------------------------------------------------------------
+# A run: what happens for the first time, and what it waits for.
+#
+# What a run may do depends on the status of its instance, and on what it has asked for and has no
+# answer to:
+#
+#     status            asked   what may begin                    what it asks for next
+#     running           –       everything                        "idle", when all of it waits
+#     waitingForPause   –       nested attempts; sleeps, waits    "pause", when no attempt is left
+#     waiting, queued   –       sleeps and waits, no attempt      "wake", when it has gone on itself
+#     any of these      any     sleeps and waits, no attempt      nothing
+#     any of these      "end"   nothing: `run` has ended
 
-    def _become(self, status: str) -> None:
-        self.status = status
-        for call in self.active.values():
-            if not (call.step.asleep or call.attempt):
-                call.wake()  # it may stand at the gate
-        self.move_on()
+
+class Run(Replay):
+    """A replay that goes on where the record ends: it carries steps out, records what happens, and
+    follows what is done to its instance."""
+
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
+        super().__init__(engine, workflow, loaded)
+        self.careful = bool(loaded.instance.careful)  # see `Attempt`
+        self.status = loaded.instance.status  # as recorded, as far as it knows
+        self.asked: str | None = None
+        self.seq = loaded.instance.seq  # of the newest row that it knows of
+        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
+        self._writing = 0  # operations that have no answer yet
 
     def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
-        """Posts one of the operations below."""
+        """Posts one of the operations below, whose first argument is the lease."""
         self._writing += 1
-        written = functools.partial(self._written, then)
+        written = functools.partial(self._written, then or self.saw)
         self.engine.writer.post(operation, self.lease, *args, then=written)
 
-    def _written(self, then: Then | None, result: Any, error: BaseException | None) -> None:
+    def _written(self, then: Then, result: Any, error: BaseException | None) -> None:
         self._writing -= 1
-        if result is None and error is None:
-            self.unload()  # the instance has ended, or somebody has changed it: there will be news
-        elif type(result) is int:
-            self.seq = max(self.seq, result)
-        if not self.dead:
-            if then is not None:
-                then(result, error)
+        if isinstance(error, LeaseLost):
+            self.unload()  # somebody has changed the instance, and there will be news of that
+        elif isinstance(error, Unreadable):
+            self.stop_in_place(str(error))
+        elif not self.dead:
+            then(result, error)
             self.move_on()
 
-    # -- cancelled calls
-    #
-    # When `run` cancels a call, a row says so, together with the next thing that `run` does, so
-    # that a run which is being torn down records nothing. In a later life that call does not begin
-    # again: it stays pending until `run` cancels it again, and what was recorded after the
-    # cancellation waits for that.
-
-    def _on_cancellation(self, call: StepCall) -> None:
-        """`run`, or the callback around it, has cancelled a call."""
-        step = call.step
-        self.last_move = self.engine.turns.now
-        self.inbox.pop(call.key, None)
-        step.asleep = False
-        if step.nested:
-            # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            if step.state == "pending":
-                apply(self.steps, Row("stop", call.key))
-                self.post(break_off, "stop", [call.key])
-        elif step.state != "cancelled":
-            step.state = "cancelled"
-            self.cancelled.append(call.key)
-
-    def _record_cancelled(self) -> None:
-        if self.cancelled:
-            cancelled, self.cancelled = self.cancelled, []
-            self.post(break_off, "cancel", cancelled)
-
-    def stop_in_place(self, damage: str) -> None:
-        """A record can't be read back."""
-        self.engine.lives.give_up(self.lease.key, f"{self}: {damage}")
-        self.unload()
-        self.successor = None
+    def saw(self, seq: int, _: BaseException | None = None) -> None:
+        """A row of its own is stored."""
+        self.seq = max(self.seq, seq)
 
     def unload(self) -> None:
         if not self.dead:
@@ -1996,19 +1759,364 @@ class Run(Life):
             self.interrupted = [key for key in cut_off + self.cancelled if self.steps[key].open]
         super().unload()
 
-    def _warn_about_calls(self) -> None:
-        for call in self.unawaited:
-            log.warning("%s: step %r was called but never awaited", self, call.name)
-        steps = [step for step in self.steps.values() if step.state != "new"]
-        if not any(step.state == "cancelled" for step in steps):
-            what = "%s: replay never reached the recorded step %r; is its name deterministic?"
-            for step in steps:
-                if step.key not in self._called and not step.nested:
-                    log.warning(what, self, step_label(step.key))
+    # -- how it ends
+
+    def conclude(self, result: Any) -> None:
+        warn_about_calls(self)
+        self._record_cancelled()
+        if isinstance(result, BaseException):
+            log.warning("%s: an error has left run", self, exc_info=result)
+            self.end(finish, Row("errored", data=encode_error(result)), 0)
+        else:
+            self.end(finish, Row("complete", data=result), size_of(result))
+
+    def end(self, operation: Operation, *args: Any) -> None:
+        """Posts what the last row says. If the instance does not end with that, because its steps
+        are undone, the answer is what its next life begins with."""
+        self.asked = "end"
+        self.post(operation, *args, then=self._go_on_as)
+
+    def _go_on_as(self, successor: Instance | None, _: BaseException | None) -> None:
+        self.successor = successor
+        self.unload()
+
+    # -- carrying out
+
+    async def carry_out(self, call: StepCall) -> None:
+        """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
+        if call.outer is None:
+            self._record_cancelled()
+        else:
+            call.outer.post_start()  # comes first in the history
+        plan = plan_of(call)
+        if isinstance(plan, DoPlan):
+            await self._attempts(call, plan)
+        else:
+            self._begin_wait(call, plan)
+
+    def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
+        """Begins a sleep or an event wait, unless an earlier life has done so."""
+        if call.outer is not None:
+            log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
+        if call.step.state == "new":
+            due = 0 if is_skipped(plan.kind, call) else plan.due  # 0 is before any event
+            row = Row(plan.kind, call.key, None, plan.data)
+            apply(self.steps, row)
+            self.post(record, row, 0, Wait(plan.kind, call.key, plan.event, due, plan.fixed))
+
+    async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
+        """The attempts of a step, until the end of the last one is posted."""
+        again = True
+        if call.step.open:  # the process died during this one
+            again = await Attempt(self, call, plan.config).end_as_dead()
+        while again:
+            again = await Attempt(self, call, plan.config).make(plan)
+
+    def take(self, row: Row) -> None:
+        """Takes a row into account that was recorded in this life."""
+        step, call = apply(self.steps, row), self.active.get(row.step or "")
+        if step is not None and not step.nested:
+            self.inbox[step.key] = step
+        elif call is not None and (step is not None or row.type == "due"):
+            call.wake()
+
+    # -- its status
+
+    def on_news(self, news: News) -> None:
+        """The scheduler has recorded something, or somebody has changed the instance."""
+        super().on_news(news)
+        if self.dead:
+            return
+        self.seq = max(self.seq, news.instance.seq)
+        for row in news.rows:
+            self.take(row)
+        status = news.instance.status
+        # What was committed before it asked to be idle says nothing; the answer to that will.
+        if self.asked != "end" and (self.asked, status) != ("idle", "running"):
+            self._become(status)
+
+    def _become(self, status: str) -> None:
+        self.status, self.asked = status, None
+        for call in self.active.values():
+            if not (call.step.asleep or call.attempt):
+                call.wake()  # it may stand at the gate
+        self.move_on()
+
+    def lets_begin(self, nested: bool) -> bool:
+        """The gate that a pause closes: whether an attempt may begin. A nested one may also while
+        the instance is about to pause or the engine is left, because the callback around it could
+        not end otherwise."""
+        if self.asked is not None:
+            return False
+        if nested:
+            return self.status in ("running", "waitingForPause")
+        return self.status == "running" and not self.engine.scheduler.closing
+
+    def move_on(self) -> None:
+        if self.dead or self.asked:
+            return
+        if self.status in ("running", "waitingForPause"):
+            if self.status == "waitingForPause" and not self.attempts_in_flight():
+                self._record_cancelled()
+                self._ask("pause", pause_now)
+            else:
+                super().move_on()
+        elif self.status == "waiting" and not self.still_waits():
+            self._ask("wake", wake_up)  # `run` has gone on by itself
+
+    def has_next(self) -> bool:
+        return bool(self.inbox or self.cancelled or self._is_idle())
+
+    def hand_over(self) -> bool:
+        if self.asked or self.status not in ("running", "waitingForPause"):
+            return False
+        if self.active:
+            self._record_cancelled()
+        if super().hand_over():
+            return True
+        if self._is_idle():
+            self._ask("idle", go_idle, self.seq, then=self._idled)
+        return False
+
+    def _ask(self, what: str, operation: Operation, *args: Any, then: Then = ignore) -> None:
+        self.asked = what
+        self.post(operation, *args, then=then)
+
+    def _is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        if self.status != "running" or self._writing or not self.active:
+            return False
+        return all(call.step.asleep for call in self.active.values())
+
+    def _idled(self, idle: bool, _: BaseException | None) -> None:
+        if idle:
+            self.status, self.asked = "waiting", None
+            self.engine.lives.drowse(self)
+        elif self.asked == "idle":
+            self._become("running")
+
+    def still_waits(self) -> bool:
+        """Whether it may be unloaded: not if `run` has gone on meanwhile."""
+        if self.status != "waiting" or self.asked or self.cancelled or not self.active:
+            return False
+        return all(call.step.asleep for call in self.active.values())
+
+    # -- cancelled calls
+    #
+    # When `run` cancels a call, a row says so, together with the next thing that `run` does: a run
+    # that is being torn down records nothing. In a later life that call does not begin again: it
+    # stays pending until `run` cancels it again, and what was recorded after the cancellation waits
+    # for that.
+
+    def on_cancellation(self, call: StepCall) -> None:
+        step = call.step
+        self.last_move = self.engine.turns.now
+        self.inbox.pop(call.key, None)
+        if step.nested:
+            # A callback is repeated as a whole: what it broke off is as if it had not been called.
+            if step.state == "pending":
+                stopped = functools.partial(self._stopped, call.key)
+                self.post(break_off, "stop", [call.key], then=stopped)
+        elif step.state != "cancelled":
+            step.state = "cancelled"
+            self.cancelled.append(call.key)
+
+    def _stopped(self, key: str, seq: int, _: BaseException | None) -> None:
+        self.saw(seq)
+        apply(self.steps, Row("stop", key))
+
+    def _record_cancelled(self) -> None:
+        if self.cancelled:
+            cancelled, self.cancelled = self.cancelled, []
+            self.post(break_off, "cancel", cancelled)
 
 
-# What a run posts. Each of these is guarded by the run's lease; the answer None says that the run
-# may write no more, and ends its life.
+# --------------------------------------------------------------------------------------------------
+# Attempts, of steps with a callback.
+#
+# The start of an attempt is a row of its own as soon as the callback waits for anything, or does
+# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
+# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
+# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
+# its process, and counts as failed.
+#
+# That leaves the callback that kills its process before its first await, which would do so for
+# ever. Therefore an instance that was running when its process died is `careful`: until one more of
+# its steps has ended, it waits for the commit of a start before it calls the callback.
+
+
+class Attempt:
+    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
+    the step calls that the callback makes. (How the callback is called: see `Execution`.)"""
+
+    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
+        self.run, self.call, self.config, self.outer = run, call, config, call.outer
+        self.execution = Execution(run, config.timeout, self)
+        self.number = self.began = 0
+        self.recorded = False  # a row says that it has begun
+        self.again = True  # another attempt follows
+        self.counts: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        return f"step {self.call.name!r}"
+
+    def context(self) -> WorkflowStepContext:
+        """What the callback gets."""
+        return step_context(self.call, self.number, self.config)
+
+    async def make(self, plan: DoPlan) -> bool:
+        """Calls the callback when it may; returns whether another attempt follows. `execute` calls
+        `post_start` when the callback first waits for something, and `ends` when it has ended."""
+        try:
+            await self._pass_gate(plan.plain)
+            await self.execution.execute(mocked(self) or plan.bind(self))
+        finally:
+            self.execution.free_thread()
+        return self.again
+
+    def _row(self, type: str, data: str | None = None) -> Row:
+        """A row about it. Its first one says when it has begun, and the first one of the step has
+        the configuration."""
+        key = self.call.step.key
+        if self.recorded:
+            return Row(type, key, self.number, data)
+        config = self.config.text if self.call.step.config is None else None
+        return Row(type, key, self.number, data, config, self.began)
+
+    # -- its beginning
+
+    async def _pass_gate(self, plain: bool) -> None:
+        """Returns when it may begin: the retry delay is over, the run lets it, and a plain callback
+        has a thread. From then on a pause waits for it."""
+        run, call, step = self.run, self.call, self.call.step
+        while True:
+            if step.asleep or not run.lets_begin(nested=self.outer is not None):
+                self.execution.free_thread()
+                await run.wait(call)
+            elif plain and not self.execution.thread:
+                await self.execution.take_thread()
+            else:
+                call.attempt, self.number = self, step.attempts + 1
+                self.began = run.engine.clock.now()
+                if not run.careful or await self._store_start():
+                    return
+                call.attempt = None
+
+    def post_start(self) -> None:
+        """Records that it has begun, unless that was done."""
+        if not self.recorded:
+            row = self._row("start")
+            self.recorded = True
+            apply(self.run.steps, row)
+            # Nobody need wait for the answer: the end, which comes behind it, has one.
+            self.run.engine.writer.post(record, self.run.lease, row)
+
+    async def _store_start(self) -> bool:
+        """Waits until its start is stored; False if a pause was stored before."""
+        run, step = self.run, self.call.step
+        stored, row = run.loop.create_future(), self._row("start")
+        step.open = True  # a stop counts from here on
+        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
+        seq = await stored
+        self.recorded = step.open = seq is not None
+        if self.recorded:
+            run.saw(seq)
+            apply(run.steps, row)
+        return self.recorded
+
+    # -- its end
+
+    async def end_as_dead(self) -> bool:
+        """Ends one whose process has died. Returns whether another one follows."""
+        self.call.attempt, self.recorded = self, True
+        self.number = self.call.step.attempts
+        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        return self.again
+
+    async def ends(self, value: Any, error: BaseException | None) -> None:
+        """Posts its end, and decides whether another one follows."""
+        text, fresh, delay = None, None, None
+        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
+            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
+            try:
+                limits = self.run.engine.limits
+                text, fresh = checked(value, what, code, limits, "step_bytes", fatal)
+            except (WorkflowFatalError, MemoryError) as refused:
+                error = refused
+        if error is None:
+            self.again = False
+            self._post(self._row("done", text), fresh, size_of(text or ""))
+            return
+        try:
+            delay = await self._retry_delay(error)
+        except WorkflowFatalError as failure:
+            error = failure
+        self._post_failure(error, delay)
+
+    async def _retry_delay(self, error: BaseException) -> int | None:
+        """How long to wait before the next attempt, or None if there is none."""
+        run, config = self.run, self.config
+        if isinstance(error, (NonRetryableError, WorkflowFatalError)) or self.number > config.limit:
+            return None
+        delay = await self._ask(error) if callable(config.delay) else config.delay
+        delay *= config.backoff(self.number)
+        delay = min(delay, 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep)
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        return delay
+
+    async def _ask(self, error: BaseException) -> int:
+        """What the delay function says, within five seconds. Its failure is that of the step."""
+        function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
+        asked = Execution(self.run, ASKING)
+        if not is_async(function):
+            await asked.take_thread()
+        answer, failure = await asked.execute(functools.partial(function, info))
+        try:
+            if failure is None:
+                return parse_duration(answer)
+        except ValueError as wrong:
+            failure = wrong
+        message = f"the delay function of {self} failed: {show_error(failure)}"
+        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+
+    def _post_failure(self, error: BaseException, delay: int | None) -> None:
+        self.again = self.call.step.asleep = delay is not None
+        if delay is None:
+            self._post(self._row("error", encode_error(error)), error)
+        else:
+            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
+            due = self.run.engine.clock.now() + delay
+            self._post(row, error, 0, Wait("retry", self.call.step.key, None, due))
+
+    def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
+        self.call.step.open = False
+        self.run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
+
+    def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
+        """Its end is committed; or refused, because the result is beyond a limit."""
+        run, call = self.run, self.call
+        if refused is not None:
+            self._post_failure(refused, None)
+            return
+        run.saw(seq)
+        if call.attempt is self:
+            call.attempt = None
+        call.fresh = None if row.type == "failed" else fresh
+        run.careful = run.careful and row.type == "failed"
+        run.take(row)
+
+    def abandoned(self) -> None:
+        """Its callback ignores its cancellation: the calls in it end without that."""
+        for key, call in self.run.active.items():
+            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
+                call.task.cancel()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run records: the operations that it posts. Each is guarded by the run's lease. If that is
+# lost, nothing is written, and the life ends.
 
 
 def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
@@ -2017,7 +2125,8 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     leases = [Lease(inst.key, inst.generation) for inst in instances]
     tx.prefetch(leases)
     for lease in leases:
-        if inst := tx.mine(lease, "running", "waitingForPause"):
+        with contextlib.suppress(LeaseLost):
+            inst = tx.mine(lease)
             try:
                 loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
             except Unreadable as damage:
@@ -2025,13 +2134,9 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     return loaded
 
 
-def record(
-    tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None
-) -> int | None:
+def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
     check_state(tx, inst.state, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
@@ -2046,61 +2151,60 @@ def record(
     return inst.seq
 
 
-def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | bool | None:
+def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | None:
     """Appends the start of an attempt that has not called its callback yet: not if the instance is
     about to pause, because then it must not."""
-    inst = tx.mine(lease)
-    if inst is not None and inst.status == "waitingForPause" and not nested:
-        return False
+    if tx.mine(lease).status == "waitingForPause" and not nested:
+        tx.scheduler.stirred = True  # who has paused it may be another process
+        return None
     return record(tx, lease, row)
 
 
-def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int | None:
+def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int:
     """Records that calls were cancelled, or stopped. An event that one of them was given, but that
     `run` never saw, goes back to its place in the buffer."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
+    newest = [row for step in steps for row in tx.journal(inst, "step = ?", step)[-1:]]
+    for row in newest:
+        if row.type == "event":
+            was = read_back(row.extra or "null", f"row {row.seq}")
+            event = (inst.key, was["type"], was["seq"], was["at"], row.data)
+            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+            tx.call_on(inst)
     for step in steps:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
-        newest = tx.journal(inst, "step = ?", step)[-1:]
-        if newest and newest[0].type == "event":
-            was = json.loads(newest[0].extra or "")
-            event = (inst.key, was["type"], was["seq"], was["at"], newest[0].data)
-            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
-            tx.change(inst, wake=tx.now)
         tx.append(inst, Row(type, step))
     return inst.seq
 
 
 def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
     """running → waiting, unless something has happened that the run does not know of."""
-    inst = tx.mine(lease, "running")
-    if inst is None or inst.seq != seq:
+    inst = tx.mine(lease)
+    if inst.status != "running" or inst.seq != seq:
+        tx.scheduler.stirred = True  # it may have been another process
         return False
     tx.move(inst, Row("waiting"))
     return True
 
 
-def wake_up(tx: Transaction, lease: Lease) -> bool:
+def wake_up(tx: Transaction, lease: Lease) -> None:
     """waiting → queued, because `run` goes on by itself."""
-    if inst := tx.mine(lease, "waiting"):
+    inst = tx.mine(lease)
+    if inst.status == "waiting":
         tx.requeue(inst)
-    return True
 
 
-def pause_now(tx: Transaction, lease: Lease) -> bool:
+def pause_now(tx: Transaction, lease: Lease) -> None:
     """waitingForPause → paused: nothing is in flight any more."""
-    if inst := tx.mine(lease, "waitingForPause"):
-        tx.requeue(inst)
-    return True
+    inst = tx.mine(lease)
+    if inst.status == "waitingForPause":
+        tx.leave_slot(inst)
 
 
 def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | None:
-    """`run` has ended, and the instance with it; unless it has failed and a rollback begins."""
+    """`run` has ended, and the instance with it; unless it has failed and a rollback begins: then
+    this is what its next life begins with."""
     inst = tx.mine(lease)
-    if inst is None:
-        return None
     try:
         check_state(tx, inst.state, size, fatal)
     except WorkflowFatalError as too_large:
@@ -2114,11 +2218,12 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
 def hand_back(tx: Transaction, lease: Lease, interrupted: Sequence[str]) -> None:
     """A clean stop: no attempt counts, and whoever owns the database next goes on."""
     break_off(tx, lease, "stop", interrupted)
-    if inst := tx.mine(lease, "running", "waitingForPause"):
-        tx.requeue(inst)
+    inst = tx.mine(lease)
+    if inst.status in ("running", "waitingForPause"):
+        tx.leave_slot(inst)
 
 
-def check_state(tx: Transaction, present: int, size: int, refuse: Refuse) -> None:
+def check_state(tx: Transaction, present: int, size: int, refuse: ErrorMaker) -> None:
     """Refuses what would make an instance's state too large."""
     limit = tx.scheduler.limits.instance_bytes
     if size and limit is not None and present + size > limit:
@@ -2140,9 +2245,9 @@ class Turns:
         self._call_soon = call_soon
         self.now = 0
         self.ticking = False  # whether the next turn will be counted
-        self._waiting: deque[tuple[int, Run]] = deque()  # whom to ask again, and when
+        self._waiting: deque[tuple[int, Replay]] = deque()  # whom to ask again, and when
 
-    def when_settled(self, run: Run) -> None:
+    def when_settled(self, run: Replay) -> None:
         """Calls `run.settled` when the run has done nothing for `SETTLED` turns."""
         self._waiting.append((self.now + SETTLED, run))
         if not self.ticking:
@@ -2165,9 +2270,9 @@ class Turns:
 class Lives:
     """The instances that are in memory."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Core) -> None:
         self.engine = engine
-        self.runs: dict[int, Run] = {}  # by the instance's key
+        self.runs: dict[int, Replay] = {}  # by the instance's key
         self.damaged: dict[int, str] = {}  # those that can't be read back, and why
         self._drowsy: dict[Run, float] = {}  # those that wait, and when they are unloaded
         self._sweeping: Any = None  # the timer for that
@@ -2176,19 +2281,24 @@ class Lives:
         """Passes on what transactions tell about instances."""
         admitted = []
         for item in news:
-            if (run := self.runs.get(item.instance.key)) is not None:
+            run, inst = self.runs.get(item.instance.key), item.instance
+            if item.damage is not None:
+                self.give_up(inst.key, f"instance {inst.id!r}: {item.damage}")
+                if run is not None:
+                    run.unload()
+            elif run is not None:
                 run.on_news(item)
             elif item.admitted:
-                admitted.append(item.instance)
+                admitted.append(inst)
         if admitted:
             self._load(admitted)
 
-    def _load(self, instances: list[Instance], previous: Run | None = None) -> None:
+    def _load(self, instances: list[Instance], previous: Replay | None = None) -> None:
         if not self.engine.scheduler.closing:
             begin = functools.partial(self._begin_lives, previous)
             self.engine.writer.post(load, instances, then=begin)
 
-    def _begin_lives(self, previous: Run | None, loaded: Any, _: BaseException | None) -> None:
+    def _begin_lives(self, previous: Replay | None, loaded: Any, _: BaseException | None) -> None:
         for found in loaded or ():
             inst = found.instance
             if not self.engine.scheduler.closing and inst.key not in self.runs:
@@ -2217,14 +2327,14 @@ class Lives:
             if run.successor is not None:
                 self._load([run.successor], run)
 
-    def adopt(self, run: Run) -> None:
+    def adopt(self, run: Life) -> None:
         """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
         if not self.engine.scheduler.closing:
             run.orphan = False
             self.hand_back(run)
             self.life_ended(run)
 
-    def hand_back(self, run: Run) -> None:
+    def hand_back(self, run: Life) -> None:
         """Leaves an instance to its next life, in whichever process."""
         self.engine.writer.post(hand_back, run.lease, run.interrupted)
 
@@ -2278,98 +2388,22 @@ class Watchers:
                 resolve(future)
 
 
-class WorkflowEntrypoint(Generic[Params]):
-    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
-    of each instance; `self.env` has the engine's `env` and bindings.
+class Core:
+    """The engine, without what its users call (see "The API"): it opens and closes, turns what
+    transactions tell into lives, and stops when storage fails."""
 
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
+    path: str
+    env: Env
+    limits: Limits
+    clock: Clock
+    hibernate_after: int
+    drain: int
 
-    def __init__(self, ctx: Any, env: Any) -> None:
-        self.ctx, self.env = ctx, env
-
-    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
-        """The workflow. What it returns becomes the output, an error that leaves it the error."""
-        raise NotImplementedError
-
-
-class Engine:
-    """Runs workflows on a database file (or ":memory:").
-
-    Enter it with `async with`. Any number of processes may open one file: one of them runs the
-    instances, the others are full clients, and one of those takes over when it goes away.
-
-    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
-    `hibernate_after` how long a waiting instance stays in memory; `drain` how long attempts that
-    are in flight may take to end when it is left."""
-
-    def __init__(
-        self,
-        database: str | os.PathLike[str] = "workflows.db",
-        *,
-        env: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
-        clock: Clock | None = None,
-        hibernate_after: Duration = "1 second",
-        drain: Duration = 0,
-    ) -> None:
-        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {show(database)}: expected a path")
-        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
-        for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
-        self.path = path if path == ":memory:" else os.path.realpath(path)
-        self.env = Env(env or {})
-        self.limits, self.clock = limits or Limits(), clock or Clock()
-        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+    def __init__(self) -> None:
+        self._workflows: dict[str, Workflow] = {}  # that are bound, by name
         self.cpu_ns = 0  # of all callbacks
         self.activity = 0  # counts what callbacks do: see `ManualClock`
         self._state = "not open yet"  # → open → closed
-        self._workflows: dict[str, Workflow] = {}
-        self.creations = Rate(self.limits.creations_per_second, self.clock)
-
-    @classmethod
-    def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
-        """An engine in which the workflows of a configuration file of Cloudflare's `wrangler` are
-        bound: `wrangler.jsonc`, `.json` or `.toml`; without a path, the one in the working folder.
-
-        The file's `vars` become `env`, and its `limits.cpu_ms` that of the `limits`. The options
-        are those of `Engine(…)`; of a name that both `vars` and `env` have, `env`'s value counts.
-
-        Error: `ValueError` for whatever is wrong with the file, or a module that it names."""
-        config = Configuration(path)
-        engine = cls(**config.options(options))
-        config.bind_workflows(engine)
-        return engine
-
-    def bind(
-        self,
-        cls: type[WorkflowEntrypoint[Any]],
-        name: str | None = None,
-        binding: str | None = None,
-        **settings: Any,
-    ) -> Workflow:
-        """Makes a workflow known, before entering the engine or later. `name` defaults to the
-        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
-
-        `steps` is the most steps that a run may call, up to 25,000; `running` the most instances of
-        this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
-        `success_retention` and `error_retention` how long an instance is kept when it has ended,
-        unless `create` says something else. The defaults are the engine's limits."""
-        workflow = bindable(self, cls, name, binding, **settings)
-        if workflow.name in self._workflows:
-            raise ValueError(f"workflow {workflow.name!r} is bound already")
-        if workflow.binding in self.env:
-            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
-        if self._state != "not open yet":
-            self.check_open()
-            self.writer.post(define, workflow)
-        self._workflows[workflow.name] = workflow
-        self.env[workflow.binding] = workflow
-        return workflow
-
-    # -- opening and closing
 
     async def __aenter__(self) -> Self:
         if self._state != "not open yet":
@@ -2405,15 +2439,13 @@ class Engine:
         try:
             await asyncio.shield(leaving)
         finally:
-            await (
-                leaving
-            )  # also when that is cancelled: it takes a second more than `drain` at most
+            # Also when that is cancelled: it takes a second more than `drain` at most. (`shield`
+            # has passed the cancellation on to our caller, not to it.)
+            await leaving
 
     async def _leave(self) -> None:
-        runs, patience = self.lives.runs, self.loop.time() + self.drain / 1000
-        while (
-            any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < patience
-        ):
+        runs, until = self.lives.runs, self.loop.time() + self.drain / 1000
+        while any(run.attempts_in_flight() for run in runs.values()) and self.loop.time() < until:
             await asyncio.sleep(0.01)
         self._state = "closed"
         self.clock.engines.remove(self)
@@ -2438,7 +2470,7 @@ class Engine:
         if self.writer.failure is not None:
             raise WorkflowInternalError(str(self.writer.failure))
 
-    # -- what others of this file ask of it
+    # -- what the rest of this file asks of it
 
     async def call(self, operation: Operation, *args: Any) -> Any:
         """The result of an operation, once it is committed."""
@@ -2488,26 +2520,6 @@ class Engine:
         runs = self.lives.runs.values()
         return self.writer.busy or self.threads.may_end_soon() or any(run.busy() for run in runs)
 
-    async def workflow(self, name: str) -> Workflow:
-        """The workflow of a name that some process has bound, for one that has not its class: to
-        create instances and to steer them. Error: `workflow.not_found`."""
-        if name in self._workflows:
-            return self._workflows[name]
-        binding, steps = await self.call(find_workflow, name)
-        return Workflow(self, name, binding, steps)
-
-    async def usage(self) -> Usage:
-        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        return usage_of(await self.call(read_usage))
-
-
-def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
-    """Binding and limit of steps of a name that some process has bound."""
-    found = tx.db.rows("SELECT binding, steps FROM workflows WHERE name = ?", name)
-    if not found:
-        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
-    return tuple(found[0])
-
 
 def define(tx: Transaction, workflow: Workflow) -> None:
     """Records a bound name. From here on this process wants to own the database."""
@@ -2526,7 +2538,7 @@ def leave(tx: Transaction) -> None:
     """What was about to begin is left to the next owner, too."""
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
-            tx.requeue(inst)
+            tx.leave_slot(inst)
 
 
 # ==================================================================================================
@@ -2543,6 +2555,7 @@ _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year"
 _DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 YEAR = _UNITS["year"]  # Cloudflare's longest sleep
+ENDLESS = 2**62  # no number is as large: SQLite's have 64 bits
 
 
 Duration = float | str | timedelta  # see `parse_duration`
@@ -2573,10 +2586,10 @@ def parse_duration(value: Duration) -> int:
         ms = value / timedelta(milliseconds=1)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         ms = float(match[1]) * _UNITS[match[2]]
-    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < ENDLESS:
         return round(ms)
     text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    expected = f"milliseconds (0 or more), a timedelta, or {text}"
+    expected = f"milliseconds (0 or more, below 2**62), a timedelta, or {text}"
     raise ValueError(f"{show(value)} is not a duration: expected {expected}")
 
 
@@ -2604,7 +2617,7 @@ class Clock:
     exact = False  # whether tests rely on the order of all that happens: see `ManualClock`
 
     def __init__(self) -> None:
-        self.engines: list[Engine] = []  # the open ones that go by it
+        self.engines: list[Core] = []  # the open ones that go by it
 
     def now(self) -> int:
         """Milliseconds since the epoch."""
@@ -2654,7 +2667,7 @@ class _Record(Mapping[str, Any]):
         return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return sum(1 for _ in self)
 
 
 class WorkflowSchedule(_Record):
@@ -2677,9 +2690,6 @@ class WorkflowEvent(_Record, Generic[Params]):
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self._keys if key != "schedule" or self.schedule is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class WorkflowStepEvent(_Record):
@@ -2803,8 +2813,8 @@ def step_event(data: str | None, extra: str | None) -> WorkflowStepEvent:
 # A value is stored as plain JSON if reading that back gives an equal value. What JSON lacks is
 # written as an object with one key, a tag: "$datetime" ("$fold" for the second of two equal local
 # times, when clocks are set back), "$bytes" (base64), or "$dict" (a list of pairs, for a dict that
-# itself has a tag as a key). Only errors may hold a "$tuple", and a "$str" (base64, of text with
-# lone surrogates, which UTF-8 can't hold).
+# itself has a tag as a key). Only errors may hold a "$tuple", and text with lone surrogates, which
+# UTF-8 can't hold: theirs is ASCII.
 
 DEEPEST = 300  # levels of nesting
 ALLOWED = "None, bool, int, float, str, list, dict with str keys, datetime, bytes"
@@ -2814,7 +2824,6 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$bytes": base64.b64decode,
     "$dict": dict,
     "$tuple": tuple,
-    "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
 }
 
 
@@ -2832,9 +2841,9 @@ def _untag(pairs: dict[str, Any]) -> Any:
     return _TAGS[tag](pairs[tag]) if tag in _TAGS else pairs
 
 
-_to_json = json.JSONEncoder(
-    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_tag
-).encode
+_FORMAT: dict[str, Any] = {"allow_nan": False, "separators": (",", ":"), "default": _tag}
+_to_json = json.JSONEncoder(ensure_ascii=False, **_FORMAT).encode
+_to_ascii = json.JSONEncoder(**_FORMAT).encode
 _parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
 # (`_parse` is json.loads without its search for blanks, which we don't write.)
 
@@ -2847,8 +2856,9 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     """The JSON text of a value, and what decoding that text gives: an equal value, except that a
     tuple comes back as a list (not `of_error`), a record as a dict, and a subclass of an allowed
     type as that type. What can't be stored is an `_Unserializable`."""
+    to_json = _to_ascii if of_error else _to_json
     try:
-        text = _to_json(value)
+        text = to_json(value)
         if text.isascii() or _utf8(text) == text:
             decoded = decode(text)
             many = text.count("[") + text.count("{") > DEEPEST
@@ -2857,7 +2867,7 @@ def encode(value: Any, of_error: bool = False) -> tuple[str, Any]:
     except Exception:
         pass  # the slow way finds out what can't be stored, and where
     try:
-        text = _to_json(_plain(value, "$", frozenset(), of_error))
+        text = to_json(_plain(value, "$", frozenset(), of_error))
         return text, decode(text)
     except (_Unserializable, MemoryError):
         raise
@@ -2901,9 +2911,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
     """The same value with nothing in it that `_to_json` would change or refuse, or
     `_Unserializable` with the path of what can't be stored. `above` is what the value lies in: the
     ids of dicts and lists."""
-    if isinstance(value, str) and _utf8(value) != value:
-        if of_error:
-            return {"$str": base64.b64encode(str.encode(value, "utf-8", "surrogatepass")).decode()}
+    if isinstance(value, str) and not of_error and _utf8(value) != value:
         raise _Unserializable(f"{path}: text with a lone surrogate, which UTF-8 can't hold")
     if isinstance(value, (int, float)) and not -1e300 < value < 1e300:  # nan isn't, either
         try:
@@ -2928,8 +2936,7 @@ def _plain(value: Any, path: str, above: frozenset[int], of_error: bool) -> Any:
         (_plain(key, path, above, of_error), _plain(item, f"{path}.{key}", above, of_error))
         for key, item in value.items()
     ]
-    plain = all(isinstance(key, str) and key not in _TAGS for key, _ in pairs)
-    return dict(pairs) if plain else {"$dict": pairs}
+    return {"$dict": pairs} if any(key in _TAGS for key, _ in pairs) else dict(pairs)
 
 
 def _read_only(*_: Any, **__: Any) -> NoReturn:
@@ -3080,19 +3087,19 @@ def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception
         known = dict.fromkeys(record["lost"]) | known
     if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
         known = known | {"_recorded_name": record["name"]}
-    error: Exception | None = _safely(None, _make, cls, record["args"], known, text)
+    make = functools.partial(_safely, None, _make, cls, text)
+    error: Exception | None = make(record["args"], known)
     if error is not None:
         return error
     # Perhaps with its text as the only argument, and those attributes that don't change the text.
     fitting: dict[str, Any] = {}
     for name, value in known.items():
-        more = fitting | {name: value}
-        if _safely(None, _make, cls, [_Text(text)], more, text) is not None:
-            fitting = more
-    return _make(cls, [_Text(text)], fitting, text)
+        if make([_Text(text)], fitting | {name: value}) is not None:
+            fitting[name] = value
+    return _make(cls, text, [_Text(text)], fitting)
 
 
-def _make(cls: Any, args: list[Any], attributes: dict[str, Any], text: str) -> Exception | None:
+def _make(cls: Any, text: str, args: list[Any], attributes: dict[str, Any]) -> Exception | None:
     """An error as the built-in base of its class makes it, or None if it doesn't show that text.
     (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
     native = _native(cls)
@@ -3143,7 +3150,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             lifted = value is None and name not in self._needed
-            if not lifted and (type(value) is not int or value < 0):
+            if not lifted and (type(value) is not int or not 0 <= value < ENDLESS):
                 raise ValueError(f"Limits.{name} is {show(value)}: expected a whole number from 0")
         if self.steps > 25_000 or self.max_sleep > YEAR:
             raise ValueError("Limits: steps is at most 25,000 and max_sleep at most 365 days")
@@ -3174,7 +3181,7 @@ def checked(
     code: str,
     limits: Limits = Limits.UNLIMITED,
     limit: str = "step_bytes",
-    refuse: Refuse = refusal,
+    refuse: ErrorMaker = refusal,
 ) -> tuple[str, Any]:
     """What `encode` gives; a refusal with that code if the value can't be stored, or if it takes
     more bytes than the limit of that name."""
@@ -3217,10 +3224,8 @@ def merge(given: Any, named: dict[str, Any], known: Sequence[str], what: str) ->
 
 def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
     """The milliseconds of a duration in an options object."""
-    try:
+    with naming(f"{what} key {key!r}"):
         return parse_duration(part[key])
-    except ValueError as error:
-        raise ValueError(f"{what} key {key!r}: {error}") from None
 
 
 def read_count(value: Any, most: int | None = None) -> int:
@@ -3259,7 +3264,7 @@ def check_name(name: Any) -> None:
         raise fatal("step.invalid_name", f"the step name {show(name)} {what}")
 
 
-def check_event_type(type: Any, refuse: Refuse) -> str:
+def check_event_type(type: Any, refuse: ErrorMaker) -> str:
     """Refuses what is no type of an event."""
     if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
         return type
@@ -3286,33 +3291,6 @@ def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -
     return merge(given, call.options, (*names, *more), "the call")
 
 
-def _misused(call: StepCall, error: Exception) -> WorkflowFatalError:
-    code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
-    return fatal(code, f"{call.kind} {call.name!r}: {error}")
-
-
-def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
-    """Config, callback, rollback handler and its config, of any form of `step.do`."""
-    names, args = ["config", "callback", "options"], call.args
-    if len(args) == 1 and callable(args[0]) and not call.options:
-        return None, args[0], None, None  # most calls
-    only_one = len(args) == 1 and not isinstance(args[0], (Mapping, type(None)))
-    if only_one or (args and callable(args[0])):
-        names.remove("config")
-    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
-    options = given.get("options")
-    handler, undo_config = given.get("rollback"), given.get("rollback_config")
-    if options is not None:
-        options = options_of(options, ("rollback", "rollbackConfig"), "options")
-        handler = options.get("rollback", handler)
-        undo_config = options.get("rollbackConfig", undo_config)
-    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
-        raise ValueError(f"rollback is {show(handler)}: expected a function")
-    if undo_config is not None:
-        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
-    return given.get("config"), given.get("callback"), handler, undo_config
-
-
 Bind = Callable[["Attempt"], Callable[[], Any]]  # gives the callback of an attempt
 
 
@@ -3322,31 +3300,6 @@ class DoPlan(NamedTuple):
     config: StepConfig
     bind: Bind
     plain: bool
-
-
-def plan_do(call: StepCall) -> DoPlan:
-    """Reads a `step.do` that has no result yet."""
-    try:
-        given, callback, handler, undo_config = do_arguments(call)
-        if call.step.config is not None:
-            config = StepConfig.load(call.step.config, given)
-        elif given is None and handler is None:
-            config = NO_CONFIG
-        else:
-            longest = call.run.engine.limits.max_sleep
-            config = StepConfig(given, longest)
-            if handler is not None:
-                config.undo = StepConfig(undo_config, longest, "rollbackConfig")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
-    if not callable(callback):
-        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
-        message = f"step {call.name!r}: {what}: expected an async or plain function"
-        raise fatal("step.invalid_callback", message)
-    if handler is not None and not _takes(handler, None):
-        message = f"step {call.name!r}: the rollback handler must take one argument"
-        raise fatal("step.invalid_callback", message)
-    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
 
 
 class WaitPlan(NamedTuple):
@@ -3359,37 +3312,83 @@ class WaitPlan(NamedTuple):
     data: str
 
 
+def plan_of(call: StepCall) -> DoPlan | WaitPlan:
+    """Reads a call that has no result yet, by one of the functions below."""
+    try:
+        return call.plan(call)
+    except (TypeError, ValueError, OverflowError) as error:
+        code = "step.invalid_duration" if call.kind == "sleep" else "step.invalid_config"
+        raise fatal(code, f"{call.kind} {call.name!r}: {error}") from None
+
+
+def step_context(call: StepCall, attempt: int, config: StepConfig) -> WorkflowStepContext:
+    """What the callback of an attempt gets."""
+    info = WorkflowStepInfo(call.name, call.count)
+    return WorkflowStepContext(info, attempt, copy.deepcopy(config.raw))
+
+
+def plan_do(call: StepCall) -> DoPlan:
+    """Reads a `step.do`, in any of its forms."""
+    given, callback, handler, undo_config = do_arguments(call)
+    if call.step.config is not None:
+        config = StepConfig.load(call.step.config, given)
+    elif given is None and handler is None:
+        config = NO_CONFIG
+    else:
+        longest = call.run.engine.limits.max_sleep
+        config = StepConfig(given, longest)
+        if handler is not None:
+            config.undo = StepConfig(undo_config, longest, "rollbackConfig")
+    if not callable(callback):
+        what = f"{show(callback)} is no callback" if callback else "the callback is missing"
+        raise _bad_callback(call.name, f"{what}: expected an async or plain function")
+    if handler is not None and not _takes(handler, None):
+        raise _bad_callback(call.name, "the rollback handler must take one argument")
+    return DoPlan(config, bind_context(call.name, callback), not is_async(callback))
+
+
+def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
+    """Config, callback, rollback handler and its config, of any form of `step.do`."""
+    names, args = ["config", "callback", "options"], call.args
+    if len(args) == 1 and callable(args[0]) and not call.options:
+        return None, args[0], None, None  # most calls
+    if args and callable(args[0]):
+        names.remove("config")
+    given = _arguments(call, names, ("config", "rollback", "rollback_config"))
+    options = given.get("options")
+    undo = {"rollback": given.get("rollback"), "rollbackConfig": given.get("rollback_config")}
+    if options is not None:
+        undo |= options_of(options, [*undo], "options")
+    handler, undo_config = undo.values()
+    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
+        raise ValueError(f"rollback is {show(handler)}: expected a function")
+    if undo_config is not None:
+        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
+    return given.get("config"), given.get("callback"), handler, undo_config
+
+
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    try:
-        ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
+    ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
     return WaitPlan("sleep", None, _due(call, ms), False, str(ms))
 
 
 def plan_sleep_until(call: StepCall) -> WaitPlan:
     """Reads `sleep_until(name, when)`; Cloudflare's SDK says `timestamp`."""
-    try:
-        given = _arguments(call, ["when"], ["timestamp"])
-        moment = parse_moment(given.get("when", given.get("timestamp")))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _misused(call, error) from None
+    given = _arguments(call, ["when"], ["timestamp"])
+    moment = parse_moment(given.get("when", given.get("timestamp")))
     left = max(0, moment - call.run.engine.clock.now())
-    _due(call, left)
+    _due(call, left)  # refuses one that is too long
     return WaitPlan("sleep", None, moment, True, str(left))
 
 
 def plan_wait_for_event(call: StepCall) -> WaitPlan:
-    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both."""
-    try:
-        given = _arguments(call, ["type", "timeout"], ["event_type"])
-        if isinstance(given.get("type"), Mapping):
-            given |= options_of(given.pop("type"), ("type", "timeout"), "options")
-        ms = parse_duration(given.get("timeout", "24 hours"))
-    except (TypeError, ValueError) as error:
-        raise _misused(call, error) from None
-    # `event_type` is what Cloudflare's SDK says.
+    """Reads `wait_for_event(name, type, timeout=…)`, or with a dict of both; Cloudflare's SDK says
+    `event_type`."""
+    given = _arguments(call, ["type", "timeout"], ["event_type"])
+    if isinstance(given.get("type"), Mapping):
+        given |= options_of(given.pop("type"), ("type", "timeout"), "options")
+    ms = parse_duration(given.get("timeout", "24 hours"))
     type = check_event_type(given.get("event_type", given.get("type")), fatal)
     data = json.dumps({"type": type, "timeout": ms})
     return WaitPlan("wait", type, _due(call, ms), False, data)
@@ -3406,10 +3405,12 @@ def _due(call: StepCall, ms: int) -> int:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine."""
-    if type(function) is types.FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
-        return True  # most are, and this costs least
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+def _bad_callback(name: str, what: str) -> WorkflowFatalError:
+    return fatal("step.invalid_callback", f"step {name!r}: {what}")
 
 
 def _takes(function: Callable[..., Any], *args: Any, **named: Any) -> bool:
@@ -3443,7 +3444,7 @@ def bind_context(name: str, callback: Any) -> Bind:
     if _takes(callback, None):
         return lambda attempt: functools.partial(callback, attempt.context())
     what = f"the callback takes {inspect.signature(callback)}: it gets the step context at most"
-    raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+    raise _bad_callback(name, what)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3556,24 +3557,22 @@ class Threads:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, reply = job
-            began = time.thread_time_ns()
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                error = raised
-            outcome = (value, error, time.thread_time_ns() - began)
-            try:
-                self._loop.call_soon_threadsafe(self._done, reply, outcome)
-            except RuntimeError:  # the loop is gone, and so is whoever asked
-                _discard(value)
-            del job, function, reply, outcome, value, error  # or it keeps them until the next job
+            self._do(*job)
+            del job  # or it is kept until the next one
+
+    def _do(self, function: Callable[[], Any], reply: asyncio.Future[Any]) -> None:
+        began = time.thread_time_ns()
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        outcome = (value, error, time.thread_time_ns() - began)
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+            self._loop.call_soon_threadsafe(self._done, reply, outcome)
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
-        if reply.done():  # abandoned
-            _discard(outcome[0])
         resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
@@ -3587,82 +3586,92 @@ class Threads:
             self._jobs.put(None)
 
 
+Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
+# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
+_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
 class Execution:
     """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else."""
+    cancellation reaches that and nothing else. If the function is the callback of an attempt, the
+    attempt is told how it goes: `post_start`, `ends` and `abandoned`."""
 
-    outer: Attempt | None = None  # in whose callback it was asked for
-
-    def __init__(self, run: Run, patience: int) -> None:
-        self.run, self.patience = run, patience
+    def __init__(self, run: Run, patience: int, attempt: Attempt | None = None) -> None:
+        self.run, self.patience, self._attempt = run, patience, attempt
         self.cpu = 0  # ns
-        self.slot = False  # it has one of the threads' slots
-        self.task: asyncio.Task[None] | None = None
-        self.outcome: tuple[Any, BaseException | None] = (None, None)
-        self._over: asyncio.Future[None] | None = None  # done when the task has ended or is dropped
-        self._dropped = False  # what the task still does concerns nobody
-        self._timer: Any = None
-        self._verdict: BaseException | None = None  # what it fails with, whatever happens now
+        self.thread = False  # it has one of the threads
+        self.task: asyncio.Task[Any] | None = None
+        self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
+        self._failure: WorkflowError | None = None  # the outcome, if that was decided beforehand
 
-    def begins(self) -> None:
-        """Called by its task, right before the function."""
-
-    def goes_on(self) -> None:
-        """Called when the function has not ended at once."""
-
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Called by its task, right after the function."""
-        self.outcome = value, error
-
-    async def execute(self, function: Callable[[], Any]) -> None:
-        """Calls the function, and `ends`."""
-        run = self.run
-        self._caller: Any = asyncio.current_task(run.loop)
-        self.task = task = start_task(self._perform(function), run.loop)
-        if self.outer is not None and self.outer.task is self._caller:
-            self.outer.cpu -= self.cpu  # the first step of the task was taken inside that
+    async def execute(self, function: Callable[[], Any]) -> Outcome:
+        """Calls the function; returns the outcome."""
+        run, attempt, caller = self.run, self._attempt, asyncio.current_task(self.run.loop)
+        task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
+        self.task = task
+        if attempt and attempt.outer and attempt.outer.execution.task is caller:
+            attempt.outer.execution.cpu -= self.cpu  # the task's first step was taken inside that
         try:
             if not task.done():
-                self._over = run.loop.create_future()
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                self.goes_on()
-                await self._over
+                if attempt is not None:
+                    attempt.post_start()
+                await self._supervise(task)
+            if task.done() and not task.cancelled():
+                task.result()  # raises what `ends` has raised
+            return self._outcome.result()
         except asyncio.CancelledError:
-            self._dropped = True
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
             raise
         finally:
             run.engine.cpu_ns += self.cpu
-            self.task = None  # whose context leads back to here
-        if self._dropped:
-            await self.ends(None, self._verdict)
-        elif not task.cancelled():
-            task.result()  # KeyboardInterrupt, at most
+            self.free_thread()
+            self.task = self._attempt = None  # both lead back to here
+
+    async def _supervise(self, task: asyncio.Task[None]) -> None:
+        """Waits until the task has ended, or is abandoned: a second after its time was up."""
+        timer = self.run.engine.clock.limit(self.patience, self._time_out)
+        try:
+            await self._outcome
+        finally:
+            timer.cancel()
+        if self._failure is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
+            if not task.done():
+                what = self._attempt or "a delay function"
+                log.warning("%s: %s ignores its cancellation; abandoned", self.run, what)
+                if self._attempt is not None:
+                    self._attempt.abandoned()
+            await self._tell(None, self._failure)
+        elif not task.done():
+            await asyncio.wait({task})
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
-        resolve(self._over)
+        self._outcome.cancel()  # if there is none, because of a KeyboardInterrupt
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
-        self.begins()
-        value, error = await self._outcome_of(function)
-        # Whoever tears down the loop cancels the caller, too.
-        torn_down = isinstance(error, asyncio.CancelledError) and self._caller.cancelling() > 0
-        if not (self._dropped or self.run.dead or torn_down):
-            await self.ends(value, error)
+        if self._attempt is not None:
+            _scope.set(self._attempt)  # the step calls that the function makes belong to it
+        outcome = await self._drive(function)
+        if not self._outcome.done():  # otherwise it was decided, or nobody waits for it any more
+            self._outcome.set_result(outcome)
+            await self._tell(*outcome)
+
+    async def _tell(self, value: Any, error: BaseException | None) -> None:
+        if self._attempt is not None:
+            await self._attempt.ends(value, error)
 
     @types.coroutine
-    def _outcome_of(
-        self, function: Callable[[], Any]
-    ) -> collections.abc.Generator[Any, Any, tuple[Any, BaseException | None]]:
-        """What the function returns or raises, or what it fails with instead. Its CPU time is
-        measured while its code runs; its patience begins when it first waits."""
+    def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
+        """Does what `await` does, and measures CPU time while the function's own code runs."""
         value, error, given = None, None, None
         try:
-            coroutine: Any = self._in_thread(function) if self.slot else function()
+            coroutine: Any = self._in_thread(function) if self.thread else function()
             resume = coroutine.send
             while True:
                 self.run.engine.activity += 1
@@ -3671,9 +3680,8 @@ class Execution:
                     awaited = resume(given)
                 finally:
                     self.cpu += time.thread_time_ns() - began
-                if self._timer is None:
-                    self._timer = self.run.engine.clock.limit(self.patience, self._time_out)
-                self._decide(self._excess())
+                if (excess := self._excess()) is not None:
+                    self._fail(excess)
                 try:
                     resume, given = coroutine.send, (yield awaited)
                 except BaseException as raised:
@@ -3684,41 +3692,35 @@ class Execution:
             raise
         except BaseException as raised:
             error = raised
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return value, self._verdict or self._excess() or error
+        return value, self._excess() or error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        threads = self.run.engine.threads
-        reply = threads.execute(functools.partial(contextvars.copy_context().run, function))
+        in_context = functools.partial(contextvars.copy_context().run, function)
         try:
-            value, error, cpu = await reply
-        except asyncio.CancelledError:
-            if not reply.cancelled():
-                _discard(reply.result()[0])
-            raise
+            value, error, cpu = await self.run.engine.threads.execute(in_context)
         finally:
-            self.free_slot()
+            self.free_thread()
         self.cpu += cpu
-        if isinstance(error, StopIteration):  # which a coroutine can't raise
-            error = RuntimeError(message_of(error))
         if error is not None:
             raise error
         return await value if inspect.isawaitable(value) else value
 
-    def free_slot(self) -> None:
-        """Gives its thread's place to the next, if it has one."""
-        if self.slot:
-            self.slot = False
+    async def take_slot(self) -> None:
+        """Waits for one of the threads' slots."""
+        self.slot = await self.run.engine.threads.slots.acquire()
+
+    async def take_thread(self) -> None:
+        """Waits until one of the threads is free."""
+        self.thread = await self.run.engine.threads.slots.acquire()
+
+    def free_thread(self) -> None:
+        """Leaves its thread to the next, if it has one."""
+        if self.thread:
+            self.thread = False
             self.run.engine.threads.slots.release()
 
-    def timeout_error(self) -> WorkflowError:
-        """What it fails with when its time is up."""
-        return WorkflowTimeoutError(f"Execution timed out after {self.patience}ms")
-
     def _time_out(self) -> None:
-        self._decide(self.timeout_error())
+        self._fail(timed_out(self.patience))
 
     def _excess(self) -> WorkflowError | None:
         limit = self.run.engine.limits.cpu_ms
@@ -3726,207 +3728,16 @@ class Execution:
             return None
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
 
-    def _decide(self, verdict: BaseException | None) -> None:
+    def _fail(self, failure: WorkflowError) -> None:
         """Decides that it has failed, whatever the function does from now on."""
-        if verdict is not None and self._verdict is None and self.task is not None:
-            self._verdict = verdict
-            self.task.cancel()
-            self._timer.cancel()
-            self._timer = self.run.loop.call_later(GRACE, self._drop)
-
-    def _drop(self) -> None:
-        log.warning("%s: %s ignores its cancellation; abandoned", self.run, self)
-        self._dropped = True
-        resolve(self._over)
+        if not self._outcome.done():
+            self._failure = failure
+            self._outcome.set_result((None, failure))
 
 
-class Attempt(Execution):
-    """One attempt of a step: when it may begin, and what is recorded of it. It is also the scope of
-    the step calls that the callback makes."""
-
-    def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
-        super().__init__(run, config.timeout)
-        self.call, self.config, self.outer = call, config, call.outer
-        self.number = self.began = 0
-        self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
-        self.counts: dict[str, int] = {}
-
-    def __str__(self) -> str:
-        return f"step {self.call.name!r}"
-
-    def context(self) -> WorkflowStepContext:
-        """What the callback gets."""
-        info = WorkflowStepInfo(self.call.name, self.call.count)
-        return WorkflowStepContext(info, self.number, copy.deepcopy(self.config.raw))
-
-    # -- its beginning
-
-    async def pass_gate(self, plain: bool) -> None:
-        """Returns when it may begin: the retry delay is over, the instance is running, and a plain
-        callback has a thread. (A nested one may begin while the instance pauses or the engine is
-        left, because the callback around it could not end otherwise.) From then on a pause waits
-        for it."""
-        run, call, step = self.run, self.call, self.call.step
-        while True:
-            runs = run.status == "running" or (call.outer and run.status == "waitingForPause")
-            leaving = run.engine.scheduler.closing and not call.outer
-            if step.asleep or not runs or leaving:
-                self.free_slot()
-                await run.wait(call)
-            elif plain and not self.slot:
-                self.slot = await run.engine.threads.slots.acquire()
-            else:
-                call.attempt, self.number = self, step.attempts + 1
-                self.began = run.engine.clock.now()
-                if not run.careful or await self._store_start():
-                    return
-                call.attempt = None
-
-    def _first_row(self, type: str, data: str | None = None) -> Row:
-        """Its start; or its end, if that stands for both."""
-        config = self.config.text if self.call.step.config is None else None
-        return Row(type, self.call.key, self.number, data, config, self.began)
-
-    def post_start(self) -> None:
-        """Records that it has begun, unless that was done."""
-        if not self.recorded:
-            self.recorded = True
-            row = self._first_row("start")
-            apply(self.run.steps, row)
-            self.run.engine.writer.post(record, self.run.lease, row)  # its end gets an answer
-
-    async def _store_start(self) -> bool:
-        """Waits until its start is stored; False if a pause was stored before."""
-        run, step = self.run, self.call.step
-        stored, row = run.loop.create_future(), self._first_row("start")
-        step.open = True
-        run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
-        self.recorded = step.open = bool(await stored)
-        if self.recorded:
-            apply(run.steps, row)
-        return self.recorded
-
-    def begins(self) -> None:
-        _scope.set(self)
-
-    def goes_on(self) -> None:
-        self.post_start()
-
-    # -- its end
-
-    async def end_as_dead(self) -> bool:
-        """Ends it, whose process has died; says whether another one follows."""
-        self.call.attempt, self.recorded = self, True
-        self.number = self.call.step.attempts
-        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return self.again
-
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Posts its end, and decides whether another one follows."""
-        delay, result = None, None
-        if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
-            what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
-            try:
-                limits = self.run.engine.limits
-                result = checked(value, what, code, limits, "step_bytes", fatal)
-            except (WorkflowFatalError, MemoryError) as refused:
-                error = refused
-        if error is not None:
-            delay, error = await self._retry_delay(error)
-        self.again = delay is not None
-        self._post_end(result, error, delay)
-
-    async def _retry_delay(self, error: BaseException) -> tuple[int | None, BaseException]:
-        """How long to wait before the next attempt, or None if there is none; and the error that
-        counts."""
-        run, limit = self.run, self.config.limit
-        given_up = isinstance(error, (NonRetryableError, WorkflowFatalError))
-        if given_up or self.number > limit:
-            return None, error
-        try:
-            delay = await self._delay_after(error)
-        except WorkflowFatalError as failure:
-            return None, failure
-        delay *= self.config.backoff(self.number)
-        delay = min(delay, 0 if run.is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay, error
-
-    async def _delay_after(self, error: BaseException) -> int:
-        """The delay after this error. A function may say it, within five seconds; its failure is
-        that of the step."""
-        delay = self.config.delay
-        if not callable(delay):
-            return int(delay)
-        asked = Execution(self.run, ASKING)
-        if not is_async(delay):
-            asked.slot = await self.run.engine.threads.slots.acquire()
-        try:
-            await asked.execute(
-                functools.partial(delay, WorkflowDelayContext(self.context(), error))
-            )
-        finally:
-            asked.free_slot()
-        answer, failure = asked.outcome
-        try:
-            if failure is None:
-                return parse_duration(answer)
-        except ValueError as wrong:
-            failure = wrong
-        message = f"the delay function of {self} failed: {show_error(failure)}"
-        raise WorkflowFatalError(message, name="NonRetryableDelayError")
-
-    def _post_end(self, result: Any, error: BaseException | None, delay: int | None) -> None:
-        run, step = self.run, self.call.step
-        fresh: Any = error
-        size, wait = 0, None
-        if error is None:
-            type, (text, fresh) = "done", result or (None, None)
-            size = size_of(text or "")
-        elif delay is None:
-            type, text = "error", encode_error(error)
-        else:
-            type, text = "failed", encode_error(error, retry_delay_ms=delay)
-            wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
-            step.asleep = True
-        step.open = False
-        row = self._first_row(type, text)
-        if self.recorded:
-            row = Row(type, step.key, self.number, text)
-        run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
-
-    def _end_stored(self, row: Row, fresh: Any, _: Any, refused: BaseException | None) -> None:
-        """Its end is committed; or refused, because the result is beyond a limit."""
-        if refused is not None:
-            self._post_end(None, refused, None)
-            return
-        if self.call.attempt is self:
-            self.call.attempt = None
-        self.call.fresh = None if row.type == "failed" else fresh
-        self.run.careful = self.run.careful and row.type == "failed"
-        self.run.take(row)
-
-    def _drop(self) -> None:
-        super()._drop()
-        for key, call in self.run.active.items():
-            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
-                call.task.cancel()
-
-
-def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> Any:
-    """A task; from Python 3.12 on it has taken its first step, with which most callbacks end."""
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop)
-
-
-def _discard(value: Any) -> None:
-    """Closes what nobody will await."""
-    if inspect.iscoroutine(value):
-        value.close()
+def timed_out(ms: int) -> WorkflowTimeoutError:
+    """What fails because its time is up."""
+    return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
 
 
 def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
@@ -3943,321 +3754,320 @@ def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
 # ==================================================================================================
 #
 # --------------------------------------------------------------------------------------------------
-# Binding: the side that callers see, in any process. Beside each method stands what it does within
-# a transaction.
+# The API: engines, workflows, and the steps that they are made of. (What callers do to instances is
+# in "Binding".)
 
-Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+
+class Engine(Core):
+    """Runs workflows on a database file (or ":memory:").
+
+    Enter it with `async with`. Any number of processes may open one file: one of them runs the
+    instances, the others are full clients, and one of those takes over when it goes away.
+
+    `env` is what workflows see as `self.env`; `limits` a `Limits`; `clock` a `Clock`;
+    `hibernate_after` how long a waiting instance stays in memory; `drain` how long attempts that
+    are in flight may take to end when it is left."""
+
+    def __init__(
+        self,
+        database: str | os.PathLike[str] = "workflows.db",
+        *,
+        env: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        hibernate_after: Duration = "1 second",
+        drain: Duration = 0,
+    ) -> None:
+        super().__init__()
+        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
+        if not isinstance(path, str) or not path:
+            raise TypeError(f"database is {show(database)}: expected a path")
+        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
+        for name, (given, kind) in kinds.items():
+            if not isinstance(given, (kind, type(None))):
+                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+        self.path = path if path == ":memory:" else os.path.realpath(path)
+        self.env = Env(env or {})
+        self.limits, self.clock = limits or Limits(), clock or Clock()
+        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
+        self.creations = Rate(self.limits.creations_per_second, self.clock)
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
+        """An engine in which the workflows of a configuration file of Cloudflare's `wrangler` are
+        bound: `wrangler.jsonc`, `.json` or `.toml`; without a path, the one in the working folder.
+
+        The file's `vars` become `env`, and its `limits.cpu_ms` that of the `limits`. The options
+        are those of `Engine(…)`; of a name that both `vars` and `env` have, `env`'s value counts.
+
+        Error: `ValueError` for whatever is wrong with the file, or a module that it names."""
+        config = Configuration(path)
+        engine = cls(**config.options(options))
+        config.bind_workflows(engine)
+        return engine
+
+    def bind(
+        self,
+        cls: type[WorkflowEntrypoint[Any]],
+        name: str | None = None,
+        binding: str | None = None,
+        **settings: Any,
+    ) -> Workflow:
+        """Makes a workflow known, before entering the engine or later. `name` defaults to the
+        class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
+
+        `steps` is the most steps that a run may call, up to 25,000; `running` the most instances of
+        this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
+        `success_retention` and `error_retention` how long an instance is kept when it has ended,
+        unless `create` says something else. The defaults are the engine's limits."""
+        workflow = bindable(self, cls, name, binding, **settings)
+        if workflow.name in self._workflows:
+            raise ValueError(f"workflow {workflow.name!r} is bound already")
+        if workflow.binding in self.env:
+            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
+        if self._state != "not open yet":
+            self.check_open()
+            self.writer.post(define, workflow)
+        self._workflows[workflow.name] = workflow
+        self.env[workflow.binding] = workflow
+        return workflow
+
+    async def workflow(self, name: str) -> Workflow:
+        """The workflow of a name that some process has bound, for one that has not its class: to
+        create instances and to steer them. Error: `workflow.not_found`."""
+        if not isinstance(name, str):
+            raise TypeError(f"name is {show(name)}: expected a str")
+        if name in self._workflows:
+            return self._workflows[name]
+        binding, steps = await self.call(find_workflow, name)
+        return Workflow(self, name, binding, steps)
+
+    async def usage(self) -> Usage:
+        """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
+        usage: Usage = await self.call(read_usage)
+        return usage
+
+
+def warn_about_unbound_work(scheduler: Scheduler) -> None:
+    """All processes that run a file bind the same workflows: the owner says so, once for each name,
+    if that is not so."""
+    sql = """SELECT key, name FROM workflows AS w WHERE
+             EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND status = 'queued')
+             OR EXISTS (SELECT 1 FROM instances WHERE workflow = w.key AND wake <= ?)"""
+    db, now = scheduler.database, scheduler.clock.now()
+    for key, name in db.rows(sql, now) if db.owner else ():
+        if key not in scheduler.bound and key not in scheduler.warned:
+            scheduler.warned.add(key)
+            log.warning("%s: there is work for %r, which is not bound here", db.path, name)
+
+
+def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
+    """Binding and limit of steps of a name that some process has bound."""
+    sql = "SELECT binding, steps FROM workflows WHERE name = ?"
+    found = tx.db.rows(sql, name) if _NAME.fullmatch(name) else []  # SQLite takes no surrogates
+    if not found:
+        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
+    return tuple(found[0])
+
+
+class WorkflowEntrypoint(Generic[Params]):
+    """Extend it, and define `async def run(self, event, step)`. A new object is made for each life
+    of each instance; `self.env` has the engine's `env` and bindings.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowEntrypoint)"""
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+    async def run(self, event: WorkflowEvent[Params], step: WorkflowStep) -> Any:
+        """The workflow. What it returns becomes the output, an error that leaves it the error."""
+        raise NotImplementedError
+
+
+class WorkflowStep:
+    """The `step` of `run(event, step)`. Each method returns something to await, once.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowStep)"""
+
+    def __init__(self, run: Replay) -> None:
+        self._run = run
+        self.declared: dict[tuple[str, str], StepFunction[Any]] = {}  # see the Python dialect
+
+    @overload
+    def do(
+        self, name: str, callback: AsyncFunction[Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, callback: Callable[..., Result], options: Options = None, **more: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: AsyncFunction[Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(
+        self, name: str, config: Options, callback: Callable[..., Result], *more: Any, **named: Any
+    ) -> Pending[Result]: ...
+    @overload
+    def do(self, name: str | None = None, *args: Any, **options: Any) -> StepDecorator: ...
+    def do(self, name: Any = None, *args: Any, **options: Any) -> Any:
+        """`do(name, callback)` or `do(name, config, callback)`: runs the callback, stores what it
+        returns, and returns that, now and in every replay.
+
+        The callback is async, or plain, which runs in a thread; if it has one required parameter,
+        or one named `ctx`, it gets a `WorkflowStepContext`. It is retried by `config["retries"]`
+        (`limit`, `delay`, `backoff`; `delay` may be a function of a `WorkflowDelayContext`), each
+        attempt bounded by `config["timeout"]`; then its last error is raised. Names are up to 256
+        characters. `config["sensitive"] = "output"` hides the result from `subscribe`.
+
+        `rollback=handler`, with `rollback_config=…`, or both in a dict behind the callback: called
+        with a `WorkflowRollbackContext` if the step has started and an error leaves `run`.
+
+        `@step.do(name, config=…, depends=[…], concurrent=…)`, or `@step.do()`, decorates a
+        function: see `StepFunction`.
+
+        Errors, beside the callback's own: `step.invalid_name`, `step.invalid_config`,
+        `step.invalid_callback`, `step.not_serializable`, `workflow.timeout`, `workflow.fatal` (a
+        delay function failed), `limit.steps`, `limit.step_output`, `limit.cpu`,
+        `limit.instance_state`."""
+        if "callback" in options or any(map(callable, args)):
+            return StepCall(self._run, "do", plan_do, name, args, options)
+        return StepDecorator(self, name, args, options)
+
+    def sleep(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
+        """`sleep(name, duration)`: waits for a duration, at most 365 days, across restarts.
+
+        developers.cloudflare.com/workflows/build/sleeping-and-retrying/
+        Errors: `step.invalid_name`, `step.invalid_duration`, `limit.sleep`."""
+        return StepCall(self._run, "sleep", plan_sleep, name, args, options)
+
+    def sleep_until(self, name: Any = None, *args: Any, **options: Any) -> Pending[None]:
+        """`sleep_until(name, when)`: waits for a moment, a `datetime`, or seconds (below 1e11) or
+        milliseconds since 1970. One that has passed returns at once. It is a sleep: both share the
+        counts of a name, and the errors."""
+        return StepCall(self._run, "sleep", plan_sleep_until, name, args, options)
+
+    def wait_for_event(
+        self, name: Any = None, *args: Any, **options: Any
+    ) -> Pending[WorkflowStepEvent]:
+        """`wait_for_event(name, type, timeout="24 hours")`, or `(name, {"type": …, "timeout": …})`:
+        takes the oldest buffered event of that type, or waits for one. Beyond the timeout (0 to 365
+        days) it raises `WorkflowTimeoutError`.
+
+        developers.cloudflare.com/workflows/build/events-and-parameters/
+        Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
+        plan = plan_wait_for_event
+        return StepCall(self._run, "wait_for_event", plan, name, args, options)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: which of them are refused, and what is noticed that happens to them. SQLite goes on writing
+# into a file that was removed, replaced or cut short, where nobody would ever read it.
+
+SIDES = ("-owner", "-wal", "-shm")  # the files beside it: the lock, and SQLite's log with its index
+LONG_LOG = 2**24  # bytes; SQLite cuts off the rest when it begins the log (-wal) anew
+
+
+class Files:
+    """The files of an open database."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._found = {each: os.stat(each) for each in [path, *(path + side for side in SIDES)]}
+
+    def check(self) -> None:
+        """Fails if they are not what they were, or less."""
+        shorter = False
+        for path, was in self._found.items():
+            if not os.path.exists(path) or not os.path.samestat(is_now := os.stat(path), was):
+                raise WorkflowInternalError(f"{path} was removed or replaced")
+            ours = LONG_LOG if path.endswith("-wal") else math.inf
+            shorter = shorter or is_now.st_size < min(was.st_size, ours)
+            self._found[path] = is_now
+        if shorter and not self._is_whole():  # else somebody has called VACUUM, for example
+            raise WorkflowInternalError("the file, or its log beside it, was truncated")
+
+    def _is_whole(self) -> bool:
+        """Whether every page is there, for one who has seen none of them yet."""
+        if os.path.getsize(self._path) == 0:  # SQLite would now delete the log
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self._path)) as db:
+                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
+
+
+def refuse_what_is_not_ours(path: str) -> None:
+    """Refuses a file that isn't ours, or not to be written, before any lock or side file is made.
+    It is read through SQLite, because closing a plain file would drop the locks that another engine
+    of this process holds on it."""
+    if os.path.isdir(path):
+        raise WorkflowInternalError("is a directory")
+    for each in [path + side for side in ("", *SIDES)]:
+        if os.path.exists(each) and not os.access(each, os.W_OK):
+            raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        # A process may have died while SQLite wrote its log back: then the schema makes sense only
+        # together with the log, which is not read here.
+        db.execute("PRAGMA writable_schema = ON")
+        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+            raise WorkflowInternalError("not a database of this module")
+        schema_version(db)
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise WorkflowInternalError(f"written by a newer version (schema {version})")
+    return version
+
+
+def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
+    if isinstance(error, WorkflowInternalError):
+        return WorkflowInternalError(f"{path}: {error}")
+    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
+        return WorkflowInternalError(f"{path}: not a database")
+    return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Operations: what callers do to instances, each within a transaction. The next section posts these,
+# in whichever process; where that is not the owner, the owner hears of it by `wake`.
+#
+# Who raises an instance's generation ends the lease of its run.
+
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
-# `Workflow` has a method `list`, and so no other `list` of its own.
-Checked = list[Any]
-Entries = list[Entry]
 Ids = list[str]
-Instances = list["WorkflowInstance"]
-Created = dict[str, list[Any]]
-Deleted = dict[str, list[dict[str, Any]]]
-# Options and their defaults. (A hint where to run has no effect in one process.)
-_CREATE: dict[str, Any] = {"id": None, "params": {}, "retention": None}
-_CREATE |= dict.fromkeys(("locationHint", "location_hint"))
-_SKIPPED = {10405: "already_exists", 10415: "duplicate_in_batch"}
-_RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
-_SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
 
 
-class Workflow:
-    """A workflow as callers see it: creates instances and finds them again.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (Workflow)"""
-
-    cls: type[WorkflowEntrypoint[Any]]  # in a process that has bound it
-    running: int | None = None  # the most instances that run at once
-    schedules: tuple[Cron, ...] = ()
-    source = "binding"  # who asks, in Cloudflare's words: see "HTTP"
-
-    def __init__(self, engine: Engine, name: str, binding: str, steps: int) -> None:
-        self.engine, self.name, self.binding, self.steps = engine, name, binding, steps
-        # How long an instance is kept that has succeeded or was terminated, or that has failed.
-        self.retention = engine.limits.success_retention, engine.limits.error_retention
-
-    async def create(self, options: Options = None, /, **given: Any) -> WorkflowInstance:
-        """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
-        is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
-        `params` any value that can be stored (default `{}`), `retention` how long it is kept when
-        it has ended: `{"successRetention": …, "errorRetention": …}`, up to the limits'.
-        `locationHint` has no effect.
-
-        Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
-        `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
-        `limit.queued_instances`, `limit.retention`."""
-        entry = self._entry(merge(options, given, [*_CREATE], "create"), "create")
-        if not await self._create([entry]):
-            what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
-            raise refusal("instance.already_exists", what)
-        return WorkflowInstance(self, entry[0])
-
-    @overload
-    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> Instances: ...
-    @overload
-    async def create_batch(self, batch: Mapping[str, Any]) -> Created: ...
-    async def create_batch(self, batch: Any) -> Any:
-        """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
-        repeat, are skipped and left out of the result. Errors as in `create`, and
-        `limit.batch_size`.
-
-        In Cloudflare's newer form the batch is `{"instances": […]}`, or `{"count": n}` with other
-        options of `create` but no id. The result is `{"created": […], "errors": […]}` then, with
-        `{"index", "id", "code", "message"}` for each that was skipped."""
-        if not isinstance(batch, Mapping):
-            made = await self._create(self._batch(batch, "batch", self._entry))
-            return [WorkflowInstance(self, id) for id in made]
-        if "instances" in batch:
-            given = options_of(batch, ["instances"], "batch")["instances"]
-        else:
-            options = options_of(batch, ("count", *[*_CREATE][1:]), "batch")  # no id
-            with naming("batch: count"):
-                count = read_count(options.pop("count", None))
-            given = [options] * min(count, self.engine.limits.batch + 1)
-        entries = self._batch(given, "batch", self._entry)
-        new, seen = {*await self._create(entries)}, set()
-        created: Instances = []
-        errors: list[Any] = []
-        for index, (id, *_) in enumerate(entries):
-            if id in new and id not in seen:
-                created.append(WorkflowInstance(self, id))
-            else:
-                code = 10415 if id in seen else 10405
-                what = f"workflows.api.error.instance.{_SKIPPED[code]}"
-                errors.append({"index": index, "id": id, "code": code, "message": what})
-            seen.add(id)
-        return {"created": created, "errors": errors}
-
-    async def _create(self, entries: Entries) -> Ids:
-        self.engine.creations.count()
-        made: Ids = await self.engine.call(create_instances, self.name, entries, self.source)
-        return made
-
-    async def get(self, id: str) -> WorkflowInstance:
-        """The instance with that id. Error: `instance.not_found`."""
-        if not isinstance(id, str):
-            raise TypeError(f"id is {show(id)}: expected a str")
-        await self.engine.call(on_instance, self.name, id, read_status)
-        return WorkflowInstance(self, id)
-
-    async def list(
-        self, status: str | None = None, limit: int | None = None
-    ) -> AsyncGenerator[WorkflowInstance, None]:
-        """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
-        first."""
-        if status is not None and status not in STATUSES:
-            expected = f"one of {', '.join(STATUSES)}"
-            raise ValueError(f"status is {show(status)}: expected {expected}")
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
-        before, left = 2**62, math.inf if limit is None else limit
-        while left > 0:
-            page = await self.engine.call(list_instances, self.name, status, before, min(left, 100))
-            for _, id in page:
-                if id is not None:
-                    yield WorkflowInstance(self, id)
-            before = page[-1][0] if page else 0
-            left = left - len(page) if page else 0
-
-    async def replay(self, id: str) -> WorkflowReplay:
-        """Whether an instance would go on as recorded, with the class that this process has bound:
-        calls `run` with what is recorded, up to where it would do something new. No callback runs,
-        and nothing is written, so that this is safe beside the process that runs the instance.
-
-        Error: `instance.not_found`."""
-        loaded = await self.engine.call(load_for_replay, self.name, id)
-        inst = loaded.instance
-        has_failed = inst.status == "errored" or (
-            inst.rollback is not None and not inst.termination
-        )
-        return await ReplayRun(self.engine, self, loaded).report(has_failed)
-
-    async def replay_all(self) -> collections.abc.AsyncGenerator[WorkflowReplay, None]:
-        """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
-        for status in (*LIVE, "paused"):
-            page: Ids = []
-            async for instance in self.list(status):
-                page.append(instance.id)
-                if len(page) == 100:
-                    for report in await self._replay(page):
-                        yield report
-                    page = []
-            for report in await self._replay(page):
-                yield report
-
-    async def _replay(self, ids: Ids) -> Sequence[WorkflowReplay]:
-        found = await asyncio.gather(*map(self.replay, ids), return_exceptions=True)
-        reports = []
-        for id, report in zip(ids, found, strict=True):
-            if isinstance(report, Unreadable):
-                problem = {"name": "Unreadable", "message": str(report)}
-                report = WorkflowReplay(id, [], [], [], [], "errored", problem, False)
-            if isinstance(report, WorkflowReplay):
-                reports.append(report)
-            elif not isinstance(report, WorkflowError):  # else it was deleted meanwhile
-                raise report
-        return reports
-
-    async def delete_batch(self, ids: Iterable[str]) -> Deleted:
-        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
-        [{"id", "code", "message"}]}`, with one entry for each id.
-
-        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
-        legal = self._batch(ids, "ids", self.check_id)
-        answer: Deleted = await self.engine.call(delete_instances, self.name, legal)
-        return answer
-
-    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> Checked:
-        """What `check` makes of each entry of a caller's list, if there aren't too many."""
-        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-            raise TypeError(f"{what} is {type(given).__name__}: expected a list")
-        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
-        limit = self.engine.limits.batch
-        if not 0 < len(entries) <= limit:
-            what = f"{what}: expected 1 to {limit} entries (limit batch)"
-            raise refusal("limit.batch_size", what)
-        return entries
-
-    def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _CREATE | options_of(given, [*_CREATE], where), self.engine.limits
-        id = (
-            str(uuid.uuid4())
-            if options["id"] is None
-            else self.check_id(options["id"], where, new=True)
-        )
-        what, code = f"{where}: params", "params.not_serializable"
-        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
-        names, longest = (
-            ("successRetention", "errorRetention"),
-            (
-                limits.success_retention,
-                limits.error_retention,
-            ),
-        )
-        kept = dict(zip(names, self.retention, strict=True))
-        retention = {} if options["retention"] is None else options["retention"]
-        for name in options_of(retention, names, f"{where}: retention"):
-            kept[name] = ms = duration_of(retention, name, f"{where}: retention")
-            most = longest[names.index(name)]
-            if most is not None and ms > most:
-                what = f"{where}: {name} is longer than {most} ms (limit retention)"
-                raise refusal("limit.retention", what)
-        return id, text, kept["successRetention"], kept["errorRetention"]
-
-    def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
-        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
-        limit = self.engine.limits.id_length
-        if isinstance(id, str) and len(id) <= limit:
-            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
-            if given or (_SCHEDULED.fullmatch(id) and not new):
-                return id
-        what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
-        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
-
-    def introspect(self) -> WorkflowIntrospector:
-        """`async with workflow.introspect() as all_instances`, for tests: to look into the
-        instances that are created inside the block, and to change what happens to them. The
-        engine must be the one that runs them."""
-        return WorkflowIntrospector(self)
-
-    def introspect_instance(self, id: str) -> WorkflowInstanceIntrospector:
-        """`async with workflow.introspect_instance(id) as one`: the same for one instance, which
-        may also be created inside the block. Error: `instance.invalid_id`."""
-        return WorkflowInstanceIntrospector(self, self.check_id(id))
-
-    def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
-        """Type and payload of an event that somebody sends."""
-        event = {"payload": None} | merge(options, given, ("type", "payload"), what)
-        if "type" not in event:
-            raise TypeError(f"{what} needs a type")
-        type = check_event_type(event["type"], refusal)
-        code, limits = "event.not_serializable", self.engine.limits
-        return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
+def not_found(workflow: str, id: str) -> WorkflowError:
+    # Cloudflare's Python SDK passes on nothing but the text.
+    what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
+    return refusal("instance.not_found", what)
 
 
-def bindable(
-    engine: Engine,
-    cls: Any,
-    name: Any,
-    binding: Any,
-    *,
-    steps: int | None = None,
-    running: int | None = None,
-    schedules: str | Iterable[str] = (),
-    success_retention: Duration | None = None,
-    error_retention: Duration | None = None,
-) -> Workflow:
-    """What `Engine.bind` is given, checked."""
-    extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
-    if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-        expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
-        raise TypeError(f"{show(cls)} can't be bound: expected {expected}")
-    name = _kebab(cls.__name__) if name is None else name
-    if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-        raise ValueError(f"{show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
-    binding = name.upper().replace("-", "_") if binding is None else binding
-    if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
-        raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
-    limits = engine.limits
-    workflow = Workflow(engine, name, binding, limits.steps)
-    workflow.cls = cls
-    with naming("steps"):
-        workflow.steps = limits.steps if steps is None else read_count(steps, 25_000)
-    with naming("running"):
-        workflow.running = None if running is None else read_count(running)
-    with naming("schedules"):
-        workflow.schedules = read_schedules(schedules)
-    with naming("success_retention"):
-        kept = _read_retention(success_retention, limits.success_retention)
-    with naming("error_retention"):
-        workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
-    return workflow
-
-
-def _kebab(name: str) -> str:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-    return words.replace("_", "-").strip("-").lower()
-
-
-class Rate:
-    """How many calls may be made within a second: an account's quota, of this process."""
-
-    def __init__(self, limit: int | None, clock: Clock) -> None:
-        self._clock, self._limit = clock, limit
-        self._calls: deque[int] = deque(maxlen=limit or 0)  # when
-
-    def count(self) -> None:
-        """Counts a call, or refuses it."""
-        now = self._clock.now()
-        recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
-        if len(recent) == self._limit:
-            what = f"more than {self._limit} creations within a second"
-            raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
-        self._calls.append(now)
-
-
-def create_instances(
-    tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str
-) -> list[str]:
+def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
     """Stores instances, in order; returns the ids of those that are new."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    for _, params, *_ in entries:
-        check_state(tx, 0, size_of(params), refusal)
-    taken = {*tx.find(workflow, [entry[0] for entry in entries])}
+    taken = tx.find(workflow, [entry[0] for entry in entries])
+    new: dict[str, Entry] = {}
+    for entry in entries:
+        check_state(tx, 0, size_of(entry[1]), refusal)
+        if entry[0] not in taken:
+            new.setdefault(entry[0], entry)
     if trigger != "cron":  # nobody would hear of the refusal
-        tx.scheduler.check_queue(tx, len({entry[0] for entry in entries} - taken))
-    made = []
-    for id, params, success, error in entries:
-        if id not in taken:
-            number = tx.next_number()
-            inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
-            tx.move(inst, Row("queued", data=params), size_of(params))
-            taken.add(id)
-            made.append(id)
-    tx.requests += len(made)
-    return made
+        tx.scheduler.queue_limit.check(tx, len(new))
+    for id, params, success, error in new.values():
+        number = tx.next_number()
+        inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
+        tx.move(inst, Row("queued", data=params), size_of(params))
+    tx.requests += len(new)
+    return [*new]
 
 
 def list_instances(
@@ -4270,9 +4080,7 @@ def list_instances(
     return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
 
 
-def delete_instances(
-    tx: Transaction, workflow: str, ids: list[str]
-) -> dict[str, list[dict[str, Any]]]:
+def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list[Any]]:
     """Cloudflare's answer: what was deleted and what was not, in the order of the ids."""
     known = tx.find(workflow, ids)
     for inst in known.values():
@@ -4284,193 +4092,24 @@ def delete_instances(
     }
 
 
-class WorkflowInstance:
-    """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible
-    to `status()` in every process when it returns. Every method may raise `instance.not_found`.
-
-    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowInstance)"""
-
-    def __init__(self, workflow: Workflow, id: str) -> None:
-        self.workflow, self.id = workflow, id
-
-    def __repr__(self) -> str:
-        return f"<WorkflowInstance {self.workflow.name} {self.id}>"
-
-    async def _call(self, operation: Operation, *args: Any) -> Any:
-        engine, name = self.workflow.engine, self.workflow.name
-        return await engine.call(on_instance, name, self.id, operation, *args)
-
-    async def status(self) -> InstanceStatus:
-        """Status, output and error as they are now, and how a rollback went."""
-        _, status, data, outcome, failure = await self._call(read_status)
-        output = read_back(data, f"the output of {self}") if status == "complete" else None
-        error = None
-        if status == "errored":
-            error = _Attributes(brief(read_back(data, f"the error of {self}")))
-        rollback = None
-        if outcome is not None:
-            failed = decode(failure or "null")
-            rollback = _Attributes(outcome=outcome, error=failed and _Attributes(brief(failed)))
-        return InstanceStatus(status, output, error, rollback)
-
-    async def history(self) -> list[WorkflowHistoryEvent]:
-        """What has happened so far: the events of `subscribe` up to now."""
-        name, told = self.workflow.name, History(self.id)
-        inst, rows = await self.workflow.engine.call(read_journal, name, self.id, 0, 0)
-        if inst is None:
-            raise not_found(name, self.id)
-        return [event for row in rows for event in told.events(row)]
-
-    async def pause(self) -> None:
-        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
-        callbacks in flight have finished. Sleeps, retry delays and event timeouts stand still while
-        paused."""
-        await self._call(_pause)
-
-    async def resume(self) -> None:
-        """Goes on from a pause, or cancels one that hasn't taken effect."""
-        await self._call(_resume)
-
-    async def terminate(self, options: Options = None, /, **given: Any) -> None:
-        """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
-        handlers of its steps run first: it returns when their beginning is recorded, and another
-        `terminate()` ends that at once.
-
-        Error: `instance.cannot_terminate` if it has finished."""
-        rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
-        if not isinstance(rollback, bool):
-            raise TypeError(f"rollback is {show(rollback)}: expected True or False")
-        await self._call(_terminate, self.workflow.source, rollback)
-
-    async def restart(self, options: Options = None, /, **given: Any) -> None:
-        """Begins again with the same id, params and timestamp; everything else is erased. With
-        `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
-        that step: what started before it is kept (but what `run` cancelled after it begins anew),
-        and so are buffered events.
-
-        Error: `instance.cannot_restart` if its history has no such step."""
-        start = merge(options, given, ("from",), "restart").get("from")
-        await self._call(_restart, None if start is None else _start(start))
-
-    async def delete(self) -> None:
-        """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
-        await self._call(_delete)
-
-    async def send_event(self, options: Options = None, /, **given: Any) -> None:
-        """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
-        delivered to exactly one `wait_for_event` of that type, now or later.
-
-        Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
-        `limit.event_payload`, `limit.instance_state`."""
-        await self._call(_send_event, *self.workflow.event_of(options, given, "send_event"))
-
-    async def result(self, timeout: Duration | None = None) -> Any:
-        """Waits for the end. Returns the output; raises the error that left `run`, or
-        `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
-        after `timeout`."""
-        patience = None if timeout is None else parse_duration(timeout)
-        key, status, data, *_ = await self._call(read_status)
-        engine = self.workflow.engine
-        late: asyncio.Future[None] = engine.loop.create_future()
-        timer = None
-        if patience is not None:
-            timer = engine.clock.call_later(patience, functools.partial(resolve, late))
-        try:
-            while status not in FINISHED:
-                ended = engine.watchers.watch(key)
-                present, status, data, *_ = await self._call(read_status)
-                if present != key:  # deleted, and its id is used again
-                    raise not_found(self.workflow.name, self.id)
-                if key in engine.lives.damaged and status in ("running", "waitingForPause"):
-                    raise WorkflowInternalError(engine.lives.damaged[key])
-                if status not in FINISHED and late.done():
-                    raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
-                if status not in FINISHED:
-                    await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if status == "complete":
-            return read_back(data, f"the output of {self}")
-        if status == "errored":
-            raise rebuild_error(read_back(data, f"the error of {self}"))
-        raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
-
-    def subscribe(
-        self, cursor: int | None = None, filter: Iterable[str] | None = None
-    ) -> WorkflowSubscription:
-        """`async for event in instance.subscribe()`: its history, then live what happens, until the
-        instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
-        list of the types to show. Each event comes once, in order.
-
-        Errors: `instance.not_found`, also when it is deleted meanwhile."""
-        if not isinstance(cursor, (int, type(None))) or isinstance(cursor, bool):
-            raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
-        shown = EVENT_TYPES if filter is None else {*filter}
-        if unknown := shown - EVENT_TYPES:
-            known = ", ".join(sorted(EVENT_TYPES))
-            raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
-        return WorkflowSubscription(self._events(cursor or -1, shown))
-
-    async def _events(
-        self, cursor: int, shown: Collection[str]
-    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
-        history, key = History(self.id), None
-        async with contextlib.aclosing(self.follow()) as news:
-            async for inst, rows in news:
-                if inst is None or key not in (None, inst.key):
-                    raise not_found(self.workflow.name, self.id)
-                key = inst.key
-                for row in rows:
-                    for event in history.events(row):
-                        if event.event_id > cursor and event.type in shown:
-                            yield event
-                if inst.status in FINISHED:
-                    return
-
-    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
-        """The instance with this id, if there is one, and the rows that are new: now, and again
-        whenever something has changed."""
-        engine, key, seq = self.workflow.engine, 0, 0
-        while True:
-            changed = engine.watchers.watch(self.id)  # before it is read, so that nothing is missed
-            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, key, seq)
-            yield inst, rows
-            if inst is not None:
-                key, seq = inst.key, inst.seq
-            await asyncio.wait({changed})
+def read_journal(
+    tx: Transaction, workflow: str, id: str, known: Instance | None
+) -> tuple[Instance | None, list[Row]]:
+    """The instance with that id, if there is one, and its rows: only the new ones, if it is still
+    the one that is known."""
+    inst = tx.find(workflow, [id]).get(id)
+    if inst is None:
+        return None, []
+    seen = known.seq if known is not None and known.key == inst.key else 0
+    return inst.as_of_now(), tx.journal(inst, "seq > ?", seen)
 
 
-class WorkflowSubscription:
-    """What `subscribe` returns: to go through with `async for`; or, as Cloudflare writes it, to be
-    awaited, and asked for one event after the other."""
-
-    def __init__(self, events: AsyncGenerator[WorkflowHistoryEvent, None]) -> None:
-        self._events = events
-
-    def __aiter__(self) -> AsyncGenerator[WorkflowHistoryEvent, None]:
-        return self._events
-
-    def __await__(self) -> Generator[None, None, Self]:
-        yield from ()  # there is nothing to wait for
-        return self
-
-    async def next(self) -> dict[str, Any]:
-        """`{"done": False, "value": event}`; or `{"done": True, "value": None}`, when no other one
-        will come."""
-        async for event in self._events:
-            return {"done": False, "value": event}
-        return {"done": True, "value": None}
-
-    async def aclose(self) -> None:
-        """Ends it early: `async with contextlib.aclosing(instance.subscribe()) as subscription`."""
-        await self._events.aclose()
-
-
-def not_found(workflow: str, id: str) -> WorkflowError:
-    # Cloudflare's Python SDK passes on nothing but the text.
-    what = f"(instance.not_found) workflow {workflow!r} has no instance {id!r}"
-    return refusal("instance.not_found", what)
+def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
+    """On which of these there may be news, when another process wrote."""
+    sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
+             ON i.key = asked.value AND asked.type = 'integer'
+             WHERE i.id IS NULL OR i.ended IS NOT NULL"""
+    return [topic for (topic,) in tx.db.rows(sql, json.dumps(topics))]
 
 
 def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *args: Any) -> Any:
@@ -4481,35 +4120,13 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     return operation(tx, inst, *args)
 
 
-def read_status(
-    tx: Transaction, inst: Instance
-) -> tuple[int, str, str | None, str | None, str | None]:
-    """Key and status; of a finished one also the data of its last row, and if it was rolled back,
-    how that went ("complete" or "failed") and the error of the handler that has failed."""
+def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
+    """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
+    that has the error of the rollback handler that has failed."""
     if inst.status not in FINISHED:
-        return inst.key, inst.status, None, None, None
+        return inst.as_of_now(), Row(inst.status)
     (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return inst.key, inst.status, last.data, inst.rollback, last.extra
-
-
-def read_journal(
-    tx: Transaction, workflow: str, id: str, key: int, seen: int
-) -> tuple[Instance | None, list[Row]]:
-    """The instance with that id, if there is one, and its rows: only those after `seen`, if it
-    still is the one with that key."""
-    inst = tx.find(workflow, [id]).get(id)
-    if inst is None:
-        return None, []
-    rows = tx.journal(inst, "seq > ?", seen if inst.key == key else 0)
-    return inst.as_of_now(), rows
-
-
-def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
-    """On which of these there may be news, when another process wrote."""
-    sql = """SELECT asked.value FROM json_each(?) AS asked LEFT JOIN instances AS i
-             ON i.key = asked.value AND asked.type = 'integer'
-             WHERE i.id IS NULL OR i.ended IS NOT NULL"""
-    return [topic for (topic,) in tx.db.rows(sql, json.dumps(topics))]
+    return inst.as_of_now(), last
 
 
 def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
@@ -4562,61 +4179,47 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
             return
     if inst.rollback == "begun":
         inst.rollback = "failed"
-    generation = inst.generation + 1
-    tx.move(inst, Row("terminated"), generation=generation, termination=source, wake=tx.now)
+    inst.generation += 1
+    tx.move(inst, Row("terminated"), termination=source, wake=tx.now)
 
 
-def _restart(tx: Transaction, inst: Instance, start: tuple[str, int, str | None] | None) -> None:
-    """From the top, or from a step: then what started before that step is kept."""
+def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """What is left of a history when it begins again from the step with the first of these keys
+    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
+    after that begins anew, because the reason for the cancellation may be gone."""
+    first = next((row.seq for key in keys for row in rows if row.step == key), 0)
+    counts_from = {row.step: row.seq for row in reversed(rows)}
+    counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
+    return [row for row in rows if (counts_from[row.step] if row.step else row.seq) < first]
+
+
+def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
+    """From the step with the first of these keys that there is: then what started before that step
+    is kept. Without any keys from the top."""
     rows = tx.journal(inst)
-    kept: list[Row] = []
-    if start is None:
+    kept = cut(rows, steps)
+    if steps and not kept:
+        what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
+        raise refusal("instance.cannot_restart", what)
+    if not steps:
         tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         inst.started = None
-    else:
-        name, count, kind = start
-        kinds = STEP_KINDS if kind is None else [kind]
-        kept = cut(rows, [SEPARATOR.join((kind, name, str(count))) for kind in kinds])
-        if not kept:
-            what = f"{kind or 'step'} {name!r} with count {count}"
-            raise refusal("instance.cannot_restart", f"instance {inst.id!r} has no {what}")
     for table in ("journal", "waits"):
         sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
         tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
     unpause(tx, inst)
-    steps = fold(kept)[0].values()
     payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
     texts = [rows[0].data, *(payload for (payload,) in payloads)]
-    texts += [step.data for step in steps if step.state == "done"]
-    size = sum(size_of(text or "") for text in texts) - inst.state
-    for step in steps:
+    for step in fold(kept)[0].values():
+        if step.state == "done":
+            texts.append(step.data)
         if step.open:  # it was in flight: that is as after a clean stop
             tx.append(inst, Row("stop", step.key))
-    began_again = Row("queued", data=None if kept else rows[0].data)
-    cleared = dict.fromkeys(("ended", "paused", "termination", "rollback"))
-    generation, place = inst.generation + 1, tx.next_number()
-    tx.move(
-        inst,
-        began_again,
-        size,
-        **cleared,
-        generation=generation,
-        place=place,
-        careful=0,
-        wake=tx.now,
-    )
-
-
-_KINDS = {camel(kind): kind for kind in STEP_KINDS}
-
-
-def _start(given: Any) -> tuple[str, int, str | None]:
-    """The step that a restart begins from: name, count, and kind if that is given."""
-    step = options_of(given, ("name", "count", "type"), "from")
-    kind = step.pop("type", None)
-    if kind is not None and kind not in [*_KINDS]:
-        raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
-    return *step_named(step, "count"), kind and _KINDS[kind]
+    size = sum(size_of(text or "") for text in texts) - inst.state
+    inst.generation += 1
+    inst.ended = inst.paused = inst.termination = inst.rollback = None
+    inst.careful, inst.place = 0, tx.next_number()
+    tx.move(inst, Row("queued", data=None if kept else rows[0].data), size, wake=tx.now)
 
 
 def _delete(tx: Transaction, inst: Instance) -> None:
@@ -4624,29 +4227,496 @@ def _delete(tx: Transaction, inst: Instance) -> None:
     tx.touched |= {inst.key, inst.id or ""}
     tx.db.execute("UPDATE instances SET id = NULL WHERE key = ?", (inst.key,))
     inst.id = None
-    generation = inst.generation + 1
-    tx.change(inst, status="terminated", generation=generation, wake=tx.now)
+    inst.generation += 1
+    tx.change(inst, status="terminated", wake=tx.now)
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking without touching: a life that only replays `run`. What is recorded it hears again; what it
-# would do beyond that never begins.
+# Binding: the objects that callers hold, and how what they are given is checked.
+
+Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+# What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
+_CREATE: dict[str, Any] = {"params": {}, "retention": None}
+_CREATE |= dict.fromkeys(("locationHint", "location_hint"))
+_EXISTS, _REPEATED = (10405, "already_exists"), (10415, "duplicate_in_batch")
+_KEPT_FOR = ("successRetention", "errorRetention")
+_RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
+_SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
+_KINDS = {camel(kind): kind for kind in STEP_KINDS}
 
 
-class PassiveRun(Run):
-    """A life in which no callback runs, and which writes nothing."""
+class Workflow:
+    """A workflow as callers see it: creates instances and finds them again.
 
-    async def carry_out(self, call: StepCall) -> None:
-        """Nothing begins: the call stays pending."""
+    developers.cloudflare.com/workflows/build/workers-api/ (Workflow)"""
 
-    def _on_cancellation(self, call: StepCall) -> None:
-        """Nothing is recorded."""
+    cls: type[WorkflowEntrypoint[Any]]  # in a process that has bound it
+    running: int | None = None  # the most instances that run at once
+    schedules: tuple[Cron, ...] = ()
+    source = "binding"  # who asks, in Cloudflare's words: see "HTTP"
 
-    def conclude(self, result: Any) -> None:
-        """Nothing is recorded."""
+    def __init__(self, engine: Engine, name: str, binding: str, steps: int) -> None:
+        self.engine, self.name, self.binding, self.steps = engine, name, binding, steps
+        # How long an instance is kept that has succeeded or was terminated, or that has failed.
+        self.retention = engine.limits.success_retention, engine.limits.error_retention
 
-    def _is_idle(self) -> bool:
-        return False
+    async def create(self, options: Options = None, /, **given: Any) -> WorkflowInstance:
+        """`create(id=…, params=…, retention=…)`, or a dict of these: returns when the new instance
+        is durably stored. `id` is up to 100 letters, digits, '_' and '-' (default: a UUID4),
+        `params` any value that can be stored (default `{}`), `retention` how long it is kept when
+        it has ended: `{"successRetention": …, "errorRetention": …}`, up to the limits'.
+        `locationHint` has no effect.
+
+        Errors: `instance.invalid_id`, `instance.already_exists`, `params.not_serializable`,
+        `limit.event_payload`, `limit.instance_state`, `limit.creation_rate`,
+        `limit.queued_instances`, `limit.retention`."""
+        entry = self._entry(merge(options, given, ("id", *_CREATE), "create"), "create")
+        created = await self._create([entry])
+        if not created:
+            what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
+            raise refusal("instance.already_exists", what)
+        return created[0]
+
+    @overload
+    async def create_batch(self, batch: Iterable[Mapping[str, Any]]) -> list[WorkflowInstance]: ...
+    @overload
+    async def create_batch(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]: ...
+    async def create_batch(self, batch: Any) -> Any:
+        """Creates 1 to 100 instances in one transaction, in order. Ids that exist already, or
+        repeat, are skipped and left out of the result. Errors as in `create`, and
+        `limit.batch_size`.
+
+        In Cloudflare's newer form the batch is `{"instances": […]}`, or `{"count": n}` with other
+        options of `create` but no id. The result is `{"created": […], "errors": […]}` then, with
+        `{"index", "id", "code", "message"}` for each that was skipped."""
+        if not isinstance(batch, Mapping):
+            return await self._create(self._batch(batch, "batch", self._entry))
+        if "instances" in batch:
+            given = options_of(batch, ["instances"], "batch")["instances"]
+        else:
+            options = options_of(batch, ("count", *_CREATE), "batch")
+            with naming("batch: count"):
+                count = read_count(options.pop("count", None))
+            given = [options] * min(count, self.engine.limits.batch + 1)
+        entries = self._batch(given, "batch", self._entry)
+        created = await self._create(entries)
+        new, seen, errors = {instance.id for instance in created}, set[str](), []
+        for index, (id, *_) in enumerate(entries):
+            if id in seen or id not in new:
+                code, why = _REPEATED if id in seen else _EXISTS
+                message = f"workflows.api.error.instance.{why}"
+                errors.append({"index": index, "id": id, "code": code, "message": message})
+            seen.add(id)
+        return {"created": created, "errors": errors}
+
+    async def _create(self, entries: Sequence[Entry]) -> list[WorkflowInstance]:
+        self.engine.creations.count()
+        made = await self.engine.call(create_instances, self.name, entries, self.source)
+        return [WorkflowInstance(self, id) for id in made]
+
+    async def get(self, id: str) -> WorkflowInstance:
+        """The instance with that id. Error: `instance.not_found`."""
+        await self.engine.call(on_instance, self.name, _any_id(id), read_end)
+        return WorkflowInstance(self, id)
+
+    async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Deletes 1 to 100 instances in one transaction. Returns `{"deleted": [{"id"}], "errors":
+        [{"id", "code", "message"}]}`, with one entry for each id.
+
+        Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
+        legal = self._batch(ids, "ids", self.check_id)
+        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
+        return answer
+
+    # (From here on, `list` is this method in the class, and the built-in one inside of methods.)
+
+    async def list(
+        self, status: str | None = None, limit: int | None = None
+    ) -> AsyncGenerator[WorkflowInstance, None]:
+        """`async for instance in workflow.list(status="errored", limit=100)`: the instances, newest
+        first."""
+        if status is not None:
+            check_status(status)
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
+        left = math.inf if limit is None else limit
+        async for page in self._pages(status):
+            for id in page:
+                if left == 0:
+                    return
+                yield WorkflowInstance(self, id)
+                left -= 1
+
+    async def _pages(self, status: str | None = None) -> AsyncGenerator[Ids, None]:
+        """The ids of the instances, newest first, up to a hundred at a time."""
+        before = 2**62
+        while page := await self.engine.call(list_instances, self.name, status, before, 100):
+            yield [id for _, id in page if id is not None]
+            before = page[-1][0]
+
+    async def replay(self, id: str) -> WorkflowReplay:
+        """Whether an instance would go on as recorded, with the class that this process has bound:
+        calls `run` with what is recorded, up to where it would do something new. No callback runs,
+        and nothing is written, so that this is safe beside the process that runs the instance.
+
+        Error: `instance.not_found`."""
+        return await report_on(self, _any_id(id))
+
+    def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
+        """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
+        return report_on_unfinished(self)
+
+    def introspect(self) -> WorkflowIntrospector:
+        """`async with workflow.introspect() as all_instances`, for tests: to look into the
+        instances that are created inside the block, and to change what happens to them. The
+        engine must be the one that runs them."""
+        return WorkflowIntrospector(self)
+
+    def introspect_instance(self, id: str) -> WorkflowInstanceIntrospector:
+        """`async with workflow.introspect_instance(id) as one`: the same for one instance, which
+        may also be created inside the block. Error: `instance.invalid_id`."""
+        return WorkflowInstanceIntrospector(self, self.check_id(id))
+
+    # -- what it is given, checked
+
+    def _batch(self, given: Any, what: str, check: Callable[[Any, str], Any]) -> Any:
+        """What `check` makes of each entry of a caller's list, if there aren't too many."""
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+            raise TypeError(f"{what} is {type(given).__name__}: expected a list")
+        entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
+        limit = self.engine.limits.batch
+        if not 0 < len(entries) <= limit:
+            what = f"{what}: expected 1 to {limit} entries (limit batch)"
+            raise refusal("limit.batch_size", what)
+        return entries
+
+    def _entry(self, given: Any, where: str) -> Entry:
+        options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
+        id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
+        id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
+        text, _ = checked(options["params"], what, code, limits, "payload_bytes")
+        return id, text, *self._retention(options["retention"], where)
+
+    def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
+        """How long an instance is kept whose `create` is given this."""
+        limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+        plan = limits.success_retention, limits.error_retention
+        longest = dict(zip(_KEPT_FOR, plan, strict=True))
+        given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
+        for name in given:
+            kept[name] = ms = duration_of(given, name, f"{where}: retention")
+            most = longest[name]
+            if most is not None and ms > most:
+                what = f"{where}: {name} is longer than {most} ms (limit retention)"
+                raise refusal("limit.retention", what)
+        return kept["successRetention"], kept["errorRetention"]
+
+    def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
+        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
+        limit = self.engine.limits.id_length
+        if isinstance(id, str) and len(id) <= limit:
+            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
+            if given or (_SCHEDULED.fullmatch(id) and not new):
+                return id
+        what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
+        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+
+    def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
+        """Type and payload of an event that somebody sends."""
+        event = {"payload": None} | merge(options, given, ("type", "payload"), what)
+        if "type" not in event:
+            raise TypeError(f"{what} needs a type")
+        type = check_event_type(event["type"], refusal)
+        code, limits = "event.not_serializable", self.engine.limits
+        return type, checked(event["payload"], "payload", code, limits, "payload_bytes")[0]
+
+
+def bindable(
+    engine: Engine,
+    cls: Any,
+    name: Any,
+    binding: Any,
+    *,
+    steps: int | None = None,
+    running: int | None = None,
+    schedules: str | Iterable[str] = (),
+    success_retention: Duration | None = None,
+    error_retention: Duration | None = None,
+) -> Workflow:
+    """What `Engine.bind` is given, checked."""
+    extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
+    if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
+        expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
+        raise TypeError(f"{show(cls)} can't be bound: expected {expected}")
+    name = _kebab(cls.__name__) if name is None else name
+    if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
+        raise ValueError(f"{show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
+    binding = name.upper().replace("-", "_") if binding is None else binding
+    if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
+        raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
+    limits = engine.limits
+    workflow = Workflow(engine, name, binding, limits.steps)
+    workflow.cls = cls
+    with naming("steps"):
+        workflow.steps = limits.steps if steps is None else read_count(steps, 25_000)
+    with naming("running"):
+        workflow.running = None if running is None else read_count(running)
+    with naming("schedules"):
+        workflow.schedules = read_schedules(schedules)
+    with naming("success_retention"):
+        kept = _read_retention(success_retention, limits.success_retention)
+    with naming("error_retention"):
+        workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
+    return workflow
+
+
+def _any_id(id: Any) -> str:
+    """An id to look for, which need not be legal."""
+    if not isinstance(id, str):
+        raise TypeError(f"id is {show(id)}: expected a str")
+    return id
+
+
+def check_status(status: Any) -> None:
+    """Refuses what is no status of an instance."""
+    if status not in STATUSES:
+        raise ValueError(f"{show(status)} is not a status: expected one of {', '.join(STATUSES)}")
+
+
+def _kebab(name: str) -> str:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return words.replace("_", "-").strip("-").lower()
+
+
+class Rate:
+    """How many calls may be made within a second: an account's quota, of this process."""
+
+    def __init__(self, limit: int | None, clock: Clock) -> None:
+        self._clock, self._limit = clock, limit
+        self._calls: deque[int] = deque(maxlen=limit or 0)  # when
+
+    def count(self) -> None:
+        """Counts a call, or refuses it."""
+        now = self._clock.now()
+        recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
+        if len(recent) == self._limit:
+            what = f"more than {self._limit} creations within a second"
+            raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
+        self._calls.append(now)
+
+
+class QueueLimit:
+    """How many instances may be queued. Counting takes time with a long queue, so that it is done
+    again only when a tenth of the room is used up."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._room = 0  # so many may be created before the queue must be counted again
+
+    def check(self, tx: Transaction, new: int) -> None:
+        """Refuses so many new ones if they would be too many."""
+        scheduler, limit = self._scheduler, self._scheduler.limits.queued
+        if limit is not None and new > self._room:
+            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
+            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
+            room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
+            if new > room:
+                what = f"more than {limit} instances would be queued (limit queued)"
+                raise refusal("limit.queued_instances", what)
+            self._room = (room - new) // 10 + new
+        self._room -= new
+
+
+class WorkflowInstance:
+    """One instance of a workflow: ask it, steer it, send it events. What a call changes is visible
+    to `status()` in every process when it returns. Every method may raise `instance.not_found`.
+
+    developers.cloudflare.com/workflows/build/workers-api/ (WorkflowInstance)"""
+
+    def __init__(self, workflow: Workflow, id: str) -> None:
+        self.workflow, self.id = workflow, id
+
+    def __repr__(self) -> str:
+        return f"<WorkflowInstance {self.workflow.name} {self.id}>"
+
+    async def _call(self, operation: Operation, *args: Any) -> Any:
+        engine, name = self.workflow.engine, self.workflow.name
+        return await engine.call(on_instance, name, self.id, operation, *args)
+
+    async def status(self) -> InstanceStatus:
+        """Status, output and error as they are now, and how a rollback went."""
+        inst, last = await self._call(read_end)
+        output = error = rollback = None
+        if inst.status == "complete":
+            output = read_back(last.data or "", f"the output of {self}")
+        elif inst.status == "errored":
+            error = _Attributes(brief(read_back(last.data or "", f"the error of {self}")))
+        if inst.status in FINISHED and inst.rollback is not None:
+            failure = read_back(last.extra or "null", f"the rollback of {self}")
+            failure = failure and _Attributes(brief(failure))
+            rollback = _Attributes(outcome=inst.rollback, error=failure)
+        return InstanceStatus(inst.status, output, error, rollback)
+
+    async def history(self) -> list[WorkflowHistoryEvent]:
+        """What has happened so far: the events of `subscribe` up to now."""
+        rows, history = await self._call(Transaction.journal), History(self.id)
+        return [event for row in rows for event in history.events(row)]
+
+    async def pause(self) -> None:
+        """Pauses it: at once if it is waiting or queued, else (`waitingForPause`) when the
+        callbacks in flight have finished. Sleeps, retry delays and event timeouts stand still while
+        paused."""
+        await self._call(_pause)
+
+    async def resume(self) -> None:
+        """Goes on from a pause, or cancels one that hasn't taken effect."""
+        await self._call(_resume)
+
+    async def terminate(self, options: Options = None, /, **given: Any) -> None:
+        """Stops it for good, at once. With `rollback=True` (or a dict with that) the rollback
+        handlers of its steps run first: it returns when their beginning is recorded, and another
+        `terminate()` ends that at once.
+
+        Error: `instance.cannot_terminate` if it has finished."""
+        rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
+        if not isinstance(rollback, bool):
+            raise TypeError(f"rollback is {show(rollback)}: expected True or False")
+        await self._call(_terminate, self.workflow.source, rollback)
+
+    async def restart(self, options: Options = None, /, **given: Any) -> None:
+        """Begins again with the same id, params and timestamp; everything else is erased. With
+        `{"from": {"name": …, "count": 1, "type": "do" | "sleep" | "waitForEvent"}}` it begins from
+        that step: what started before it is kept (but what `run` cancelled after it begins anew),
+        and so are buffered events.
+
+        Error: `instance.cannot_restart` if its history has no such step."""
+        start = merge(options, given, ("from",), "restart").get("from")
+        await self._call(_restart, () if start is None else _keys_of(start))
+
+    async def delete(self) -> None:
+        """Deletes it, in any state, with all that is stored of it. Its id is free at once."""
+        await self._call(_delete)
+
+    async def send_event(self, options: Options = None, /, **given: Any) -> None:
+        """`send_event(type=…, payload=…)`, or a dict of these: stored durably when it returns, and
+        delivered to exactly one `wait_for_event` of that type, now or later.
+
+        Errors: `event.invalid_type`, `event.not_serializable`, `instance.not_running`,
+        `limit.event_payload`, `limit.instance_state`."""
+        await self._call(_send_event, *self.workflow.event_of(options, given, "send_event"))
+
+    async def result(self, timeout: Duration | None = None) -> Any:
+        """Waits for the end. Returns the output; raises the error that left `run`, or
+        `WorkflowError` (`instance.terminated`, `instance.not_found`), or `WorkflowTimeoutError`
+        after `timeout`."""
+        patience = None if timeout is None else parse_duration(timeout)
+        engine = self.workflow.engine
+        late: asyncio.Future[None] = engine.loop.create_future()
+        timer = None
+        if patience is not None:
+            timer = engine.clock.call_later(patience, functools.partial(resolve, late))
+        try:
+            inst, last = await self._call(read_end)
+            key = inst.key
+            while inst.status not in FINISHED:
+                ended = engine.watchers.watch(key)  # before it is read, so that nothing is missed
+                inst, last = await self._call(read_end)
+                if inst.key != key:  # deleted, and its id is used again
+                    raise not_found(self.workflow.name, self.id)
+                if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
+                    raise WorkflowInternalError(engine.lives.damaged[key])
+                if inst.status not in FINISHED:
+                    if late.done():
+                        raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
+                    await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if inst.status == "complete":
+            return read_back(last.data or "", f"the output of {self}")
+        if inst.status == "errored":
+            raise rebuild_error(read_back(last.data or "", f"the error of {self}"))
+        raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
+
+    def subscribe(
+        self, cursor: int | None = None, filter: Iterable[str] | None = None
+    ) -> WorkflowSubscription:
+        """`async for event in instance.subscribe()`: its history, then live what happens, until the
+        instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
+        list of the types to show. Each event comes once, in order.
+
+        Errors: `instance.not_found`, also when it is deleted meanwhile."""
+        if cursor is not None and type(cursor) is not int:
+            raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
+        shown = EVENT_TYPES if filter is None else {*filter}
+        if unknown := shown - EVENT_TYPES:
+            known = ", ".join(sorted(EVENT_TYPES))
+            raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
+        return WorkflowSubscription(self._events(cursor or -1, shown))
+
+    async def _events(
+        self, cursor: int, shown: Collection[str]
+    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+        history, key = History(self.id), None
+        async with contextlib.aclosing(self.follow()) as news:
+            async for inst, rows in news:
+                if inst is None or key not in (None, inst.key):
+                    raise not_found(self.workflow.name, self.id)
+                key = inst.key
+                for row in rows:
+                    for event in history.events(row):
+                        if event.event_id > cursor and event.type in shown:
+                            yield event
+                if inst.status in FINISHED:
+                    return
+
+    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+        """The instance with this id, if there is one, and the rows that are new: now, and again
+        whenever something has changed."""
+        engine, inst = self.workflow.engine, None
+        while True:
+            changed = engine.watchers.watch(self.id)  # before it is read, so that nothing is missed
+            inst, rows = await engine.call(read_journal, self.workflow.name, self.id, inst)
+            yield inst, rows
+            await asyncio.wait({changed})
+
+
+class WorkflowSubscription:
+    """What `subscribe` returns: to go through with `async for`; or, as Cloudflare writes it, to be
+    awaited, and asked for one event after the other."""
+
+    def __init__(self, events: AsyncGenerator[WorkflowHistoryEvent, None]) -> None:
+        self._events = events
+
+    def __aiter__(self) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+        return self._events
+
+    def __await__(self) -> Generator[None, None, Self]:
+        yield from ()  # there is nothing to wait for
+        return self
+
+    async def next(self) -> dict[str, Any]:
+        """`{"done": False, "value": event}`; or `{"done": True, "value": None}`, when no other one
+        will come."""
+        async for event in self._events:
+            return {"done": False, "value": event}
+        return {"done": True, "value": None}
+
+    async def aclose(self) -> None:
+        """Ends it early: `async with contextlib.aclosing(instance.subscribe()) as subscription`."""
+        await self._events.aclose()
+
+
+def _keys_of(given: Any) -> Ids:
+    """The keys that the step may have from which a restart begins: one for each kind, unless the
+    kind is given."""
+    step = options_of(given, ("name", "count", "type"), "from")
+    kind = step.pop("type", None)
+    if kind not in (None, *_KINDS):
+        raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
+    name, count = step_named(step, "count")
+    kinds = STEP_KINDS if kind is None else [_KINDS[kind]]
+    return [SEPARATOR.join((kind, name, str(count))) for kind in kinds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4658,6 +4728,18 @@ class PassiveRun(Run):
 # which are functions and can't be stored. The life before it, in the same process, has met them
 # all; after the death of a process, a life that only searches comes first: it replays `run`, and no
 # call begins anything new.
+#
+# Three columns of an instance together say what is being done to it:
+#
+#     status                rollback            termination   meaning
+#     any but the finished  NULL                NULL          `run` runs, or will
+#     queued, running       begun               NULL          `run` has failed: its steps are undone
+#     queued, running       begun               by whom       terminated: its steps are undone first
+#     complete              NULL                NULL          the output is in the newest row
+#     errored               NULL                NULL          failed; there was nothing to undo
+#     errored               complete | failed   NULL          failed, and the undoing went like that
+#     terminated            NULL                by whom       terminated at once
+#     terminated            complete | failed   by whom       the undoing went like that, or was cut
 #
 # developers.cloudflare.com/workflows/build/rollback/
 
@@ -4671,23 +4753,23 @@ def begin_rollback(tx: Transaction, inst: Instance, error: str) -> bool:
         return False
     unpause(tx, inst)
     tx.append(inst, Row("rollback", data=error))
-    ran = inst.status in ("running", "waitingForPause")
-    status, generation = "running" if ran else inst.status, inst.generation + 1
-    begun = {"rollback": "begun", "paused": None, "wake": tx.now}
-    tx.change(inst, status=status, generation=generation, **begun)
-    if not ran:
+    inst.generation += 1
+    tx.change(inst, rollback="begun", paused=None, wake=tx.now)
+    if inst.status in ("running", "waitingForPause"):
+        tx.change(inst, status="running")
+    else:
         tx.requeue(inst)
     return True
 
 
 def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
     """All handlers have run (then `failure` is "null"), or one of them has failed."""
-    if inst := tx.mine(lease):
-        (begun,) = tx.journal(inst, "type = 'rollback'")
-        row = Row("errored", data=begun.data, extra=failure)
-        if inst.termination is not None:
-            row = Row("terminated", extra=failure)
-        tx.move(inst, row, rollback="complete" if failure == "null" else "failed")
+    inst = tx.mine(lease)
+    (begun,) = tx.journal(inst, "type = 'rollback'")
+    row = Row("errored", data=begun.data, extra=failure)
+    if inst.termination is not None:
+        row = Row("terminated", extra=failure)
+    tx.move(inst, row, rollback="complete" if failure == "null" else "failed")
 
 
 def undoable(steps: Mapping[str, Step]) -> list[Step]:
@@ -4700,7 +4782,7 @@ def undoable(steps: Mapping[str, Step]) -> list[Step]:
     return found
 
 
-def note_handler(run: Run, call: StepCall) -> None:
+def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
     if call.options or len(call.args) > 1:
         with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
@@ -4709,23 +4791,24 @@ def note_handler(run: Run, call: StepCall) -> None:
                 run.handlers[call.key] = handler, config
 
 
-def next_life(engine: Engine, workflow: Workflow, loaded: Loaded, previous: Run | None) -> Run:
+def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
     """The life that an instance needs now."""
     if loaded.instance.rollback != "begun":
         return Run(engine, workflow, loaded)
     handlers = {} if previous is None else previous.handlers
     wanted = [step.key for step in undoable(fold(loaded.rows)[0])]
     searched = isinstance(previous, SearchRun) or all(key in handlers for key in wanted)
-    run = UndoRun(engine, workflow, loaded) if searched else SearchRun(engine, workflow, loaded)
+    kind = UndoRun if searched else SearchRun
+    run: Replay = kind(engine, workflow, loaded)
     run.handlers |= handlers
     return run
 
 
-class SearchRun(PassiveRun):
+class SearchRun(Replay):
     """A life that looks for rollback handlers: until it has found them all, `run` has ended, or
     nothing has happened for a while."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.successor = loaded.instance
         self._wanted = {step.key for step in undoable(self.steps)}
@@ -4737,8 +4820,8 @@ class SearchRun(PassiveRun):
         super().begin()
         self._look_for_more()
 
-    def _note(self, call: StepCall) -> None:
-        super()._note(call)
+    def note(self, call: StepCall) -> None:
+        super().note(call)
         self._look_for_more()
 
     def _look_for_more(self) -> None:
@@ -4755,7 +4838,7 @@ class SearchRun(PassiveRun):
 class UndoRun(Run):
     """A life that runs the rollback handlers, each as a step."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self.inbox.clear()  # `run` does not run here
         cause = next(row.data for row in loaded.rows if row.type == "rollback")
@@ -4772,7 +4855,7 @@ class UndoRun(Run):
         return "null"
 
     def conclude(self, result: Any) -> None:
-        self.post(end_rollback, result)
+        self.end(end_rollback, result)
 
     def _is_idle(self) -> bool:
         return False
@@ -4794,10 +4877,9 @@ def plan_undo(call: UndoCall) -> DoPlan:
     if handler is None:
         what = f"the rollback handler of step {call.name!r} was not found by replay"
         raise fatal("workflow.fatal", what)
-    last = Attempt(call.run, call, StepConfig.load(step.config or ""))
-    last.number = max(1, step.attempts)
+    last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
     output = read_back(step.data, "its result") if step.state == "done" and step.data else None
-    info = WorkflowRollbackContext(last.context(), call.error, output, step_label(step.key))
+    info = WorkflowRollbackContext(last, call.error, output, step_label(step.key))
     config = StepConfig.load(step.config or "", given, "rollback")
     return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
 
@@ -4827,20 +4909,19 @@ class WorkflowReplay(_Record):
     safe: bool
 
 
-class ReplayRun(PassiveRun):
+class ReplayRun(Replay):
     """A life that only looks. The engine knows nothing of it."""
 
-    def __init__(self, engine: Engine, workflow: Workflow, loaded: Loaded) -> None:
+    def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
-        self.status = "running"
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
         self._reached: list[str] = []
         self._new: list[str] = []
         self._early: list[str] = []
         self._moved = self.loop.time()
 
-    def _note(self, call: StepCall) -> None:
-        super()._note(call)
+    def note(self, call: StepCall) -> None:
+        super().note(call)
         self._moved = self.loop.time()
         label = step_label(call.key)
         if call.key in self._unreached:
@@ -4881,9 +4962,45 @@ class ReplayRun(PassiveRun):
         return 0.1 if self._unreached else 0.02
 
 
+def warn_about_calls(run: Run) -> None:
+    """Says at the end of `run` which calls were never awaited, and which recorded steps it has not
+    reached."""
+    for call in run.unawaited:
+        log.warning("%s: step %r was called but never awaited", run, call.name)
+    steps = [step for step in run.steps.values() if step.state != "new"]
+    if not any(step.state == "cancelled" for step in steps):
+        what = "%s: replay never reached the recorded step %r; is its name deterministic?"
+        for step in steps:
+            if step.key not in run.called and not step.nested:
+                log.warning(what, run, step_label(step.key))
+
+
+async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
+    loaded = await workflow.engine.call(load_for_replay, workflow.name, id)
+    inst = loaded.instance
+    ended_by_error = inst.rollback is not None and not inst.termination
+    run = ReplayRun(workflow.engine, workflow, loaded)
+    return await run.report(has_failed=inst.status == "errored" or ended_by_error)
+
+
+async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
+    for status in (*LIVE, "paused"):
+        async for page in workflow._pages(status):
+            reports = (report_on(workflow, id) for id in page)
+            found = await asyncio.gather(*reports, return_exceptions=True)
+            for id, report in zip(page, found, strict=True):
+                if isinstance(report, WorkflowReplay):
+                    yield report
+                elif isinstance(report, Unreadable):
+                    problem = {"name": "Unreadable", "message": str(report)}
+                    yield WorkflowReplay(id, [], [], [], [], "errored", problem, False)
+                elif not isinstance(report, WorkflowError):  # of one that was deleted meanwhile
+                    raise report
+
+
 def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
     """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
-    for inst in tx.select(f"{_OF_NAMED} AND id = ?", workflow, id):
+    for inst in tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps([id])):
         if not inst.is_over(tx.now):
             return Loaded(inst.as_of_now(), tx.journal(inst))
     raise not_found(workflow, id)
@@ -4892,9 +5009,9 @@ def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
 # --------------------------------------------------------------------------------------------------
 # History: journal rows as the events of `subscribe`.
 
-_STATUSES = "queued running waiting waiting_for_pause paused errored terminated"
+_ONE_EVENT = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
-_TOLD = {camel(status): [f"workflow_{status}"] for status in _STATUSES.split()}
+_TOLD = {camel(status): [f"workflow_{status}"] for status in _ONE_EVENT.split()}
 _TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
 _TOLD |= {"rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
@@ -4917,25 +5034,26 @@ class History:
 
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
-        types, what = list(_TOLD.get(row.type, ())), f"{self._instance_id!r}: row {row.seq}"
+        types, what = [], f"{self._instance_id!r}: row {row.seq}"
         data = None if row.data is None else read_back(row.data, what)
         if row.type == "queued" and row.data is not None:
             self._params = data
-        if row.step is None and row.extra is not None:  # how the rollback went
-            types.insert(0, "rollback_completed" if row.extra == "null" else "rollback_errored")
-        if row.started is not None:
-            types.insert(0, "attempt_started")
         if row.attempt is not None and row.extra is not None:
-            types.insert(0, "step_started")
             config = read_back(row.extra, what)["config"] if row.extra else DEFAULT_CONFIG
             self._configs[row.step] = config
+            types.append("step_started")
+        if row.began is not None:
+            types.append("attempt_started")
+        if row.step is None and row.extra is not None:  # how the rollback went
+            types.append("rollback_completed" if row.extra == "null" else "rollback_errored")
+        types += _TOLD.get(row.type, ())
         if row.step is not None and row.step.startswith(ROLLBACK):
             types = [f"rollback_{type}" for type in types]
         return [self._event(row, type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         event: dict[str, Any] = {"type": type, "event_id": row.seq * 10 + n}
-        began = row.started if row.started is not None and type.endswith("_started") else row.at
+        began = row.began if row.began is not None and type.endswith("_started") else row.at
         event |= {"timestamp": to_datetime(began), "instance_id": self._instance_id}
         if row.step is not None:
             event["step_name"] = step_label(row.step)
@@ -4984,18 +5102,13 @@ def count_usage(tx: Transaction) -> None:
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
-def read_usage(tx: Transaction) -> list[Any]:
-    """Requests, steps and CPU time of this month, and the bytes that are stored now."""
+def read_usage(tx: Transaction) -> Usage:
+    """What was used this month, what is stored now, and what that would cost on the paid plan."""
     count_usage(tx)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
-    return [total or 0 for total in tx.db.one(sql, tx.now)]
-
-
-def usage_of(totals: list[Any]) -> Usage:
-    """The totals, and what they would cost on the paid plan."""
-    requests, steps, cpu_ms, storage_bytes = totals
+    requests, steps, cpu_ms, storage_bytes = (total or 0 for total in tx.db.one(sql, tx.now))
     cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
     cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
     return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
@@ -5018,18 +5131,18 @@ class StepDecorator(StepCall):
             what = "step.do needs a name or parentheses: to call a function, write"
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
-        self.run, self._coroutine = step._run, None  # all of a step call: this one doesn't count
-        self._declared = step, name, args, options
+        self.run, self._coroutine = step._run, None  # nothing more, or it would count as a call
+        self._given = step, name, args, options
 
     @overload
     def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
     @overload
     def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
     def __call__(self, function: Any) -> Any:
-        return StepFunction(function, *self._declared)
+        return StepFunction(function, *self._given)
 
     async def way(self) -> NoReturn:
-        what = f"step {self._declared[1]!r}: the callback is missing"
+        what = f"step {self._given[1]!r}: the callback is missing"
         raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
 
 
@@ -5043,7 +5156,7 @@ class DecoratedCall(StepCall):
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
-        return self.function.perform(self)
+        return self.function.after_dependencies(self)
 
 
 class StepFunction(Generic[Result]):
@@ -5077,25 +5190,26 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         return DecoratedCall(self, self._args, dict(self._options))
 
-    async def perform(self, call: DecoratedCall) -> Any:
+    async def after_dependencies(self, call: DecoratedCall) -> Any:
         """The dependencies, then the step itself."""
         outcomes, outcome = self._outcomes, self.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            call.results = await self._get_results(call)
+            call.results = await self._results_for(call)
             call.options["callback"] = self._with_copies(call.results)
             value = await self.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
-            outcomes[call.outer] = outcome
-            return value
-        except Exception as error:
-            outcome.set_exception(error)
-            raise
-        finally:
-            outcome.cancel()  # if it has not ended
-            failed = outcome.cancelled() or outcome.exception()
-            if failed and outcomes.get(call.outer) is outcome:
+        except BaseException as error:
+            if outcomes.get(call.outer) is outcome:
                 del outcomes[call.outer]  # so the next step that depends on it runs it again
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # asyncio logs an error that nobody has asked for
+            else:
+                outcome.cancel()
+            raise
+        outcomes[call.outer] = outcome
+        return value
 
     def plan(self, call: DecoratedCall) -> DoPlan:
         """Reads a call that has no result yet: each attempt gets copies of its own."""
@@ -5110,7 +5224,7 @@ class StepFunction(Generic[Result]):
         bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
         return functools.partial(self._function, *bound.args, **bound.kwargs)
 
-    async def _get_results(self, call: DecoratedCall) -> dict[str, Any]:
+    async def _results_for(self, call: DecoratedCall) -> dict[str, Any]:
         """The results of the steps that it depends on, by parameter."""
         found = self._dependencies()
         needed = [*found.values()]
@@ -5118,11 +5232,11 @@ class StepFunction(Generic[Result]):
             needed += [other for other in step._dependencies().values() if other not in needed]
         if self in needed:  # it would wait for ever
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
-        getting = (step._get_result(call) for step in found.values())
-        results = await asyncio.gather(*getting) if self._concurrent else [await r for r in getting]
+        asked = (step._result_for(call) for step in found.values())
+        results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
         return dict(zip(found, results, strict=True))
 
-    async def _get_result(self, dependent: DecoratedCall) -> Any:
+    async def _result_for(self, dependent: DecoratedCall) -> Any:
         """The result of this step for a call that depends on it."""
         while (outcome := self._recall(dependent.outer)) is not None:
             await asyncio.wait({outcome})
@@ -5237,7 +5351,7 @@ def _any_name(name: str) -> Any:
     return _Inert(name, (_Placeholder,), {})
 
 
-class _Workers(importlib.abc.Loader):
+class _WorkersImporter(importlib.abc.Loader):
     """Finds and makes the package `workers`, and any module in it. Each of them has every name."""
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
@@ -5249,7 +5363,7 @@ class _Workers(importlib.abc.Loader):
         vars(module).update(ours, fetch=fetch, __getattr__=_any_name)
 
 
-_workers = _Workers()
+_importer = _WorkersImporter()
 
 
 def install_workers_shim() -> None:
@@ -5261,23 +5375,22 @@ def install_workers_shim() -> None:
     with contextlib.suppress(Exception):  # which is what the installed SDK gives
         importlib.import_module("workers")
     other = sys.modules.get("workers")
-    if getattr(other, "__loader__", None) is _workers:
+    if getattr(other, "__loader__", None) is _importer:
         return
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
     for name in [name for name in sys.modules if name.split(".")[0] == "workers"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _workers)
+    sys.meta_path.insert(0, _importer)
     for name in ("workers.workflows", "workers.fetch"):
         importlib.import_module(name)
     vars(sys.modules["workers"])["fetch"] = fetch  # the import has put the module in its place
 
 
 # --------------------------------------------------------------------------------------------------
-# Test tools: introspection, which looks into the instances of a test and changes what happens to
-# them, without a change to their workflow; and a clock that moves only when told, so that a year of
-# sleeps is tested in milliseconds.
+# Introspection: a test looks into instances and changes what happens to them, without a change to
+# their workflow.
 #
 # The engine asks the open blocks at four points: when an instance starts (for its events), when a
 # wait begins, when a retry delay does, and when an attempt is launched.
@@ -5292,10 +5405,11 @@ class WorkflowInstanceModifier:
 
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
         self.workflow, self.id = workflow, id
-        self.after = 0  # the key of the last instance that is too old
-        self.events: list[tuple[str, str]] = []  # types and payloads; the writer's
-        self._skipped: set[tuple[Any, ...]] = set()  # (kind of wait,), or (kind, name, count)
-        # By step: how its attempts end, in their order, and so many of them like that.
+        self.after = 0  # instances with a key up to this one are too old
+        self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
+        # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
+        self._skipped: set[tuple[Any, ...]] = set()
+        # By step: how its attempts end, each with the number of attempts that end like this.
         self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
@@ -5333,7 +5447,7 @@ class WorkflowInstanceModifier:
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
         """The same with a timeout: each of these attempts times out at once."""
-        return self._mock(step, times, Attempt.timeout_error)
+        return self._mock(step, times, lambda attempt: timed_out(attempt.config.timeout))
 
     def mock_event(self, options: Any = None, /, **given: Any) -> Self:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
@@ -5427,8 +5541,8 @@ class _Introspector(WorkflowInstanceModifier):
     async def __aexit__(self, *_: object) -> None:
         blocks = self.workflow.engine.scheduler.blocks
         blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for state in (self.events, self._skipped, self._ends, self._parts):
-            state.clear()
+        for rules in (self.events, self._skipped, self._ends, self._parts):
+            rules.clear()
 
     async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
         """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
@@ -5460,9 +5574,7 @@ class WorkflowInstanceIntrospector(_Introspector):
     async def wait_for_status(self, status: str) -> None:
         """Waits until the instance has this status, or has had it since the call. `WorkflowError`
         if it finishes in another one."""
-        if status not in STATUSES:
-            known = ", ".join(STATUSES)
-            raise ValueError(f"{show(status)} is not a status: expected one of {known}")
+        check_status(status)
         await self._reach(status)
 
     async def get_output(self) -> Any:
@@ -5501,8 +5613,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        older = await self.workflow.engine.call(_created, self.workflow.name, 0)
-        self.after = older[-1].key if older else 0
+        self.after = await self.workflow.engine.call(Transaction.next_number)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
@@ -5518,6 +5629,11 @@ class WorkflowIntrospector(_Introspector):
         return [self._parts[id] for id in ids]
 
 
+# --------------------------------------------------------------------------------------------------
+# The clock of tests: it moves only when told, so that a year of sleeps takes milliseconds. After
+# each moment it asks its engines whether they have come to rest.
+
+
 class _Timer:
     """A timer of a `ManualClock`; cancelled like any of asyncio's."""
 
@@ -5527,6 +5643,19 @@ class _Timer:
     def cancel(self) -> None:
         self.clock.timers.pop(self, None)
         self.clock.limits.pop(self, None)
+
+
+def is_skipped(kind: str, call: StepCall) -> bool:
+    """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
+    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
+
+
+def mocked(attempt: Attempt) -> Callable[[], Any] | None:
+    """What a test has put in the place of an attempt's callback."""
+    for block in reversed(attempt.run.engine.scheduler.blocks):
+        if (mock := block.substitute(attempt)) is not None:
+            return mock
+    return None
 
 
 class ManualClock(Clock):
@@ -5573,7 +5702,7 @@ class ManualClock(Clock):
             await self.settle()
             while True:
                 due = min((timer.due for timer in self.timers), default=math.inf)
-                if due > target and self._now == target:
+                if due > target and self._now >= target:
                     return
                 moment = max(self._now, math.ceil(min(due, target)))
                 if self._may_end_before(moment):
@@ -5609,7 +5738,9 @@ class ManualClock(Clock):
             await asyncio.sleep(0.0002 if busy else 0)
 
 
-# Cloudflare's own spellings: createBatch, sendEvent, sleepUntil, waitForEvent, getOutput, …
+# --------------------------------------------------------------------------------------------------
+# Aliases: Cloudflare's own spellings (createBatch, sendEvent, sleepUntil, waitForEvent, …).
+
 _api: tuple[type, ...] = (Workflow, WorkflowInstance, WorkflowStep, WorkflowInstanceModifier)
 for _class in (*_api, WorkflowInstanceIntrospector):
     for _name in [name for name in vars(_class) if "_" in name and name[0] != "_"]:
@@ -5677,19 +5808,15 @@ class Cron:
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
         day, ms = divmod(after, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time > ms]
-        while not times:  # for 8 years at most
-            day += 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time > ms]):
+            day, ms = day + 1, -1  # for 8 years at most
         return day * _UNITS["day"] + times[0]
 
     def last(self, before: int) -> int | None:
         """The last time that is not later than a moment; None if that was before 1970."""
         day, ms = divmod(before, _UNITS["day"])
-        times = [time for time in self._times_on(day) if time <= ms]
-        while not times:
-            day -= 1
-            times = self._times_on(day)
+        while not (times := [time for time in self._times_on(day) if time <= ms]):
+            day, ms = day - 1, _UNITS["day"]
         return day * _UNITS["day"] + times[-1] if day >= 0 else None
 
 
@@ -5989,8 +6116,7 @@ def timeline(
         shown.append({"type": "termination", "trigger": {"source": inst.termination}})
     last, undoing = decode(rows[-1].data or "null"), decode(rows[-1].extra or "null")
     complete, rolled = inst.status == "complete", inst.rollback in ("complete", "failed")
-    cron, _, ms = (inst.id or "").rpartition("-")
-    schedule = {"cron": cron, "scheduledTime": int(ms)} if inst.trigger == "cron" else None
+    schedule = schedule_of(inst)
     rollback = {"outcome": inst.rollback, "error": undoing and brief(undoing)} if rolled else None
     return (
         {"status": shown_status(None, inst), "params": decode(rows[0].data or "null")}
@@ -5998,14 +6124,14 @@ def timeline(
         | {"success": complete if inst.status in FINISHED else None, "rollback": rollback}
         | {"error": brief(last) if inst.status == "errored" else None}
         | {"output": say(last if complete else None), "trigger": {"source": inst.trigger}}
-        | {"schedule": schedule, "step_count": len(steps), "steps": shown}
+        | {"schedule": schedule and dict(schedule), "step_count": len(steps), "steps": shown}
     )
 
 
 def _note_times(times: dict[str, Any], row: Row, ended: bool) -> None:
     """Keeps what a row tells of the times of a step and its attempts."""
     attempts, at = times["attempts"], moment(row.at)
-    began = at if row.started is None else moment(row.started)
+    began = at if row.began is None else moment(row.began)
     times.setdefault("start", began)
     if row.type == "wait":
         times["event_type"] = decode(row.data or "null")["type"]
@@ -6294,11 +6420,14 @@ async def show_ending(ask: Request) -> dict[str, Any]:
 
 async def show_instance(ask: Request) -> dict[str, Any]:
     """The timeline. It is made in a thread, because it may be long. The explorer's has no ends that
-    are only planned, and outputs in Cloudflare's API are the text of JSON."""
+    are only planned and no output that is null; in Cloudflare's API outputs are JSON as text."""
     inst, rows, dues = await ask.call(on_instance, ask.id, read_details)
     dues, say = {} if ask.api == "explorer" else dues, to_text if ask.api == "rest" else copy.copy
     ask.seen = inst.seq * 10 + 9
     shown = await asyncio.to_thread(timeline, inst, rows, dues, say)
+    for step in shown["steps"] if ask.api == "explorer" else ():
+        if step.get("output", "") is None:
+            del step["output"]
     if ask.word("order", "asc", "desc") == "desc":
         shown["steps"].reverse()
     if ask.query.get("simple") == "true":
@@ -6334,7 +6463,8 @@ async def steer(ask: Request) -> dict[str, Any]:
     if verb not in [*_VERBS]:
         raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
     options = {key: given[key] for key in ("from", "rollback") if given.get(key)}
-    options_of(options, [_VERBS[verb]], verb)
+    if wrong := options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
     await getattr(ask.instance, verb)(*[options] if options else [])
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
@@ -6359,6 +6489,9 @@ async def show_usage(ask: Request) -> dict[str, Any]:
 
 PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the answer
 CONNECTIONS = 64
+PACE = (
+    0.004  # seconds from one new connection to the next: many in turn take little from the engine
+)
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
@@ -6412,7 +6545,8 @@ def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[s
 
 def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what is said of it: its message, and no more."""
-    code, text = getattr(error, "code", "bad_request"), str(error)
+    code = getattr(error, "code", "bad_request")
+    text = str(error).removeprefix(f"({code}) ")
     if not isinstance(error, (WorkflowError, *_MISTAKES)):
         log.error("a bug in workflows.py: please report it", exc_info=error)
         code, text = "request.bug", "see the log of `dev`"
@@ -6426,6 +6560,7 @@ class Server(socketserver.ThreadingTCPServer):
     """Listens, and bounds how many connections there are and how long they take."""
 
     allow_reuse_address = daemon_threads = True
+    request_queue_size = CONNECTIONS  # with less, who has to wait waits for a second
 
     def __init__(self, engine: Engine, host: str, port: int, token: str | None) -> None:
         self.engine, self.token = engine, token
@@ -6434,6 +6569,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__((host, port), Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        time.sleep(PACE)
         free = len(self.deadlines) < CONNECTIONS
         self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
         return free
@@ -6500,7 +6636,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             status, said = failure(error, local)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        self.close_connection |= len(text) != length  # what follows is not the next request
+        # Whom we refuse begins anew; what follows a body that was not read is not the next request.
+        self.close_connection |= status in (401, 403) or len(text) != length
         self._send(status, to_text(said))
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
@@ -6550,7 +6687,10 @@ async def serve(
     engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
 ) -> collections.abc.AsyncGenerator[Server, None]:
     """Answers HTTP as long as it is open; then lets the requests that are under way end."""
-    server = Server(engine, host, port, token)
+    try:
+        server = Server(engine, host, port, token)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"can't listen at {host}, port {port}: {error}") from error
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
@@ -6564,8 +6704,8 @@ async def serve(
 def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
     """Logs what happens to an instance as a whole."""
     bound = tx.scheduler.bound.get(inst.workflow)
-    error = cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
-    changes.debug("%s %s: %s %s", bound.name if bound else "", inst.id, row.type, error)
+    error = " " + cell(brief(decode(row.data or "")), "error") if row.type == "errored" else ""
+    changes.debug("%s %s: %s%s", bound.name if bound else "", inst.id, row.type, error)
 
 
 # The page. It asks the REST API, and makes elements of what that says, never HTML of text.
@@ -6579,9 +6719,11 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Workflows
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }
 * { overflow-wrap: anywhere } a { color: var(--run) } b { color: var(--bad) } i { min-width: 3px }
 table { width: 100%; border-spacing: 0 } th, small { font-weight: 400; opacity: .7 }
+th, time, .chip { overflow-wrap: normal } td + td { min-width: 3.6em }
 td, th { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--soft) }
 button, input, textarea { font: inherit; margin: 2px } label { display: block }
-.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px }
+.chip { border: 1px solid; border-radius: 6px; padding: 0 8px; color: var(--c); margin: 2px;
+  display: inline-block; white-space: nowrap }
 pre { background: var(--soft); padding: 8px; overflow: auto; white-space: pre-wrap }
 .row { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 5rem; gap: 10px; width: 100%;
   text-align: left; background: none; border: 0; border-bottom: 1px solid var(--soft) }
@@ -6635,12 +6777,12 @@ const table = (heads, rows) => h("table", {}, [heads.map(text => h("th", {}, tex
 const UNITS = [[864e5, "d"], [36e5, "h"], [6e4, "min"], [1e3, "s"]];
 function took(start, end, ms = (Date.parse(end) || Date.now()) - Date.parse(start)) {
   const [size, unit] = UNITS.find(([size]) => ms >= size) ?? [1, "ms"];
-  return `${+(ms / size).toFixed(1)} ${unit}`;
+  return `${+(ms / size).toFixed(1)}\xa0${unit}`;
 }
 async function workflows() {
   return table(["Name", "Instances", "Last created"], (await api("?per_page=100")).result.map(w => [
     [link("#/" + $(w.name), w.name), " ", h("small", {}, w.class_name, w.schedules.map(s =>
-      `, ${s.cron}: next ${s.next_instance}`))], chips(w), time(w.triggered_on)]));
+      [", ", s.cron, " next ", time(s.next_instance)]))], chips(w), time(w.triggered_on)]));
 }
 async function instances(name, query = "") {
   const path = "/" + $(name), { result: w } = await api(path), asked = new URLSearchParams(query);
@@ -6695,26 +6837,30 @@ function timeline(it, steer) { // A row for each step: what it did, from left to
     h("span", {}, step.type === "rollback" ? "↶ " : "", step.name),
     h("span", { className: "track " + step.type }, bar(step, "whole " + step.type),
       (step.attempts ?? []).map(attempt => bar(attempt, attempt.success))),
-    h("small", {}, took(step.start, step.end))), chosen.has(n) ? details(step, steer) : null])];
+    h("small", {}, took(0, 0, at(step.end) - at(step.start)))),
+    chosen.has(n) ? details(step, steer) : null])];
 }
 function details(step, steer) {
   const [, name, count] = step.name.match(/(.*)-(\d+)$/s), type = step.type.replace("step", "do");
-  return [table([step.type, "From", "To", "Error"], (step.attempts ?? [step]).map((part, n) => [
-    n + 1, time(part.start), time(part.end), failure(part.error)])), h("small", {}, step.event_type,
-    step.retry_at && `again at ${step.retry_at}`, pretty(step.config)), step.output && h("pre", {},
-    step.output), type !== "rollback" && button(["Restart from here…", "Begin again from here?",
-    steer("restart", { from: { name, count: +count, type } })])];
+  return [table(["#", "Began", "Took", "Error"], (step.attempts ?? [step]).map((part, n) => [
+    n + 1, time(part.start), part.finished ?? part.end ? took(part.start, part.end) : null,
+    failure(part.error)])), h("p", {}, h("small", {}, step.type, [step.event_type,
+    pretty(step.config), step.finished === false && ["until ", time(step.end)],
+    step.retry_at && ["again at ", time(step.retry_at)]].map(part => part && [" · ", part]))),
+    step.output && h("pre", {}, step.output), type !== "rollback" && button(["Restart from here…",
+      "Begin again from here?", steer("restart", { from: { name, count: +count, type } })])];
 }
 async function draw() {
   const { hash } = location, [path, query] = hash.slice(2).split("?");
-  const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
   try {
+    const [name, id] = path.split("/").map(decodeURIComponent), focus = document.activeElement.id;
     const view = await (id ? instance(name, id) : name ? instances(name, query) : workflows());
     const up = name && [" / ", link("#/" + $(name), name)];
     const next = h("main", {}, link("#/", "Workflows"), up, view);
     fault.textContent = "";
     if (hash === location.hash && !next.isEqualNode(main)) main.replaceWith(main = next);
-    document.getElementById(focus)?.focus({ preventScroll: true });
+    const same = focus && (document.getElementById(focus) ?? main.querySelector("button"));
+    if (same) same.focus({ preventScroll: true });
   } catch (error) { fault.textContent = error.message; }
 }
 onhashchange = () => (chosen.clear(), draw());
@@ -6795,27 +6941,27 @@ def demo(given: argparse.Namespace) -> int:
 # developers.cloudflare.com/workers/wrangler/commands/workflows/
 
 _PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
-_FROM = "--from-step-name= --from-step-count=1 --from-step-type="
+_FROM = "--from-step-name= --from-step-count= --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
 # By name: what it does; its arguments, of which those with a `=` have that default, and of those
 # with a `*` there may be any number; and the resource.
 _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
-    "list": ("the workflows", _PAGE, show_workflows),
-    "describe": ("a workflow", "name", show_workflow),
+    "list": ("list the workflows", _PAGE, show_workflows),
+    "describe": ("describe a workflow", "name", show_workflow),
     "trigger": ("create an instance", "name params={} --id=", add_instances),
     "delete": ("delete all instances of a workflow", "name", drop_workflow),
-    "instances list": ("some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
-    "instances describe": ("one, over time", f"name id=latest {_SHOW}", show_instance),
-    "instances send-event": ("send an event", "name id --type= --payload={}", send),
-    "instances pause": ("stop for a while", "name id", steer),
-    "instances resume": ("go on", "name id", steer),
-    "instances restart": ("begin again", f"name id {_FROM}", steer),
-    "instances terminate": ("stop for good", "name id --rollback", steer),
+    "instances list": ("list some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
+    "instances describe": ("show one and its steps", f"name id=latest {_SHOW}", show_instance),
+    "instances send-event": ("send it an event", "name id --type= --payload={}", send),
+    "instances pause": ("stop it for a while", "name id", steer),
+    "instances resume": ("let it go on", "name id", steer),
+    "instances restart": ("begin again, from a step or all", f"name id {_FROM}", steer),
+    "instances terminate": ("stop it for good", "name id --rollback", steer),
     "instances delete": ("delete some", "name ids* --filename=", drop_instances),
-    "usage": ("what this month would cost at Cloudflare", "", show_usage),
-    "check": ("would unfinished instances go on, with the code of now?", "names*", ignore),
+    "usage": ("show what this month would cost at Cloudflare", "", show_usage),
+    "check": ("ask whether instances would go on with the code of now", "names*", ignore),
     "dev": ("run workflows", "--ip=127.0.0.1 --port=8787 --token= --drain=", ignore),
-    "demo": ("kill a workflow's process, and see it go on", "--engine=", ignore),
+    "demo": ("kill a workflow's process, and see another go on", "--engine=", ignore),
 }
 _LISTED = {"list": "name class_name triggered_on instances"}
 _LISTED |= {"instances list": "id status created_on ended_on trigger_source"}
@@ -6834,16 +6980,14 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
-    common.add_argument(
-        "--config", metavar="FILE", help="for `dev` and `check` (default: wrangler.jsonc, …)"
-    )
+    common.add_argument("--config", metavar="FILE", help="of dev and check (wrangler.jsonc, …)")
     common.add_argument("--json", action="store_true", help="for programs")
     root = Parser(prog="workflows.py", description="Durable workflows.", parents=[common])
     groups = {"": root.add_subparsers(metavar="COMMAND")}
     for command, (help, words, _) in _COMMANDS.items():
         group, _, verb = command.rpartition(" ")
         if group not in groups:
-            parser = groups[""].add_parser(group, help=f"what can be done with {group}")
+            parser = groups[""].add_parser(group, help=f"list, describe, steer and delete {group}")
             parser.set_defaults(parser=parser)
             groups[group] = parser.add_subparsers(metavar="COMMAND")
         parser = groups[group].add_parser(verb, help=help, description=help, parents=[common])
@@ -6915,7 +7059,7 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
         notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
-        notes += [f"until {step['end']}"] if _ms(step["end"]) > now else []
+        notes += [f"until {step['end']}"] if _ms(step["end"]) > now and not shown["end"] else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
         success = step.get("success", not step["error"] if step.get("finished") else None)
         mark = {True: "✓", False: "✗", None: "●"}[success]
@@ -6957,7 +7101,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     query = {name: str(value) for name, value in known.items() if value is not False}
     ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
-    ids += json.loads(Path(given.filename).read_text()) if "filename" in query else []
+    if "filename" in query:
+        with naming(given.filename):
+            more = json.loads(Path(given.filename).read_text())
+        _check(more, list, given.filename)
+        ids += more
     if "latest" in ids and given.command.startswith("instances "):
         newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
         ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
@@ -6965,8 +7113,11 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     for name in ("params", "payload"):
         with naming(name):
             values[name] = json.loads(query.get(name, "{}"))
-    start = {key: options.get(f"from_step_{key}") or None for key in ("name", "count", "type")}
-    body = {"status": verb, "rollback": options.get("rollback"), "from": start["name"] and start}
+    start = {key[10:]: value for key, value in known.items() if key.startswith("from_step_")}
+    if "count" in start:
+        with naming("--from-step-count"):
+            start["count"] = int(start["count"])
+    body = {"status": verb, "rollback": options.get("rollback"), "from": start}
     sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
     sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
@@ -6993,7 +7144,10 @@ async def run_command(given: argparse.Namespace) -> int:
             print_table([[name, cell(value, name)] for name, value in answer.items()])
         if "follow" in ask.query:
             async for event in ask.instance.subscribe(ask.seen):
-                print_event(event, datetime.fromisoformat(answer["queued"]))
+                if given.json:
+                    print(to_text(dict(event)), flush=True)
+                else:
+                    print_event(event, datetime.fromisoformat(answer["queued"]))
     return 1 if isinstance(answer, dict) and answer.get("errors") else 0
 
 
@@ -7022,11 +7176,8 @@ async def check(given: argparse.Namespace) -> int:
         print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
     else:
         for found in told:
-            print(
-                fit(
-                    f"{found['workflow']} {found['instance_id']}: {verdict(found)}", room()
-                ).rstrip()
-            )
+            line = f"{found['workflow']} {found['instance_id']}: {verdict(found)}"
+            print(fit(line, room()).rstrip())
         print(f"{unsafe} of {checked} unfinished instances would not go on as recorded")
     return 1 if unsafe else 0
 
@@ -7070,7 +7221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {"dev": dev, "check": check}.get(given.command, run_command)
     try:
         if given.command not in ("dev", "demo") and not os.path.exists(given.db):
-            raise ValueError(f"there is no database {given.db}")
+            raise ValueError(f"there is no database {given.db!r}: give --db, or start dev")
         code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
         return code
