@@ -13230,7 +13230,7 @@ class Fast(Clock):
 
 
 class Fate:
-    """What ends a process, at one of its commits."""
+    """What ends a process: at one of its commits, or so many ms after it began (a "moment")."""
 
     WAYS = ("before", "after", "error", "interrupt", "terminate")  # killed, or these signals
 
@@ -13546,6 +13546,9 @@ class Crash(NamedTuple):
         diary, fate = Diary(path), Fate(*death)
 
         async def main() -> None:
+            if fate.how == "moment":
+                interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+                threading.Timer(fate.number / 1000, interrupt).start()
             clock, env = Fast(began), {"everything": diary}
             async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
                 if began == 0.0:
@@ -13733,6 +13736,8 @@ def crashes(arguments: list[str]) -> None:
         failed += bool(wrong)
         numbers = range(1, 100 if way == "takeover" else commits + 1)
         cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+        if way != "takeover":
+            cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
         if way != "takeover" and not quick:  # the next process dies, too
             first = itertools.product(numbers, ("before", "interrupt"))
             again = (1, "before"), (3, "error"), (8, "after")
