@@ -13523,7 +13523,8 @@ class Crash(NamedTuple):
             began = time.time()
             if self.way == "takeover":
                 owner = fork(self.live, path, began, *self.deaths, drives=False)
-                while not Diary(path).shows("up"):
+                patience = time.monotonic() + 1  # it may die before it is up
+                while not Diary(path).shows("up") and time.monotonic() < patience:
                     time.sleep(0.002)
                 codes.append(in_fork(self.live, path, began))
                 os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
