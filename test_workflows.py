@@ -14147,7 +14147,7 @@ class Fast(Clock):
 
 
 class Fate:
-    """What ends a process, at one of its commits."""
+    """What ends a process: at one of its commits, or so many ms after it began (a "moment")."""
 
     WAYS = ("before", "after", "error", "interrupt", "terminate")  # killed, or these signals
 
@@ -14440,7 +14440,8 @@ class Crash(NamedTuple):
             began = time.time()
             if self.way == "takeover":
                 owner = fork(self.live, path, began, *self.deaths, drives=False)
-                while not Diary(path).shows("up"):
+                patience = time.monotonic() + 1  # it may die before it is up
+                while not Diary(path).shows("up") and time.monotonic() < patience:
                     time.sleep(0.002)
                 codes.append(in_fork(self.live, path, began))
                 os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
@@ -14463,6 +14464,9 @@ class Crash(NamedTuple):
         diary, fate = Diary(path), Fate(*death)
 
         async def main() -> None:
+            if fate.how == "moment":
+                interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+                threading.Timer(fate.number / 1000, interrupt).start()
             clock, env = Fast(began), {"everything": diary}
             async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
                 if began == 0.0:
@@ -14650,6 +14654,8 @@ def crashes(arguments: list[str]) -> None:
         failed += bool(wrong)
         numbers = range(1, 100 if way == "takeover" else commits + 1)
         cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+        if way != "takeover":
+            cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
         if way != "takeover" and not quick:  # the next process dies, too
             first = itertools.product(numbers, ("before", "interrupt"))
             again = (1, "before"), (3, "error"), (8, "after")
