@@ -61,7 +61,6 @@ import argparse
 import asyncio
 import base64
 import builtins
-import collections.abc
 import contextlib
 import contextvars
 import copy
@@ -3827,7 +3826,7 @@ class Engine(Core):
         this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
         `success_retention` and `error_retention` how long an instance is kept when it has ended,
         unless `create` says something else. The defaults are the engine's limits."""
-        workflow = bindable(self, cls, name, binding, **settings)
+        workflow = bind(self, cls, name, binding, **settings)
         if workflow.name in self._workflows:
             raise ValueError(f"workflow {workflow.name!r} is bound already")
         if workflow.binding in self.env:
@@ -4347,19 +4346,12 @@ class Workflow:
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
         left = math.inf if limit is None else limit
-        async for page in self._pages(status):
+        async for page in pages(self, status):
             for id in page:
                 if left == 0:
                     return
                 yield WorkflowInstance(self, id)
                 left -= 1
-
-    async def _pages(self, status: str | None = None) -> AsyncGenerator[Ids, None]:
-        """The ids of the instances, newest first, up to a hundred at a time."""
-        before = 2**62
-        while page := await self.engine.call(list_instances, self.name, status, before, 100):
-            yield [id for _, id in page if id is not None]
-            before = page[-1][0]
 
     async def replay(self, id: str) -> WorkflowReplay:
         """Whether an instance would go on as recorded, with the class that this process has bound:
@@ -4438,7 +4430,19 @@ class Workflow:
         return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
 
 
-def bindable(
+async def pages(
+    workflow: Workflow, status: str | None, progress: Callable[[int], object] = ignore
+) -> AsyncGenerator[Ids, None]:
+    """The ids of a workflow's instances, newest first, up to a hundred at a time; `progress` is
+    told how many that were."""
+    before, done = 2**62, 0
+    while page := await workflow.engine.call(list_instances, workflow.name, status, before, 100):
+        yield [id for _, id in page if id is not None]
+        before, done = page[-1][0], done + len(page)
+        progress(done)
+
+
+def bind(
     engine: Engine,
     cls: Any,
     name: Any,
@@ -4450,7 +4454,8 @@ def bindable(
     success_retention: Duration | None = None,
     error_retention: Duration | None = None,
 ) -> Workflow:
-    """What `Engine.bind` is given, checked."""
+    """What `Engine.bind` is given, checked. (It has its name because Python's own errors about
+    arguments say it.)"""
     extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
     if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
         expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
@@ -4992,7 +4997,7 @@ async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
     for status in (*LIVE, "paused"):
-        async for page in workflow._pages(status):
+        async for page in pages(workflow, status):
             reports = (report_on(workflow, id) for id in page)
             found = await asyncio.gather(*reports, return_exceptions=True)
             for id, report in zip(page, found, strict=True):
@@ -6229,14 +6234,6 @@ class Request:
         """The result of an operation on the workflow."""
         return await self.engine.call(operation, self.name, *args)
 
-    async def pages(self, status: str | None = None) -> collections.abc.AsyncGenerator[Ids, None]:
-        """The ids of the workflow's instances, a hundred at a time, newest first."""
-        before, done = 2**62, 0
-        while page := await self.call(list_instances, status, before, 100):
-            yield [id for _, id in page if id is not None]
-            before, done = page[-1][0], done + len(page)
-            self.progress(done)
-
     def done(self) -> dict[str, Any]:
         now = moment(self.engine.clock.now())
         return {"instanceId": self.id, "timestamp": now, "success": True}
@@ -6339,7 +6336,7 @@ async def show_workflow(ask: Request) -> Any:
 
 async def drop_workflow(ask: Request) -> dict[str, Any]:
     """Deletes all its instances. Its name stays: some process may be about to run more of them."""
-    async for ids in ask.pages():
+    async for ids in pages(ask.workflow, None, ask.progress):
         await ask.call(delete_instances, ids)
     return {"status": "ok", "success": True}
 
@@ -6413,7 +6410,7 @@ async def end_all(ask: Request) -> dict[str, Any]:
         return {"status": "already_running"}
     _terminating.add(job)
     try:
-        async for ids in ask.pages(status):
+        async for ids in pages(ask.workflow, status, ask.progress):
             await ask.call(terminate_instances, ids)
     finally:
         _terminating.discard(job)
@@ -6692,7 +6689,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.asynccontextmanager
 async def serve(
     engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
-) -> collections.abc.AsyncGenerator[Server, None]:
+) -> AsyncGenerator[Server, None]:
     """Answers HTTP as long as it is open; then lets the requests that are under way end."""
     try:
         server = Server(engine, host, port, token)
