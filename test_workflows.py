@@ -4950,7 +4950,7 @@ class Processes(Real):
             self.assertGreater(data, 100)
             self.assertEqual((await bound.engine.usage()).storage_bytes, events + data)
             self.assertEqual(
-                self.rows("SELECT state FROM journal ORDER BY seq DESC LIMIT 1"), [(events + data,)]
+                self.rows("SELECT bytes FROM journal ORDER BY seq DESC LIMIT 1"), [(events + data,)]
             )
 
     async def test_a_client_stops_too_when_the_file_of_the_owners_lock_was_replaced(self) -> None:
@@ -14529,7 +14529,7 @@ def check(path: str) -> list[str]:
             return db.execute(sql, args).fetchall()
 
         ends, storage = {}, 0
-        journal = f"SELECT state, {', '.join(workflows.Row._fields)} FROM journal"
+        journal = f"SELECT bytes, {', '.join(workflows.Row._fields)} FROM journal"
         for key, id, status in ask("SELECT key, id, status FROM instances"):
             states, rows = [], []
             for state, *fields in ask(f"{journal} WHERE instance = ? ORDER BY seq", key):

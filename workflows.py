@@ -470,7 +470,7 @@ CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
 CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
-    state INTEGER NOT NULL,        -- bytes of params, outputs and buffered events, as of this row
+    bytes INTEGER NOT NULL,        -- of params, outputs and buffered events, as of this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
     began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
@@ -602,8 +602,8 @@ def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Instance:
-    """A row of `instances`, its columns in their order, with the number and the state of its newest
-    row in the journal."""
+    """A row of `instances`, its columns in their order; and of its newest row in the journal the
+    number, and the bytes that it stores as of that row."""
 
     key: int
     workflow: int
@@ -623,7 +623,7 @@ class Instance:
     termination: str | None = None
     rollback: str | None = None
     seq: int = 0
-    state: int = 0
+    bytes: int = 0
 
     def expiry(self) -> int | None:
         """When a finished instance is deleted. Cloudflare keeps a terminated one as long as one
@@ -647,7 +647,7 @@ _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of = operator.attrgetter(*_COLUMNS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
-_SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT state {_NEWEST})"
+_SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT bytes {_NEWEST})"
 _NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
 _UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
     ON CONFLICT (key) DO UPDATE SET {_NEW_VALUES}"""
@@ -764,13 +764,13 @@ class Transaction:
         return int(number)
 
     def append(self, inst: Instance, row: Row, size: int = 0) -> None:
-        """Appends a row to an instance's journal; its state grows by so many bytes."""
+        """Appends a row to an instance's journal, which grows by so many bytes that count."""
         inst.seq += 1
-        inst.state += size
+        inst.bytes += size
         self.storage += size
         self.touched.add(inst.id or "")
         self._instances[inst.key] = inst
-        self._rows.append((inst.key, inst.seq, inst.state, self.now, *row[:6]))
+        self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
         if row.step is None and changes.isEnabledFor(logging.DEBUG):
             report_change(self, inst, row)
 
@@ -831,7 +831,7 @@ class Transaction:
     def purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
         self.write()
-        self.storage -= inst.state
+        self.storage -= inst.bytes
         del self._instances[inst.key]
         for table in ("journal", "waits", "events"):
             self.db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
@@ -2136,7 +2136,7 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
 def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
-    check_state(tx, inst.state, size, fatal)
+    check_state(tx, inst.bytes, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
         tx.steps += 1
@@ -2152,7 +2152,7 @@ def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | 
 
 def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int | None:
     """Appends the start of an attempt that has not called its callback yet: not if the instance is
-    about to pause, because then it must not."""
+    about to pause, because then it must not be called."""
     if tx.mine(lease).status == "waitingForPause" and not nested:
         tx.scheduler.stirred = True  # who has paused it may be another process
         return None
@@ -2177,7 +2177,8 @@ def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) ->
 
 
 def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
-    """running → waiting, unless something has happened that the run does not know of."""
+    """running → waiting, unless the run does not know the newest row yet: the scheduler's, or that
+    of a caller."""
     inst = tx.mine(lease)
     if inst.status != "running" or inst.seq != seq:
         tx.scheduler.stirred = True  # it may have been another process
@@ -2205,7 +2206,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
     this is what its next life begins with."""
     inst = tx.mine(lease)
     try:
-        check_state(tx, inst.state, size, fatal)
+        check_state(tx, inst.bytes, size, fatal)
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
@@ -2244,7 +2245,7 @@ class Turns:
         self._call_soon = call_soon
         self.now = 0
         self.ticking = False  # whether the next turn will be counted
-        self._waiting: deque[tuple[int, Replay]] = deque()  # whom to ask again, and when
+        self._waiting: deque[tuple[int, Replay]] = deque()  # whom to ask again, not before when
 
     def when_settled(self, run: Replay) -> None:
         """Calls `run.settled` when the run has done nothing for `SETTLED` turns."""
@@ -2312,8 +2313,8 @@ class Lives:
                 run.begin()
 
     def give_up(self, key: int, damage: str) -> None:
-        """An instance that can't be read back stays as it is stored, for the next owner to try; who
-        waits for it here is told."""
+        """An instance that can't be read back stays as it is stored, for the next owner to try;
+        whoever waits for it here is told."""
         self.damaged[key] = f"{self.engine.path}: {damage}; the instance stops here"
         log.critical(self.damaged[key])
         self.engine.watchers.tell([key])
@@ -2338,7 +2339,7 @@ class Lives:
         self.engine.writer.post(hand_back, run.lease, run.interrupted)
 
     def drowse(self, run: Run) -> None:
-        """Unloads a run when it has waited for `hibernate_after`."""
+        """Sees to it that a run is unloaded when it has waited for `hibernate_after`."""
         if not run.still_waits():
             return
         self._drowsy.pop(run, None)
@@ -2432,7 +2433,7 @@ class Core:
 
     async def __aexit__(self, *_: object) -> None:
         if self._state != "open" or self.scheduler.closing or self.loop.is_closed():
-            return  # it was never entered, or is left already, or the thread notices
+            return  # it was never entered, or is left already; or the thread notices that
         self.scheduler.closing = True
         leaving = self.loop.create_task(self._leave())
         try:
@@ -2534,7 +2535,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 
 def leave(tx: Transaction) -> None:
-    """What was about to begin is left to the next owner, too."""
+    """What has a slot, but no life yet, is left to the next owner, too."""
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
@@ -4139,7 +4140,7 @@ def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> Non
     if inst.status in FINISHED:
         what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
         raise refusal("instance.not_running", what)
-    check_state(tx, inst.state, size_of(payload), refusal)
+    check_state(tx, inst.bytes, size_of(payload), refusal)
     tx.buffer(inst, type, payload)
 
 
@@ -4221,7 +4222,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
             texts.append(step.data)
         if step.open:  # it was in flight: that is as after a clean stop
             tx.append(inst, Row("stop", step.key))
-    size = sum(size_of(text or "") for text in texts) - inst.state
+    size = sum(size_of(text or "") for text in texts) - inst.bytes
     inst.generation += 1
     inst.ended = inst.paused = inst.termination = inst.rollback = None
     inst.careful, inst.place = 0, tx.next_number()
