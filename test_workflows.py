@@ -13144,9 +13144,12 @@ class WrongClocks(Case):
         if event.schedule:
             return None
         for n in range(2):
-            await step.do(f"s{n}", lambda n=n: self.ran.append(n))
+            await step.do(f"s{n}", functools.partial(self.note, n))
             await step.sleep("nap", "30 minutes")
         return (await step.wait_for_event("w", "t", timeout="1 day")).payload
+
+    async def note(self, n: int) -> None:
+        self.ran.append(n)
 
     async def minutes_after(self, jump: int, during: bool) -> tuple[int, int]:
         """So many minutes after the clock has jumped, in the middle of the first sleep, the
