@@ -13541,7 +13541,8 @@ class Crash(NamedTuple):
             said = Path(path + ".err").read_text()
             if codes[-1] != 0 or said:
                 return [f"processes ended with {codes}", said], 0, died
-            return check(path), int(Diary(path).lines()[-1][1]), died
+            commits = [int(line[1]) for line in Diary(path).lines() if line[0] == "end"]
+            return check(path), commits[-1], died
 
     def live(self, path: str, began: float, death: Any = (), *, drives: bool = True) -> None:
         """What a process does: up to the end of the program, or to its death."""
