@@ -13747,7 +13747,7 @@ def crashes(arguments: list[str]) -> None:
             first = itertools.product(numbers, ("before", "interrupt"))
             again = (1, "before"), (3, "error"), (8, "after")
             cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
-    cases = random.Random(1).sample(cases, 15) if quick else cases
+    cases = random.Random(1).sample(cases, 10) if quick else cases
     with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
         for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
             killed += died
