@@ -13927,7 +13927,7 @@ class Crowd(Real):
             bound = await client.workflow("test")
             for id in "abc":
                 self.assertEqual(await (await bound.get(id)).result("20 seconds"), "done")
-        crowd.process.stdin.close()
+        crowd.talk.close()
         turns = [pid for pid, _ in itertools.groupby(self.log())]
         self.assertEqual((len(turns), len({*turns})), (10, 10), "one after the other")
         self.assertLess(statistics.median(self.took[1:]), 1)
