@@ -686,6 +686,21 @@ class Values(Lives):
             with self.assertRaises(MemoryError):
                 workflows.encode(given)
 
+    async def test_no_memory_left_for_a_result_is_a_failed_attempt(self):
+        class Huge(dict):
+            def items(self):
+                raise MemoryError
+
+        async def run(event, step):
+            async def callback(ctx):
+                return Huge(a=1) if ctx.attempt == 1 else "stored"
+
+            return await step.do("s", callback)
+
+        self.assertEqual(await self.outcome(run), "stored")
+        ((error,),) = self.rows("SELECT data FROM journal WHERE type = 'failed'")
+        self.assertEqual(json.loads(error)["name"], "MemoryError")
+
     async def test_records_are_stored_as_mappings_with_cloudflares_keys(self):
         lives = []
 
@@ -1405,6 +1420,28 @@ class Attempts(Lives):
             go.set()
             self.assertIsNone(await self.finish(instance))
 
+    async def test_a_thread_is_used_again(self):
+        async def run(event, step):
+            return [await step.do("s", threading.get_ident) for _ in range(20)]
+
+        self.assertEqual(len(set(await self.outcome(run))), 1)
+
+    async def test_what_a_plain_callback_returns_is_awaited_without_a_thread(self):
+        go, begun = asyncio.Event(), []
+
+        async def wait():
+            begun.append(1)
+            await go.wait()
+
+        async def run(event, step):
+            await asyncio.gather(*(step.do("s", lambda: wait()) for _ in range(70)))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: len(begun) == 70)
+            go.set()
+            self.assertIsNone(await self.finish(instance))
+
     async def test_an_abandoned_thread_holds_up_nothing_and_its_slot_is_free(self):
         self.clock = ManualClock(patience=0)
         stuck = threading.Event()
@@ -1502,6 +1539,7 @@ class Attempts(Lives):
             ("step.invalid_duration", lambda s: s.sleep("s", -1)),
             ("step.invalid_duration", lambda s: s.sleep_until("s", float("nan"))),
             ("step.invalid_duration", lambda s: s.sleep_until("s", "tomorrow")),
+            ("step.invalid_duration", lambda s: s.sleep_until("s", 10**400)),
             ("limit.sleep", lambda s: s.sleep("s", "366 days")),
             ("limit.sleep", lambda s: s.sleep("s", 10**5000)),
             ("limit.sleep", lambda s: s.sleep_until("s", datetime.max.replace(tzinfo=UTC))),
@@ -1889,6 +1927,35 @@ class Attempts(Lives):
                 self.assertEqual(await instance.result(), "WorkflowTimeoutError")
         self.assertIn("stubborn", logs.output[0])
         end.set()
+
+    async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
+        end, cancelled = asyncio.Event(), []
+
+        async def run(event, step):
+            async def inner():
+                try:
+                    await end.wait()
+                except asyncio.CancelledError:
+                    cancelled.append("inner")
+                    raise
+
+            async def callback():
+                call = asyncio.create_task(step.do("inner", inner))
+                while not end.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await end.wait()
+                call.cancel()
+
+            await caught(step.do("stubborn", {"timeout": 1000} | ONCE, callback))
+            await asyncio.sleep(0.01)
+            return list(cancelled)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(1000)
+            result = await instance.result()
+            end.set()
+        self.assertEqual(result, ["inner"])
 
     async def test_asyncio_works_inside_a_callback(self):
         async def run(event, step):
@@ -4883,7 +4950,7 @@ class Processes(Real):
             self.assertGreater(data, 100)
             self.assertEqual((await bound.engine.usage()).storage_bytes, events + data)
             self.assertEqual(
-                self.rows("SELECT state FROM journal ORDER BY seq DESC LIMIT 1"), [(events + data,)]
+                self.rows("SELECT bytes FROM journal ORDER BY seq DESC LIMIT 1"), [(events + data,)]
             )
 
     async def test_a_client_stops_too_when_the_file_of_the_owners_lock_was_replaced(self) -> None:
@@ -5436,6 +5503,19 @@ class Garbage(Case):
             await self.clock.settle()
             self.assertEqual([life() for life in lives], [None])
 
+    async def test_an_idle_thread_keeps_nothing_of_its_last_callback(self) -> None:
+        held: list[Any] = []
+
+        async def run(event: Any, step: Any) -> None:
+            held.append(weakref.ref(callback := functools.partial(threading.get_ident)))
+            await step.do("plain", callback)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.finish(instance)
+            gc.collect()
+            self.assertIsNone(held[0]())
+
 
 class Limiting(Case):
     """Every row of the table of limits that no other class is about."""
@@ -5534,6 +5614,27 @@ class Limiting(Case):
 
         limits = dataclasses.replace(FOREVER, cpu_ms=10)
         self.assertEqual(await self.outcome(run, limits=limits), 2)
+
+    async def test_an_attempt_beyond_its_cpu_time_may_clean_up(self) -> None:
+        cleaned = []
+
+        async def burn() -> None:
+            began = time.thread_time()
+            while time.thread_time() < began + 0.02:
+                pass
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                for n in range(3):
+                    await asyncio.sleep(0)
+                    cleaned.append(n)
+
+        async def run(event: Any, step: Any) -> str:
+            return (await caught(step.do("burn", ONCE, burn))).code
+
+        limits = dataclasses.replace(FOREVER, cpu_ms=10)
+        self.assertEqual(await self.outcome(run, limits=limits), "limit.cpu")
+        self.assertEqual(cleaned, [0, 1, 2])
 
     async def test_creations_per_second_are_counted_over_a_sliding_second(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, creations_per_second=2)) as e:
@@ -7856,6 +7957,23 @@ class DynamicDelay(Undoing):
         error = await self.fails(run)
         self.assertEqual(error.name, "NonRetryableDelayError")
         self.assertIn("timed out after 5000", str(error))
+
+    async def test_its_step_calls_are_those_of_the_attempt(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            async def delay(info: Any) -> int:
+                return await step.do("inner", returns(1000))
+
+            async def callback(ctx: Any) -> None:
+                await asyncio.sleep(3600 if ctx.attempt == 1 else 0)
+                raise ValueError
+
+            config = {"timeout": 1000, "retries": {"limit": 2, "delay": delay}}
+            await caught(step.do("s", config, callback))
+            return await step.do("inner", returns("outside"))
+
+        self.assertEqual(await self.outcome(run), "outside")
+        steps = self.rows("SELECT DISTINCT step FROM journal WHERE step LIKE '%inner%' ORDER BY 1")
+        self.assertEqual(steps, [("do\ninner\n1",), ("do\ns\n1\ndo\ninner\n1",)])
 
     async def sleep_by_the_clock(self, ms: int) -> None:
         over = asyncio.Event()
@@ -14029,7 +14147,7 @@ class Fast(Clock):
 
 
 class Fate:
-    """What ends a process, at one of its commits."""
+    """What ends a process: at one of its commits, or so many ms after it began (a "moment")."""
 
     WAYS = ("before", "after", "error", "interrupt", "terminate")  # killed, or these signals
 
@@ -14322,7 +14440,8 @@ class Crash(NamedTuple):
             began = time.time()
             if self.way == "takeover":
                 owner = fork(self.live, path, began, *self.deaths, drives=False)
-                while not Diary(path).shows("up"):
+                patience = time.monotonic() + 1  # it may die before it is up
+                while not Diary(path).shows("up") and time.monotonic() < patience:
                     time.sleep(0.002)
                 codes.append(in_fork(self.live, path, began))
                 os.kill(owner, signal.SIGKILL)  # if it has not come so far, or sleeps
@@ -14345,6 +14464,9 @@ class Crash(NamedTuple):
         diary, fate = Diary(path), Fate(*death)
 
         async def main() -> None:
+            if fate.how == "moment":
+                interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+                threading.Timer(fate.number / 1000, interrupt).start()
             clock, env = Fast(began), {"everything": diary}
             async with Engine(path, clock=clock, env=env, hibernate_after="1 second") as engine:
                 if began == 0.0:
@@ -14407,7 +14529,7 @@ def check(path: str) -> list[str]:
             return db.execute(sql, args).fetchall()
 
         ends, storage = {}, 0
-        journal = f"SELECT state, {', '.join(workflows.Row._fields)} FROM journal"
+        journal = f"SELECT bytes, {', '.join(workflows.Row._fields)} FROM journal"
         for key, id, status in ask("SELECT key, id, status FROM instances"):
             states, rows = [], []
             for state, *fields in ask(f"{journal} WHERE instance = ? ORDER BY seq", key):
@@ -14532,6 +14654,8 @@ def crashes(arguments: list[str]) -> None:
         failed += bool(wrong)
         numbers = range(1, 100 if way == "takeover" else commits + 1)
         cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+        if way != "takeover":
+            cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
         if way != "takeover" and not quick:  # the next process dies, too
             first = itertools.product(numbers, ("before", "interrupt"))
             again = (1, "before"), (3, "error"), (8, "after")
