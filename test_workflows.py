@@ -1929,6 +1929,8 @@ class Attempts(Lives):
         end.set()
 
     async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
+        self.clock = ManualClock(patience=0)
+        self.enterContext(grace(0.1))
         end, cancelled = asyncio.Event(), []
 
         async def run(event, step):
