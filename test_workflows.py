@@ -1929,6 +1929,8 @@ class Attempts(Lives):
         end.set()
 
     async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
+        self.clock = ManualClock(patience=0)
+        self.enterContext(grace(0.1))
         end, cancelled = asyncio.Event(), []
 
         async def run(event, step):
@@ -14045,7 +14047,7 @@ class Crowd(Real):
             bound = await client.workflow("test")
             for id in "abc":
                 self.assertEqual(await (await bound.get(id)).result("20 seconds"), "done")
-        crowd.process.stdin.close()
+        crowd.talk.close()
         turns = [pid for pid, _ in itertools.groupby(self.log())]
         self.assertEqual((len(turns), len({*turns})), (10, 10), "one after the other")
         self.assertLess(statistics.median(self.took[1:]), 1)
