@@ -2555,7 +2555,7 @@ _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year"
 _DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 YEAR = _UNITS["year"]  # Cloudflare's longest sleep
-ENDLESS = 2**62  # no number is as large: SQLite's have 64 bits
+ENDLESS = 2**62  # no duration is longer: SQLite's numbers have 64 bits
 
 
 Duration = float | str | timedelta  # see `parse_duration`
@@ -2587,7 +2587,7 @@ def parse_duration(value: Duration) -> int:
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         ms = float(match[1]) * _UNITS[match[2]]
     if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
-        return round(ms)
+        return min(round(ms), ENDLESS)
     text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
     expected = f"milliseconds (0 or more), a timedelta, or {text}"
     raise ValueError(f"{show(value)} is not a duration: expected {expected}")
@@ -3234,11 +3234,9 @@ def read_count(value: Any, most: int | None = None) -> int:
 
 def _read_retention(value: Any, longest: int | None) -> int | None:
     """A duration up to the plan's, which is also the default."""
-    if value is None:
-        return longest
-    ms, most = parse_duration(value), ENDLESS if longest is None else longest
-    if ms > most:
-        raise ValueError(f"{show(value)} is too long: expected {most} ms at most")
+    ms = longest if value is None else parse_duration(value)
+    if ms is not None and longest is not None and ms > longest:
+        raise ValueError(f"{show(value)} is too long: expected {longest} ms at most")
     return ms
 
 
@@ -3713,10 +3711,6 @@ class Execution:
             raise error
         return await value if inspect.isawaitable(value) else value
 
-    async def take_slot(self) -> None:
-        """Waits for one of the threads' slots."""
-        self.slot = await self.run.engine.threads.slots.acquire()
-
     async def take_thread(self) -> None:
         """Waits until one of the threads is free."""
         self.thread = await self.run.engine.threads.slots.acquire()
@@ -3795,8 +3789,7 @@ class Engine(Core):
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
-        self.hibernate_after = parse_duration(hibernate_after)
-        self.drain = min(parse_duration(drain), YEAR)
+        self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
         self.creations = Rate(self.limits.creations_per_second, self.clock)
 
     @classmethod
