@@ -2286,6 +2286,7 @@ class Replay(Lives):
         self.assertEqual(seen, ["timed out"])
 
     async def test_a_nested_step_that_was_stopped_in_its_retry_delay_begins_again(self):
+        self.clock = ManualClock(patience=0)
         ran = []
 
         async def run(event, step):
@@ -7961,6 +7962,8 @@ class DynamicDelay(Undoing):
         self.assertIn("timed out after 5000", str(error))
 
     async def test_its_step_calls_are_those_of_the_attempt(self) -> None:
+        self.clock = ManualClock(patience=0)
+
         async def run(event: Any, step: Any) -> str:
             async def delay(info: Any) -> int:
                 return await step.do("inner", returns(1000))

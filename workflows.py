@@ -43,13 +43,14 @@ life; what a step did is done once:
 Below is the same, but stored, concurrent, and asleep most of the time.
 
     Part I, the heart      the words; the journal; the database; transactions; writing;
-                           scheduling; lives; replay; a run; attempts; what a run
-                           records; the engine
-    Part II, the rules     durations and the clock; records; values and errors; limits; arguments;
-                           retries; executions
-    Part III, the sides    the API; files; binding; rollback; replay reports; history; usage; the
-                           Python dialect; test tools; schedules; configuration; showing;
-                           resources; HTTP; the demo; the command line
+                           scheduling; lives; replay; a run; attempts; what a run records;
+                           the engine
+    Part II, the rules     durations and the clock; records; codec (values and errors); limits;
+                           arguments; retries; executions
+    Part III, the sides    the API; files; operations; binding; rollback; replay reports; history;
+                           usage; the Python dialect; introspection and the clock of tests;
+                           aliases; schedules; configuration; showing; resources; HTTP and its
+                           page; the demo; the command line
 
 Whoever reads the first part knows how durable execution works. Each section of the second can be
 read alone. Each section of the third could be left out: the heart calls it in one place or two.
@@ -139,7 +140,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("workflows")
-changes = log.getChild("changes")  # a line for each change of an instance, at DEBUG (see "HTTP")
+changes = log.getChild("changes")  # each change of an instance, at DEBUG: see "HTTP"
 
 if TYPE_CHECKING:  # so that `WorkflowEntrypoint` alone is one of any params, for type checkers
     from typing_extensions import TypeVar
@@ -636,13 +637,8 @@ class Instance:
         expiry = self.expiry()
         return self.id is None or (expiry is not None and expiry <= now)
 
-    def as_of_now(self) -> Instance:
-        """A copy, which the rest of the transaction does not change."""
-        return Instance(*_all_of(self))
-
 
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
-_all_of = operator.attrgetter(*_FIELDS)
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of = operator.attrgetter(*_COLUMNS)
@@ -739,15 +735,9 @@ class Transaction:
         return inst
 
     def find(self, workflow: str, ids: Sequence[str]) -> dict[str, Instance]:
-        """The instances with these ids. Those that have expired are not found but cleared away: so
-        they are never seen, however late the owner is."""
-        found = {}
-        for inst in self.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps(ids)):
-            if inst.is_over(self.now):
-                self.purge(inst)
-            else:
-                found[inst.id or ""] = inst
-        return found
+        """The instances with these ids; of those that have expired nobody hears any more."""
+        found = self.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps(ids))
+        return {inst.id or "": inst for inst in found if not inst.is_over(self.now)}
 
     def journal(self, inst: Instance, where: str = "true", *args: Any) -> list[Row]:
         """The rows of an instance's journal, in order."""
@@ -1070,9 +1060,7 @@ class Writer:
 
     def _work(self) -> None:
         batches: list[list[Posted] | None] = []
-        while (
-            None not in batches and not self.engine.loop.is_closed()
-        ):  # by one who forgot to leave
+        while None not in batches and not self.engine.loop.is_closed():  # nobody has left it
             batches.clear()
             with contextlib.suppress(queue.Empty):
                 batches.append(self._batches.get(timeout=TICK))
@@ -1082,9 +1070,8 @@ class Writer:
                 batch = [posted for part in batches for posted in part or ()]
                 with self._lock:
                     answer = self._answer(batch, patient=True)
-                self.engine.call_from_thread(
-                    self._receive, answer, len(batches) - batches.count(None)
-                )
+                done = len(batches) - batches.count(None)
+                self.engine.call_from_thread(self._receive, answer, done)
             if time.monotonic() > self._ticked + TICK:
                 self._tick()
 
@@ -1132,11 +1119,11 @@ class Scheduler:
     def __init__(self, database: Database, clock: Clock, limits: Limits) -> None:
         self.database, self.clock, self.limits = database, clock, limits
         self.bound: dict[int, Workflow] = {}  # by the workflow's key
-        self.blocks: list[WorkflowInstanceModifier] = []  # see "Test tools"
+        self.blocks: list[WorkflowInstanceModifier] = []  # see "Introspection"
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # nothing begins any more
-        self.queue_limit = QueueLimit(self)
+        self.queue_limit = QueueLimit()
         self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
 
@@ -1243,9 +1230,8 @@ class Scheduler:
         in another transaction."""
         queued = []
         for key, workflow in self.bound.items():
-            head = tx.select(
-                "workflow = ? AND status = 'queued' ORDER BY place LIMIT ?", key, BATCH
-            )
+            first = "workflow = ? AND status = 'queued' ORDER BY place LIMIT ?"
+            head = tx.select(first, key, BATCH)
             queued += head[: self.free(tx, workflow.running, [key])] if head else []
         most = min(BATCH, self.free(tx, self.limits.running, self.bound)) if queued else 0
         queued.sort(key=lambda inst: (inst.place, inst.key))
@@ -1367,8 +1353,8 @@ class Life:
         raise NotImplementedError
 
     def conclude(self, result: Any) -> None:
-        """What to do when `main` has returned."""
-        raise NotImplementedError
+        """What to do when `main` has returned: nothing more."""
+        self.unload()
 
     def calling(self) -> list[asyncio.Task[Any]]:
         """The tasks that await step calls."""
@@ -1798,10 +1784,12 @@ class Run(Replay):
         if call.outer is not None:
             log.warning("%s: %s %r inside a step's callback", self, call.kind, call.name)
         if call.step.state == "new":
-            due = 0 if is_skipped(plan.kind, call) else plan.due  # 0 is before any event
-            row = Row(plan.kind, call.key, None, plan.data)
+            wait, data = plan
+            if is_skipped(wait.kind, call):
+                wait = wait._replace(due=0)  # before any event
+            row = Row(wait.kind, call.key, None, data)
             apply(self.steps, row)
-            self.post(record, row, 0, Wait(plan.kind, call.key, plan.event, due, plan.fixed))
+            self.post(record, row, 0, wait)
 
     async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
         """The attempts of a step, until the end of the last one is posted."""
@@ -1936,8 +1924,9 @@ class Run(Replay):
 # The start of an attempt is a row of its own as soon as the callback waits for anything, or does
 # anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
 # row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
-# time, and half of the journal.) An attempt that has a start and no end was cut off by the death of
-# its process, and counts as failed.
+# time, and half of the journal. Before Python 3.12, where a task can't begin at once, each attempt
+# has both rows.) An attempt that has a start and no end was cut off by the death of its process,
+# and counts as failed.
 #
 # That leaves the callback that kills its process before its first await, which would do so for
 # ever. Therefore an instance that was running when its process died is `careful`: until one more of
@@ -2049,6 +2038,7 @@ class Attempt:
         try:
             delay = await self._retry_delay(error)
         except WorkflowFatalError as failure:
+            log.warning("%s: %s: %s, after %s", self.run, self, failure, show_error(error))
             error = failure
         self._post_failure(error, delay)
 
@@ -2066,7 +2056,8 @@ class Attempt:
         return delay
 
     async def _ask(self, error: BaseException) -> int:
-        """What the delay function says, within five seconds. Its failure is that of the step."""
+        """What the delay function says, within five seconds; the backoff applies to that. If it
+        fails, so does the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
         asked = Execution(self.run, ASKING, self)
         if not is_async(function):
@@ -2127,9 +2118,9 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
         with contextlib.suppress(LeaseLost):
             inst = tx.mine(lease)
             try:
-                loaded.append(Loaded(inst.as_of_now(), tx.journal(inst)))
+                loaded.append(Loaded(copy.copy(inst), tx.journal(inst)))
             except Unreadable as damage:
-                loaded.append(Loaded(inst.as_of_now(), [], damage))
+                loaded.append(Loaded(copy.copy(inst), [], damage))
     return loaded
 
 
@@ -2210,7 +2201,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
-        return inst.as_of_now()
+        return copy.copy(inst)
     tx.move(inst, row, size)
     return None
 
@@ -2329,14 +2320,10 @@ class Lives:
 
     def adopt(self, run: Life) -> None:
         """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
-        if not self.engine.scheduler.closing:
+        if not self.engine.scheduler.closing and self.runs.get(run.lease.key) is run:
             run.orphan = False
-            self.hand_back(run)
+            self.engine.writer.post(hand_back, run.lease, run.interrupted)
             self.life_ended(run)
-
-    def hand_back(self, run: Life) -> None:
-        """Leaves an instance to its next life, in whichever process."""
-        self.engine.writer.post(hand_back, run.lease, run.interrupted)
 
     def drowse(self, run: Run) -> None:
         """Sees to it that a run is unloaded when it has waited for `hibernate_after`."""
@@ -2453,7 +2440,7 @@ class Core:
             run.unload()
         await asyncio.gather(*(asyncio.shield(run.ended) for run in runs.values()))
         for run in runs.values():
-            self.lives.hand_back(run)
+            self.writer.post(hand_back, run.lease, run.interrupted)
         self.writer.post(leave)
         self.writer.close()
         await self.writer.closed
@@ -3298,14 +3285,7 @@ class DoPlan(NamedTuple):
     plain: bool
 
 
-class WaitPlan(NamedTuple):
-    """What a sleep or an event wait asks for: see `Wait`. `data` is what its row holds."""
-
-    kind: str
-    event: str | None
-    due: int
-    fixed: bool
-    data: str
+WaitPlan = tuple[Wait, str]  # of a sleep or an event wait; and what its row holds
 
 
 def plan_of(call: StepCall) -> DoPlan | WaitPlan:
@@ -3366,7 +3346,7 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
     ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
-    return WaitPlan("sleep", None, _due(call, ms), False, str(ms))
+    return Wait("sleep", call.key, None, _due(call, ms)), str(ms)
 
 
 def plan_sleep_until(call: StepCall) -> WaitPlan:
@@ -3375,7 +3355,7 @@ def plan_sleep_until(call: StepCall) -> WaitPlan:
     moment = parse_moment(given.get("when", given.get("timestamp")))
     left = max(0, moment - call.run.engine.clock.now())
     _due(call, left)  # refuses one that is too long
-    return WaitPlan("sleep", None, moment, True, str(left))
+    return Wait("sleep", call.key, None, moment, fixed=True), str(left)
 
 
 def plan_wait_for_event(call: StepCall) -> WaitPlan:
@@ -3387,7 +3367,7 @@ def plan_wait_for_event(call: StepCall) -> WaitPlan:
     ms = parse_duration(given.get("timeout", "24 hours"))
     type = check_event_type(given.get("event_type", given.get("type")), fatal)
     data = json.dumps({"type": type, "timeout": ms})
-    return WaitPlan("wait", type, _due(call, ms), False, data)
+    return Wait("wait", call.key, type, _due(call, ms)), data
 
 
 def _due(call: StepCall, ms: int) -> int:
@@ -4054,14 +4034,20 @@ def not_found(workflow: str, id: str) -> WorkflowError:
 def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
     """Stores instances, in order; returns the ids of those that are new."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    taken = tx.find(workflow, [entry[0] for entry in entries])
+    ids = json.dumps([entry[0] for entry in entries])
+    there = tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, ids)
+    over = [inst for inst in there if inst.is_over(tx.now)]  # not cleared away yet
+    taken = {inst.id for inst in there if inst not in over}
     new: dict[str, Entry] = {}
     for entry in entries:
-        check_state(tx, 0, size_of(entry[1]), refusal)
         if entry[0] not in taken:
             new.setdefault(entry[0], entry)
     if trigger != "cron":  # nobody would hear of the refusal
+        for _, params, *_ in entries:
+            check_state(tx, 0, size_of(params), refusal)
         tx.scheduler.queue_limit.check(tx, len(new))
+    for inst in over:
+        tx.purge(inst)
     for id, params, success, error in new.values():
         number = tx.next_number()
         inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
@@ -4101,7 +4087,7 @@ def read_journal(
     if inst is None:
         return None, []
     seen = known.seq if known is not None and known.key == inst.key else 0
-    return inst.as_of_now(), tx.journal(inst, "seq > ?", seen)
+    return copy.copy(inst), tx.journal(inst, "seq > ?", seen)
 
 
 def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
@@ -4124,9 +4110,9 @@ def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
     """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
     that has the error of the rollback handler that has failed."""
     if inst.status not in FINISHED:
-        return inst.as_of_now(), Row(inst.status)
+        return copy.copy(inst), Row(inst.status)
     (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return inst.as_of_now(), last
+    return copy.copy(inst), last
 
 
 def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
@@ -4407,9 +4393,9 @@ class Workflow:
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
         """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
         limit = self.engine.limits.id_length
-        if isinstance(id, str) and len(id) <= limit:
-            given = _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
-            if given or (_SCHEDULED.fullmatch(id) and not new):
+        if isinstance(id, str):
+            short = len(id) <= limit and _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
+            if short or (_SCHEDULED.fullmatch(id) and not new):
                 return id
         what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
         raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
@@ -4515,13 +4501,11 @@ class QueueLimit:
     """How many instances may be queued. Counting takes time with a long queue, so that it is done
     again only when a tenth of the room is used up."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._room = 0  # so many may be created before the queue must be counted again
+    _room = 0  # so many may be created before the queue must be counted again
 
     def check(self, tx: Transaction, new: int) -> None:
         """Refuses so many new ones if they would be too many."""
-        scheduler, limit = self._scheduler, self._scheduler.limits.queued
+        scheduler, limit = tx.scheduler, tx.scheduler.limits.queued
         if limit is not None and new > self._room:
             queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
             (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
@@ -4837,9 +4821,6 @@ class SearchRun(Replay):
         if self._wanted <= self.handlers.keys():
             self.unload()
 
-    def conclude(self, result: Any) -> None:
-        self.unload()
-
 
 class UndoRun(Run):
     """A life that runs the rollback handlers, each as a step."""
@@ -4924,6 +4905,7 @@ class ReplayRun(Replay):
         self._reached: list[str] = []
         self._new: list[str] = []
         self._early: list[str] = []
+        self._damage: str | None = None
         self._moved = self.loop.time()
 
     def note(self, call: StepCall) -> None:
@@ -4938,7 +4920,8 @@ class ReplayRun(Replay):
             self._early += [label] if self._unreached else []
 
     def stop_in_place(self, damage: str) -> None:
-        raise Unreadable(damage)
+        self._damage = damage
+        self.unload()
 
     async def report(self, has_failed: bool) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
@@ -4955,6 +4938,8 @@ class ReplayRun(Replay):
             error = {"name": "WorkflowTimeoutError", "message": what}
         self.unload()
         await asyncio.shield(self.ended)
+        if self._damage is not None:
+            raise Unreadable(self._damage)
         unreached = [step_label(key) for key in self._unreached]
         safe = not (unreached or self._early or (outcome == "errored" and not has_failed))
         found = (self._reached, unreached, self._new, self._early)
@@ -4982,7 +4967,7 @@ def warn_about_calls(run: Run) -> None:
 
 
 async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
-    loaded = await workflow.engine.call(load_for_replay, workflow.name, id)
+    loaded = await workflow.engine.call(on_instance, workflow.name, id, load_for_replay)
     inst = loaded.instance
     ended_by_error = inst.rollback is not None and not inst.termination
     run = ReplayRun(workflow.engine, workflow, loaded)
@@ -5004,12 +4989,8 @@ async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowRep
                     raise report
 
 
-def load_for_replay(tx: Transaction, workflow: str, id: str) -> Loaded:
-    """An instance with its journal. (An expired one is not cleared away: nothing is written.)"""
-    for inst in tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, json.dumps([id])):
-        if not inst.is_over(tx.now):
-            return Loaded(inst.as_of_now(), tx.journal(inst))
-    raise not_found(workflow, id)
+def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
+    return Loaded(copy.copy(inst), tx.journal(inst))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5635,6 +5616,19 @@ class WorkflowIntrospector(_Introspector):
         return [self._parts[id] for id in ids]
 
 
+def is_skipped(kind: str, call: StepCall) -> bool:
+    """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
+    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
+
+
+def mocked(attempt: Attempt) -> Callable[[], Any] | None:
+    """What a test has put in the place of an attempt's callback."""
+    for block in reversed(attempt.run.engine.scheduler.blocks):
+        if (mock := block.substitute(attempt)) is not None:
+            return mock
+    return None
+
+
 # --------------------------------------------------------------------------------------------------
 # The clock of tests: it moves only when told, so that a year of sleeps takes milliseconds. After
 # each moment it asks its engines whether they have come to rest.
@@ -5649,19 +5643,6 @@ class _Timer:
     def cancel(self) -> None:
         self.clock.timers.pop(self, None)
         self.clock.limits.pop(self, None)
-
-
-def is_skipped(kind: str, call: StepCall) -> bool:
-    """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
-
-
-def mocked(attempt: Attempt) -> Callable[[], Any] | None:
-    """What a test has put in the place of an attempt's callback."""
-    for block in reversed(attempt.run.engine.scheduler.blocks):
-        if (mock := block.substitute(attempt)) is not None:
-            return mock
-    return None
 
 
 class ManualClock(Clock):
@@ -5995,9 +5976,7 @@ class Configuration:
         return getattr(module, name)
 
 
-def _check(
-    value: Any, kind: Any, what: str, needed: Sequence[str] = (), *, strict: bool = True
-) -> None:
+def _check(value: Any, kind: Any, what: str, needed: Any = (), strict: bool = True) -> None:
     """Refuses a value that is not of a kind (see above), and an object that lacks a needed key or,
     if this is `strict`, has an unknown one."""
     if not isinstance(kind, (type, dict)):
@@ -6487,9 +6466,7 @@ async def show_usage(ask: Request) -> dict[str, Any]:
 
 PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the answer
 CONNECTIONS = 64
-PACE = (
-    0.004  # seconds from one new connection to the next: many in turn take little from the engine
-)
+PACE = 0.004  # seconds from one new connection to the next, to spare the engine
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
@@ -6563,6 +6540,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, engine: Engine, host: str, port: int, token: str | None) -> None:
         self.engine, self.token = engine, token
         self.deadlines: dict[socket.socket, float] = {}  # of the connections
+        self.closing = False  # nothing more is begun
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -6605,11 +6583,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         local, length, text = path.startswith("/cdn-cgi/"), 1, b""
         try:
             chunked = "Transfer-Encoding" in self.headers
-            length = -1 if chunked else int(self.headers.get("Content-Length", "0"))
+            given = self.headers.get("Content-Length", "0")
+            if not re.fullmatch("[0-9]+", given):  # `int` would take more
+                raise ValueError(f"Content-Length is {show(given)}")
+            length = -1 if chunked else int(given)
             text = self.rfile.read(max(0, min(length, BODY)))
             self._check_sender(path)
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
+            if self.server.closing:
+                raise refusal("request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
             most = 100 * BODY if "/batch" in path else BODY
             if not 0 <= length <= most:
@@ -6684,7 +6667,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 async def serve(
     engine: Engine, host: str = "127.0.0.1", port: int = 0, token: str | None = None
 ) -> AsyncGenerator[Server, None]:
-    """Answers HTTP as long as it is open; then lets the requests that are under way end."""
+    """Answers HTTP as long as it is open; then the requests that are under way get a second."""
     try:
         server = Server(engine, host, port, token)
     except (OSError, OverflowError) as error:
@@ -6693,10 +6676,12 @@ async def serve(
     try:
         yield server
     finally:
+        server.closing = True
         await asyncio.to_thread(server.shutdown)
         server.server_close()
         for _ in range(100):
-            await asyncio.sleep(0.01 if math.inf in server.deadlines.values() else 0)
+            if math.inf in server.deadlines.values():
+                await asyncio.sleep(0.01)
 
 
 def report_change(tx: Transaction, inst: Instance, row: Row) -> None:
@@ -7013,8 +6998,8 @@ def width_of(text: str) -> int:
 def fit(text: str, width: int) -> str:
     """Text, cut or filled to a width, and without what a terminal might obey."""
     text = "".join(c if c.isprintable() else "·" for c in text[: width + 1])
-    while width_of(text) > width:
-        text = text.removesuffix("…")[:-1] + "…"
+    while (excess := width_of(text) - width) > 0:
+        text = text.removesuffix("…")[: -max(1, excess // 2)] + "…"
     return text + " " * (width - width_of(text))
 
 
@@ -7198,7 +7183,8 @@ async def dev(given: argparse.Namespace) -> int:
         raise ValueError(f"{given.ip} can be reached from outside: that needs --token")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     changes.setLevel(logging.DEBUG)
-    engine = Engine.from_config(given.config, database=given.db, drain=given.drain or 0)
+    drain = int(given.drain) if given.drain.isdecimal() else given.drain or 0
+    engine = Engine.from_config(given.config, database=given.db, drain=drain)
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopped.set))
