@@ -2513,7 +2513,7 @@ _UNITS |= {n: d * _UNITS["day"] for n, d in (("week", 7), ("month", 30), ("year"
 _DURATION = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ({'|'.join(_UNITS)})s?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 YEAR = _UNITS["year"]  # Cloudflare's longest sleep
-ENDLESS = 2**62  # no number is as large: SQLite's have 64 bits
+ENDLESS = 2**62  # ms; what is longer counts as this: SQLite's numbers have 64 bits
 
 
 Duration = float | str | timedelta  # see `parse_duration`
@@ -2544,10 +2544,10 @@ def parse_duration(value: Duration) -> int:
         ms = value / timedelta(milliseconds=1)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         ms = float(match[1]) * _UNITS[match[2]]
-    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < ENDLESS:
-        return round(ms)
+    if isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf:
+        return min(round(ms), ENDLESS)
     text = f"'<number> <unit>' with one of {', '.join(_UNITS)} (or the plural)"
-    expected = f"milliseconds (0 or more, below 2**62), a timedelta, or {text}"
+    expected = f"milliseconds (0 or more), a timedelta, or {text}"
     raise ValueError(f"{show(value)} is not a duration: expected {expected}")
 
 
