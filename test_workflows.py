@@ -7900,6 +7900,13 @@ class DynamicDelay(Undoing):
             self.setUp()
             self.assertEqual(await self.delays(function, 1), [ms])
 
+    async def test_if_it_fails_the_log_says_after_which_error(self) -> None:
+        with self.assertLogs("workflows", logging.WARNING) as logs:
+            await self.delays(lambda: 1)
+        self.assertRegex(
+            logs.output[0], "the delay function of step 's' failed: TypeError.*after KeyError"
+        )
+
     async def test_backoff_applies_to_what_it_returns(self) -> None:
         for backoff, factors in (("constant", (1, 1, 1)), ("linear", (1, 2, 3))):
             self.setUp()
@@ -10885,6 +10892,24 @@ class Replaying(Case):
 
         return run
 
+    async def test_a_run_that_ends_or_cancels_itself_is_quiet_and_nothing_is_written(self) -> None:
+        async def ends(event: Any, step: Any) -> str:
+            await step.do("a", returns(1))
+            return "done"
+
+        async def cancels_itself(event: Any, step: Any) -> None:
+            await step.do("a", returns(1))
+            task: Any = asyncio.current_task()
+            task.cancel()
+            await asyncio.sleep(0)
+
+        with self.assertNoLogs("asyncio"):
+            for new, outcome in ((ends, "complete"), (cancels_itself, "complete")):
+                self.setUp()
+                report = await self.report(self.steps("a", "zzz"), new)
+                self.assertEqual(report.outcome, outcome)
+                await asyncio.sleep(0)
+
     async def check(self, old: str, new: str, *expected: Any) -> Any:
         report = await self.report(self.steps(*old.split()), self.steps(*new.split(), ran=False))
         self.assertEqual(self.found(report), [e.split() for e in expected[:4]] + ["waiting"])
@@ -11551,7 +11576,7 @@ class Outside(Case):
             for name, run in (self.bound | more).items():
                 engine.bind(workflow(run, name), name)
             async with workflows.serve(engine, token=token) as server:
-                self.port = server.server_address[1]
+                self.server, self.port = server, server.server_address[1]
                 yield engine
 
     async def exchange(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
@@ -11667,6 +11692,17 @@ class HttpWorkflows(Outside):
             self.assertEqual(await self.ids(name="steps"), ["i"])
             await self.create("naps")
         self.assertEqual(done, {"status": "ok", "success": True})
+
+
+class HttpStopping(Outside):
+    async def test_what_is_asked_while_it_stops_is_another_time_s(self) -> None:
+        async with self.served() as engine:
+            self.server.closing = True
+            with self.assertNoLogs("workflows", logging.ERROR):
+                await self.assertRefused(503, 10001, self.ask("GET", "/naps"))
+            self.server.closing = False
+            await engine.env.NAPS.create(id="a")
+            await self.ask("GET", "/naps")
 
 
 class HttpCreating(Outside):
@@ -12465,6 +12501,7 @@ class Wire(Outside):
                 f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked",
                 f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1",
                 f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: x",
+                f"POST {REST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0_0",
             ):
                 with self.subTest(head):
                     answer = await self.raw(head.encode() + b"\r\n\r\n" + inner)
@@ -13669,6 +13706,22 @@ class Damaged(Undoing):
                 with self.assertRaisesRegex(WorkflowInternalError, "a.* can't be read") as told:
                     await call()
             self.assertRegex(str(told.exception), "'a': row [0-9]+ can't")
+
+    async def test_a_replay_says_so_whatever_run_catches(self) -> None:
+        async def careless(event: Any, step: Any) -> Any:
+            try:
+                await step.do("first", returns("x" * 9))
+            except Exception:
+                await step.sleep("nap", "1 day")
+
+        await self.prepare()
+        self.lose(*self.RECORDS["step 'first-1': its result"])
+        async with self.engine() as engine:
+            bound = await engine.workflow("test")
+            bound.cls = workflow(careless)
+            with self.assertRaisesRegex(WorkflowInternalError, "first-1"):
+                await bound.replay("a")
+            self.assertFalse([each async for each in bound.replay_all()][-1].safe)
 
     async def test_a_wait_that_is_over_stops_its_instance_and_no_other(self) -> None:
         async def run(event: Any, step: Any) -> Any:

@@ -2616,7 +2616,8 @@ class Clock:
         return asyncio.get_running_loop().call_later(min(ms, 100 * YEAR) / 1000, callback)
 
     def limit(self, ms: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
-        """The same, for the time that a function of the user may take."""
+        """The same, for the time that a function of the user may take: a `ManualClock` gives it
+        patience."""
         return self.call_later(ms, callback)
 
 
@@ -3345,7 +3346,10 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
 
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    ms = parse_duration(_arguments(call, ["duration"]).get("duration", "nothing"))
+    given = _arguments(call, ["duration"])
+    if "duration" not in given:
+        raise TypeError("the duration is missing")
+    ms = parse_duration(given["duration"])
     return Wait("sleep", call.key, None, _due(call, ms)), str(ms)
 
 
@@ -3609,8 +3613,8 @@ class Execution:
         finally:
             run.engine.cpu_ns += self.cpu
             self.free_thread()
-            self.task = None  # whose context leads back to here,
-            del self._attempt  # as this does
+            self.task = None  # its context leads back to here, and so does the attempt
+            del self._attempt
 
     async def _supervise(self, task: asyncio.Task[None]) -> None:
         """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
@@ -3969,7 +3973,7 @@ class Files:
             raise WorkflowInternalError("the file, or its log beside it, was truncated")
 
     def _is_whole(self) -> bool:
-        """Whether every page is there, for one who has seen none of them yet."""
+        """Whether every page is there, as a new connection sees it."""
         if os.path.getsize(self._path) == 0:  # SQLite would now delete the log
             return False
         try:
@@ -4019,7 +4023,7 @@ def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
 # Operations: what callers do to instances, each within a transaction. The next section posts these,
 # in whichever process; where that is not the owner, the owner hears of it by `wake`.
 #
-# Who raises an instance's generation ends the lease of its run.
+# Whatever raises an instance's generation ends the lease of its run.
 
 Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
 Ids = list[str]
@@ -4391,7 +4395,8 @@ class Workflow:
         return kept["successRetention"], kept["errorRetention"]
 
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
-        """Refuses what is no instance id. (One that schedules give can't be given to a new one.)"""
+        """Refuses what is no instance id. (A new one can't have one of those
+        that schedules give.)"""
         limit = self.engine.limits.id_length
         if isinstance(id, str):
             short = len(id) <= limit and _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
@@ -5650,9 +5655,9 @@ class ManualClock(Clock):
 
     What falls due on the way happens in its order, and after each moment every instance runs until
     it waits again. Sleeps, retry delays, event and attempt timeouts, hibernation, retention and
-    `result(timeout=…)` go by it. It never waits for a callback that is blocked on something real;
-    only before an attempt times out, its callback may take `patience` (one second), of real time,
-    to end by itself."""
+    `result(timeout=…)` go by it. It does not wait for callbacks that are blocked on something real,
+    with one exception: before it times an attempt out, the callback gets `patience` (one second) of
+    real time to end by itself."""
 
     exact = True
 
@@ -5838,7 +5843,8 @@ def read_schedules(given: str | Iterable[str]) -> tuple[Cron, ...]:
 
 def keep_schedules(tx: Transaction, key: int, workflow: Workflow) -> None:
     """Stores when each schedule of a workflow comes next, and forgets those that are bound no more.
-    A time that has passed was missed. (One beyond the next is of a clock that was set back.)"""
+    A time that has passed was missed. (Of a stored time that is later than the next one, a
+    clock that was set back is the reason.)"""
     known = dict(tx.db.rows("SELECT cron, next FROM schedules WHERE workflow = ?", key))
     tx.db.execute("DELETE FROM schedules WHERE workflow = ?", (key,))
     for cron in workflow.schedules:
@@ -6212,7 +6218,7 @@ class Request:
         return {"instanceId": self.id, "timestamp": now, "success": True}
 
     def word(self, key: str, *known: str) -> str | None:
-        """A word of the query."""
+        """The value of a key of the query that takes one of these words."""
         if (word := self.query.get(key)) in (None, *known):
             return word
         raise ValueError(f"{key} is {show(word)}: expected one of {', '.join(known)}")
@@ -6617,14 +6623,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             status, said = failure(error, local)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        # Whom we refuse begins anew; what follows a body that was not read is not the next request.
+        # Who was refused must connect again; and behind a body that was not read is no request.
         self.close_connection |= status in (401, 403) or len(text) != length
         self._send(status, to_text(said))
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def _check_sender(self, path: str) -> None:
-        """Refuses who has not the token; without one, who is not local."""
+        """Refuses a sender without the token; if there is no token, one that is not local."""
         token, host = self.server.token, self.headers.get("Host", "")
         given, origin = self.headers.get("Authorization", ""), self.headers.get("Origin")
         right = hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode())
