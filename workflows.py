@@ -4340,7 +4340,9 @@ class Workflow:
     async def replay(self, id: str) -> WorkflowReplay:
         """Whether an instance would go on as recorded, with the class that this process has bound:
         calls `run` with what is recorded, up to where it would do something new. No callback runs,
-        and nothing is written, so that this is safe beside the process that runs the instance.
+        and nothing is written, so that this is safe beside the process that runs the instance. (An
+        engine that has bound the class may itself become the owner, and run instances with it. The
+        command `check` never does.)
 
         Error: `instance.not_found`."""
         return await report_on(self, _any_id(id))
