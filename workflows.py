@@ -3555,6 +3555,8 @@ class Threads:
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
+        if reply.done():  # its caller was cancelled
+            _discard(outcome[0])
         resolve(reply, outcome)
 
     def may_end_soon(self) -> bool:
@@ -3686,8 +3688,13 @@ class Execution:
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         in_context = functools.partial(contextvars.copy_context().run, function)
+        reply = self.run.engine.threads.execute(in_context)
         try:
-            value, error, cpu = await self.run.engine.threads.execute(in_context)
+            value, error, cpu = await reply
+        except asyncio.CancelledError:
+            if not reply.cancelled():
+                _discard(reply.result()[0])
+            raise
         finally:
             self.free_thread()
         self.cpu += cpu
@@ -3717,6 +3724,12 @@ class Execution:
         if not self._outcome.done():
             self._failure = failure
             self._outcome.set_result((None, failure))
+
+
+def _discard(value: Any) -> None:
+    """Closes what nobody will await."""
+    if inspect.iscoroutine(value):
+        value.close()
 
 
 def timed_out(ms: int) -> WorkflowTimeoutError:
