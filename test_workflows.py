@@ -15151,9 +15151,8 @@ class BadValues(Case):
                     await call()
                 self.assertNotIsInstance(refused.exception, WorkflowInternalError)
             await bound.create()
-        for make in (lambda: Engine(drain=10**400), lambda: Limits(error_retention=10**30)):
-            with self.assertRaises(ValueError):
-                make()
+        with self.assertRaises(ValueError):
+            Limits(error_retention=10**30)
 
 
 # --------------------------------------------------------------------------------------------------
