@@ -2284,6 +2284,7 @@ class Replay(Lives):
         self.assertEqual(seen, ["timed out"])
 
     async def test_a_nested_step_that_was_stopped_in_its_retry_delay_begins_again(self):
+        self.clock = ManualClock(patience=0)
         ran = []
 
         async def run(event, step):
