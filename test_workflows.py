@@ -2233,6 +2233,36 @@ class Replay(Lives):
         self.assertEqual((ran, seen), (["stuck"], [True] * len(seen)))
         self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(1,)])
 
+    async def test_what_run_cancelled_before_it_saw_the_result_has_none_in_any_life(self):
+        gates, seen = [], []
+
+        async def run(event, step):
+            gates.append(asyncio.Event())
+            nap = asyncio.create_task(step.sleep("nap", "1 minute"))
+            await gates[-1].wait()
+            nap.cancel()  # its end is recorded, but the instance has no slot
+            await asyncio.gather(nap, return_exceptions=True)
+            seen.append(nap.cancelled())
+            await step.sleep("rest", "1 hour")
+
+        other, made = Gate(), workflow(run)
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.engine(limits=limits, hibernate_after="1 hour") as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+            await engine.bind(workflow(other.run, "Other")).create()
+            await self.clock.advance("1 minute")
+            gates[0].set()
+            await self.clock.settle()
+            other.open.set()
+            await self.clock.settle()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.advance("2 hours")
+            gates[1].set()
+            await self.finish(instance)
+        self.assertEqual(seen, [True, True])
+
     async def test_an_asyncio_timeout_in_run_starts_over_with_each_life(self):
         ran = []
 
@@ -2288,8 +2318,8 @@ class Replay(Lives):
         ran = []
 
         async def run(event, step):
-            async def inner():
-                ran.append("inner")
+            async def inner(ctx):
+                ran.append(ctx.attempt)
                 if len(ran) == 1:
                     raise ValueError
                 return 5
@@ -2306,6 +2336,7 @@ class Replay(Lives):
             instance = await engine.bind(made).get("i")
             await self.clock.advance("1 hour")
             self.assertEqual(await asyncio.wait_for(instance.result(), 2), 5)
+        self.assertEqual(ran, [1, 2])
 
     async def test_a_cancelled_sleep_or_wait_never_ends_by_itself(self):
         async def run(event, step):
@@ -2800,6 +2831,39 @@ class Sleeps(Lives):
             got = await self.finish(await engine.bind(workflow(run)).create())
         day = 86_400_000
         self.assertEqual(got, [["WorkflowTimeoutError", day * n] for n in (1, 1, 8)])
+
+    async def test_waits_that_end_at_once_end_in_the_order_in_which_they_began(self):
+        async def run(event, step):
+            naps = [step.sleep("nap", "1 hour") for _ in range(3)]
+            await asyncio.gather(*naps, step.wait_for_event("w", "t", timeout="2 hours"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            self.clock._now += 3_600_000  # and nobody has looked yet
+            await instance.send_event(type="t")
+        ended = self.rows("SELECT step FROM journal WHERE type IN ('slept', 'event') ORDER BY seq")
+        self.assertEqual([step[-1] for (step,) in ended[:3]], ["1", "2", "3"])
+
+    async def test_a_wait_that_finds_its_event_ends_when_it_begins(self):
+        gate = asyncio.Event()
+
+        async def late(step):
+            await gate.wait()
+            await step.wait_for_event("w", "t")
+
+        async def run(event, step):
+            await asyncio.gather(step.sleep("nap", "1 hour"), late(step))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await instance.send_event(type="t")
+            await self.clock.settle()
+            self.clock._now += 7_200_000  # the sleep was over before that, though nobody has looked
+            gate.set()
+            await self.finish(instance)
+        ends = "SELECT type FROM journal WHERE type IN ('slept', 'event') ORDER BY seq"
+        self.assertEqual(self.rows(ends), [("slept",), ("event",)])
 
     async def test_an_event_at_the_deadline_wins_and_a_later_one_goes_to_the_next_waiter(self):
         async def run(event, step):
@@ -3551,6 +3615,25 @@ class Pausing(Case):
             await self.clock.advance("1 hour")
             await self.assertStatus(instance, "complete")
 
+    async def test_a_paused_instance_writes_nothing_even_if_its_run_goes_on_by_itself(self) -> None:
+        gate = asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await gate.wait()
+            await step.sleep("another", "1 hour")
+            await nap
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            pausing = asyncio.create_task(instance.pause())
+            gate.set()  # in the same turn
+            await pausing
+            await self.clock.settle()
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[-2:], ["waiting", "paused"])
+
     async def test_a_paused_instance_leaves_memory(self) -> None:
         gate = Gate()
 
@@ -4103,6 +4186,43 @@ class Queue(Case):
             await self.clock.advance(0)
             self.assertEqual(gate.begun, ["new", "early", "late", "newer"])
 
+    async def test_woken_ones_are_queued_by_when_they_fell_due_however_late_it_is_noticed(self):
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            await step.sleep("nap", event.payload)
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create_batch([{"id": f"{ms}", "params": ms} for ms in (3, 1, 2)])
+            await self.clock.settle()
+            self.clock._now += 1000
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["1", "2", "3"])
+
+    async def test_one_that_goes_on_by_itself_is_queued_by_that_moment(self) -> None:
+        gate, alone = Gate(), asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", event.payload))
+            await (alone.wait() if event.instance_id == "a" else nap)
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create(id="a", params="1 hour")
+            await bound.create(id="b", params="1 minute")
+            await self.clock.settle()
+            await engine.bind(workflow(gate.run, "Other")).create(id="other")
+            await self.clock.settle()
+            alone.set()
+            await self.clock.advance("2 minutes")
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["other", "a", "b"])
+
     async def test_one_that_is_paused_while_queued_gets_its_old_place_back(self) -> None:
         gate = Gate()
         async with self.engine(limits=self.limits(1)) as engine:
@@ -4117,6 +4237,39 @@ class Queue(Case):
             gate.open.set()
             await self.clock.advance(0)
             self.assertEqual(gate.begun, ["a", "b", "c", "d"])
+
+    async def test_what_falls_due_in_the_queue_is_over_when_the_instance_runs(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            if event.payload:
+                return await gate.run(event, step)
+            await asyncio.gather(step.sleep("one", "1 minute"), step.sleep("two", "2 minutes"))
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            sleeper = await bound.create(params=0)
+            await self.clock.advance(0)
+            await bound.create(params=1)
+            await self.clock.advance("3 minutes")
+            self.assertEqual((await sleeper.status()).status, "queued")
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual((await sleeper.status()).status, "complete")
+
+    async def test_one_that_wakes_up_and_finds_no_slot_is_recorded_as_queued(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            sleeper = await engine.bind(workflow(one_sleep)).create()
+            await self.clock.advance("59 minutes")
+            await engine.bind(workflow(gate.run, "Other")).create()
+            await self.clock.advance("1 minute")
+            gate.open.set()
+            await self.finish(sleeper)
+        first = "instance = (SELECT min(key) FROM instances)"
+        sql = f"SELECT type FROM journal WHERE {first} AND step IS NULL ORDER BY seq"
+        types = [type for (type,) in self.rows(sql)]
+        self.assertEqual(types[2:], ["waiting", "queued", "running", "complete"])
 
     async def test_a_slot_is_free_again_after_terminate_and_pause(self) -> None:
         gate = Gate()
@@ -5005,6 +5158,22 @@ class Processes(Real):
             await instance.send_event(type="t", payload=5)
             self.assertEqual(await instance.result("1 second"), 5)
 
+    async def test_a_forked_child_that_goes_on_writes_nothing(self) -> None:
+        owner = self.child("""
+            import warnings; warnings.simplefilter("ignore")  # of fork beside threads
+            async def fork():
+                if (child := os.fork()) == 0:
+                    signal.setitimer(signal.ITIMER_REAL, 0.2)  # so long it goes on
+                    return "child"
+                await asyncio.to_thread(os.waitpid, child, 0)
+                return "parent"
+            async def run(event, step): return await step.do("fork", fork)
+            async def main(w): say(await (await get(w)).result())
+            go()
+        """)
+        self.assertEqual(await owner.wait_for("parent"), "")
+        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'done'"), [(1,)])
+
     def is_owned(self) -> bool:
         """Whether another process (!) would find the file owned."""
         attempt = (
@@ -5582,6 +5751,13 @@ class Limiting(Case):
             await self.assertCode("limit.event_payload", refused)
             self.assertEqual(self.rows("SELECT count(*) FROM events"), [(0,)])
 
+    async def test_the_events_of_an_instance_count_as_its_state(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=100)) as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            await instance.send_event(type="t", payload="x" * 60)
+            refused = instance.send_event(type="t", payload="x" * 60)
+            await self.assertCode("limit.instance_state", refused)
+
     async def test_an_output_beyond_the_limit_of_state_is_the_error_of_its_instance(self) -> None:
         async def run(event: Any, step: Any) -> str:
             return "x" * 60
@@ -5706,6 +5882,19 @@ class Limiting(Case):
             self.assertEqual((await engine.usage()).storage_bytes, 0)
         for table in ("instances", "journal", "waits", "events"):
             self.assertEqual(self.rows(f"SELECT count(*) FROM {table}"), [(0,)], table)
+
+    async def test_an_errored_instance_is_kept_for_a_time_of_its_own(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            raise ValueError
+
+        async with self.engine(limits=Limits()) as engine:
+            bound = engine.bind(workflow(run))
+            kept = {"successRetention": "1 hour", "errorRetention": "2 hours"}
+            await bound.create(id="i", retention=kept)
+            await self.clock.advance("119 minutes")
+            self.assertEqual((await (await bound.get("i")).status()).status, "errored")
+            await self.clock.advance("1 minute")
+            await self.assertCode("instance.not_found", bound.get("i"))
 
     async def test_an_expired_instance_is_never_visible_also_when_nobody_has_cleared_it_away(
         self,
