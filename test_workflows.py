@@ -4812,6 +4812,46 @@ class Storage(Real):
     def contents(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
 
+    async def test_an_operation_that_fails_undoes_its_transaction_and_stops_the_engine(self):
+        def fail(tx: Any, error: Exception) -> None:
+            raise error
+
+        for error in (ZeroDivisionError(), WorkflowInternalError("failed")):
+            with self.subTest(error), self.assertLogs("workflows", "CRITICAL"):
+                async with self.engine() as engine:
+                    bound = engine.bind(workflow(one_step))
+                    await (await bound.create()).result()
+                    before = self.rows("SELECT count(*) FROM journal")
+                    calls = asyncio.gather(bound.create(), engine.call(fail, error), bound.create())
+                    with self.assertRaises(WorkflowInternalError):
+                        await calls
+                    with self.assertRaises(WorkflowInternalError):
+                        await bound.create()
+                    self.assertEqual(self.rows("SELECT count(*) FROM journal"), before)
+                    async with self.engine() as next:  # while that one is not left yet
+                        instance = await next.bind(workflow(one_step)).create(params=5)
+                        self.assertEqual(await instance.result("5 seconds"), 5)
+
+    async def test_an_operation_that_cannot_read_a_record_is_refused_alone(self) -> None:
+        def fail(tx: Any) -> None:
+            raise workflows.Unreadable("damaged")
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            with self.assertRaisesRegex(WorkflowInternalError, "damaged"):
+                await engine.call(fail)
+            self.assertEqual(await (await bound.create(params=5)).result(), 5)
+
+    async def test_a_file_system_without_wal_is_refused(self) -> None:
+        def insist(self: Any, sql: str) -> Any:
+            return [("delete",)] if "journal_mode" in sql else old(self, sql)
+
+        old = workflows.Database._insist
+        with unittest.mock.patch.object(workflows.Database, "_insist", insist):
+            with self.assertRaisesRegex(WorkflowInternalError, "WAL"):
+                async with self.engine():
+                    pass
+
     async def test_a_file_that_is_no_database_is_refused(self) -> None:
         Path(self.path).write_text("Dear diary, " * 1000)
         await self.refused("not a database")
@@ -5161,18 +5201,22 @@ class Processes(Real):
     async def test_a_forked_child_that_goes_on_writes_nothing(self) -> None:
         owner = self.child("""
             import warnings; warnings.simplefilter("ignore")  # of fork beside threads
+            sys.modules["workflows"].QUICK = 1  # however slow the disk is
             async def fork():
                 if (child := os.fork()) == 0:
                     signal.setitimer(signal.ITIMER_REAL, 0.2)  # so long it goes on
                     return "child"
                 await asyncio.to_thread(os.waitpid, child, 0)
                 return "parent"
-            async def run(event, step): return await step.do("fork", fork)
+            async def nothing(): pass
+            async def run(event, step):
+                for _ in range(9): await step.do("quick", nothing)  # then the loop commits itself
+                return await step.do("fork", fork)
             async def main(w): say(await (await get(w)).result())
             go()
         """)
         self.assertEqual(await owner.wait_for("parent"), "")
-        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'done'"), [(1,)])
+        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'done'"), [(10,)])
 
     def is_owned(self) -> bool:
         """Whether another process (!) would find the file owned."""
@@ -5284,6 +5328,19 @@ class Opening(Case):
                 async with self.engine() as engine:
                     engine.bind(workflow(one_step))
                     await engine.usage()
+
+    async def test_what_another_engine_has_written_is_told_to_those_who_wait(self) -> None:
+        async with self.engine() as owner, self.engine() as client:
+            instance = await owner.bind(workflow(one_event)).create(id="i")
+            await self.clock.settle()
+            known = await (await client.workflow("test")).get("i")
+            waiting = asyncio.create_task(known.result())
+            await self.clock.settle()
+            with unittest.mock.patch.object(workflows, "TICK", 60):  # a transaction comes first
+                await instance.send_event(type="t", payload=5)
+                await self.clock.settle()
+                await self.clock.settle()
+                self.assertEqual(await asyncio.wait_for(waiting, 2), 5)
 
     async def test_memory_works_as_a_database(self) -> None:
         async with Engine(":memory:", clock=self.clock) as engine:
@@ -5428,6 +5485,20 @@ class Moving(Case):
             with unittest.mock.patch.object(engine.writer, "failure", OSError("gone")):
                 await self.clock.advance("1 hour")
             self.assertEqual((await instance.status()).status, "complete")
+
+    async def test_what_falls_due_on_the_way_is_over_at_its_moment(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await asyncio.gather(step.sleep("long", "1 hour"), step.sleep("short", "1 minute"))
+
+        async with self.engine() as engine:
+            sleeper = await engine.bind(workflow(one_sleep, "Other")).create()
+            await self.clock.settle()
+            await engine.bind(workflow(run)).create()
+            begin = self.clock.now()
+            await self.clock.advance("2 hours")
+            self.assertEqual((await sleeper.status()).status, "complete")
+        ends = [at - begin for (at,) in self.rows("SELECT at FROM journal WHERE type = 'slept'")]
+        self.assertEqual(sorted(ends), [60_000, 3_600_000, 3_600_000])
 
     async def test_advances_at_once_follow_each_other(self) -> None:
         begin = self.clock.now()
