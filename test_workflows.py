@@ -4842,15 +4842,26 @@ class Storage(Real):
                 await engine.call(fail)
             self.assertEqual(await (await bound.create(params=5)).result(), 5)
 
+    async def test_what_is_posted_first_is_answered_first_whoever_commits_it(self) -> None:
+        order = []
+        async with self.engine() as engine:
+            for name, distrust in (("thread", 1), ("loop", 0)):
+                engine.writer.post(workflows.nothing, then=lambda *_, name=name: order.append(name))
+                engine.writer._distrust = distrust
+                await asyncio.sleep(0)
+            time.sleep(0.1)  # the thread has done it, but the loop does not know yet
+            await until(lambda: len(order) == 2)
+        self.assertEqual(order, ["thread", "loop"])
+
     async def test_a_file_system_without_wal_is_refused(self) -> None:
         def insist(self: Any, sql: str) -> Any:
             return [("delete",)] if "journal_mode" in sql else old(self, sql)
 
         old = workflows.Database._insist
-        with unittest.mock.patch.object(workflows.Database, "_insist", insist):
-            with self.assertRaisesRegex(WorkflowInternalError, "WAL"):
-                async with self.engine():
-                    pass
+        patched = unittest.mock.patch.object(workflows.Database, "_insist", insist)
+        with patched, self.assertRaisesRegex(WorkflowInternalError, "WAL"):
+            async with self.engine():
+                pass
 
     async def test_a_file_that_is_no_database_is_refused(self) -> None:
         Path(self.path).write_text("Dear diary, " * 1000)
