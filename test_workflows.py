@@ -1625,6 +1625,24 @@ class Attempts(Lives):
                 config = {"retries": {"limit": limit, "delay": delay, "backoff": backoff}}
                 self.assertEqual(await self.moments(config), expected)
 
+    async def test_a_retry_does_not_wait_for_what_else_is_in_flight(self):
+        attempts, gate = [], asyncio.Event()
+
+        async def fails(ctx):
+            attempts.append(ctx.attempt)
+            raise ValueError
+
+        async def run(event, step):
+            again = constant(2, "1 second")
+            await asyncio.gather(caught(step.do("fails", again, fails)), step.do("s", gate.wait))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("10 seconds")
+            self.assertEqual(attempts, [1, 2, 3])
+            gate.set()
+            await self.finish(instance)
+
     async def test_limit_may_be_infinite(self):
         async def run(event, step):
             async def callback(ctx):
@@ -2118,6 +2136,34 @@ class Replay(Lives):
         self.assertEqual(orders[0], orders[1])
         self.assertEqual(orders[0], orders[2])
 
+    async def test_a_step_call_holds_up_the_next_result_like_a_result(self):
+        orders = []
+
+        async def turns(count):
+            for _ in range(count):
+                await asyncio.sleep(0)
+
+        async def run(event, step):
+            order, naps = [], []
+
+            async def calling():
+                await step.do("first", returns(1))
+                await turns(8)
+                naps.append(asyncio.create_task(step.sleep("nap", "1 minute")))
+                await turns(8)
+                order.append("called")
+
+            async def other():
+                await step.do("second", functools.partial(turns, 100))
+                order.append("second")
+
+            await asyncio.gather(calling(), other())
+            await naps[0]
+            orders.append(order)
+
+        await self.lives(run)
+        self.assertEqual(orders, [["called", "second"]] * 3)
+
     async def test_equal_names_in_several_tasks_keep_their_results_in_every_life(self):
         seen = []
 
@@ -2231,7 +2277,9 @@ class Replay(Lives):
 
         await self.lives(run)
         self.assertEqual((ran, seen), (["stuck"], [True] * len(seen)))
-        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(1,)])
+        sql = "SELECT type, step FROM journal WHERE type IN ('done', 'cancel') ORDER BY seq"
+        told = [f"{type} {key.split()[1]}" for type, key in self.rows(sql)]
+        self.assertEqual(told, ["done first", "cancel stuck", "done second"])
 
     async def test_what_run_cancelled_before_it_saw_the_result_has_none_in_any_life(self):
         gates, seen = [], []
@@ -2429,6 +2477,17 @@ class Replay(Lives):
         self.assertEqual(await self.lives(run), 2)
         self.assertEqual(self.rows("SELECT 1 FROM journal WHERE step LIKE '%never%'"), [])
 
+    async def test_what_run_has_cancelled_is_recorded_before_its_end(self):
+        async def run(event, step):
+            task = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await step.do("s", returns(1))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        await self.outcome(run)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[-2:], ["cancel", "complete"])
+
     async def test_a_step_in_flight_when_run_ends_is_cancelled(self):
         cancelled = []
 
@@ -2488,6 +2547,21 @@ class Replay(Lives):
             self.assertEqual(
                 await self.finish(instance), ["WorkflowFatalError", "limit.steps", True]
             )
+
+    async def test_a_nested_step_counts_once_however_often_it_is_called(self):
+        calls = []
+
+        async def run(event, step):
+            async def outer():
+                calls.append(await step.do("inner", returns(1)))
+                if len(calls) < 3:
+                    raise ValueError
+
+            await step.do("outer", constant(5, 0), outer)
+
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(workflow(run), steps=2).create())
+        self.assertEqual(calls, [1, 1, 1])
 
     async def test_a_branch_that_wakes_up_by_itself_gets_its_recorded_result(self):
         """… also if the run was waiting, and nothing else would wake it."""
@@ -2620,6 +2694,15 @@ class Nested(Lives):
                 self.assertEqual(await self.outcome(run), [["inner", 1], ["inner", 2]])
                 self.assertEqual(ran, [1, 2])
 
+    async def test_a_step_has_started_before_those_that_its_callback_calls(self):
+        async def run(event, step):
+            await step.do("outer", lambda: step.sleep("inner", 1))
+
+        await self.outcome(run)
+        rows = self.rows("SELECT type, step FROM journal WHERE step IS NOT NULL ORDER BY seq")
+        told = [f"{type} {key.split()[-2]}" for type, key in rows]
+        self.assertEqual(told, ["start outer", "sleep inner", "slept inner", "done outer"])
+
     async def test_an_error_of_a_nested_step_is_the_same_in_every_attempt(self):
         seen = []
 
@@ -2713,7 +2796,7 @@ class Nested(Lives):
             await asyncio.gather(task, return_exceptions=True)
             await step.do("t", returns(1))
 
-        with self.assertNoLogs(level="WARNING"):
+        with self.assertNoLogs("workflows", "WARNING"):
             await self.lives(run)
 
 
@@ -2749,6 +2832,19 @@ class Sleeps(Lives):
             return (await caught(step.sleep("s", 365 * 86_400_000 + 1))).code
 
         self.assertEqual(await self.outcome(run), "limit.sleep")
+
+    async def test_a_sleep_or_a_wait_begins_once_in_however_many_lives(self):
+        async def run(event, step):
+            naps = [step.sleep("nap", f"{n} hours") for n in range(3)]
+            await asyncio.gather(*naps, step.wait_for_event("w", "t"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("3 hours")
+            await instance.send_event(type="t")
+            await self.finish(instance)
+        begun = self.rows("SELECT count(*) FROM journal WHERE type IN ('sleep', 'wait')")
+        self.assertEqual(begun, [(4,)])
 
     async def test_a_sleep_that_fell_due_while_nobody_ran_is_over_at_once(self):
         made = workflow(lambda event, step: step.sleep("s", "1 day"))
@@ -2963,11 +3059,30 @@ class Unloading(Lives):
                     await wait(step)
                     return await step.do("end", returns("ended"))
 
-                with self.assertNoLogs(level="WARNING"):
+                with self.assertNoLogs("workflows", "WARNING"):
                     began = time.monotonic()
                     self.assertEqual(await self.lives(run, 3), "ended")
                     self.assertLess(time.monotonic() - began, 0.9)
                 self.assertGreater(len(lives), 2)
+
+    async def test_a_loop_that_catches_everything_does_not_hold_up_the_event_loop(self):
+        refused, left = [], []
+
+        async def run(event, step):
+            while not left:
+                try:
+                    await step.sleep("nap", "1 hour")
+                except BaseException as error:
+                    refused.append(error)
+                    if len(refused) == 1000:
+                        break
+
+        self.enterContext(grace(0.05))
+        async with self.engine() as engine:
+            await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+        left.append(1)
+        self.assertLess(len(refused), 150)
 
     async def test_the_next_life_starts_when_the_old_run_has_ended(self):
         log = []
@@ -4083,6 +4198,17 @@ class Events(Case):
                 await instance.send_event(type="t", payload=n)
             self.assertEqual(await self.finish(instance), [0, 1, 2])
 
+    async def test_as_many_buffered_events_as_there_are_waiters_are_delivered_at_once(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            return await asyncio.gather(*(one_event(event, step) for _ in range(3)))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for payload in range(3):
+                await instance.send_event(type="t", payload=payload)
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).output, [0, 1, 2])
+
     async def test_an_event_of_another_type_wakes_nobody_and_stays(self) -> None:
         async with self.engine() as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -4266,10 +4392,13 @@ class Queue(Case):
             await self.clock.advance("1 minute")
             gate.open.set()
             await self.finish(sleeper)
-        first = "instance = (SELECT min(key) FROM instances)"
-        sql = f"SELECT type FROM journal WHERE {first} AND step IS NULL ORDER BY seq"
+        first = "(SELECT min(key) FROM instances)"
+        sql = f"SELECT type FROM journal WHERE instance = {first} AND step IS NULL ORDER BY seq"
         types = [type for (type,) in self.rows(sql)]
         self.assertEqual(types[2:], ["waiting", "queued", "running", "complete"])
+        self.assertEqual(
+            self.rows(f"SELECT started - created FROM instances WHERE key = {first}"), [(0,)]
+        )
 
     async def test_a_slot_is_free_again_after_terminate_and_pause(self) -> None:
         gate = Gate()
@@ -4294,6 +4423,39 @@ class Queue(Case):
                 await bound.create_batch([{}] * 100)
             await self.clock.advance("2 hours")
             self.assertEqual(self.rows("SELECT DISTINCT status FROM instances"), [("complete",)])
+
+    async def test_more_queued_ones_than_one_transaction_takes_all_start(self) -> None:
+        gate = Gate()
+        with unittest.mock.patch.object(workflows, "BATCH", 4):
+            async with self.engine() as engine:
+                await engine.bind(workflow(gate.run)).create_batch([{}] * 10)
+                await self.clock.settle()
+                self.assertEqual(len(gate.begun), 10)
+                gate.open.set()
+
+    async def test_the_first_of_a_long_queue_is_the_first_by_its_place(self) -> None:
+        gate = Gate()
+        with unittest.mock.patch.object(workflows, "BATCH", 2):
+            async with self.engine(limits=self.limits(1)) as engine:
+                bound = engine.bind(workflow(gate.run))
+                _, b, c, *_ = await bound.create_batch([{"id": id} for id in "abcde"])
+                for instance in (b, c):
+                    await instance.restart()
+                gate.open.set()
+                await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["a", "d", "e", "b", "c"])
+
+    async def test_the_instances_of_all_workflows_stand_in_one_queue(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            one, two = (engine.bind(workflow(gate.run, name)) for name in ("One", "Two"))
+            for bound, id in ((two, "a"), (two, "b"), (one, "c"), (two, "d")):
+                await bound.create(id=id)
+                await self.clock.settle()
+            self.assertEqual(gate.begun, ["a"])
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["a", "b", "c", "d"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4647,6 +4809,31 @@ class CleanStop(Case):
             began = time.monotonic()
         self.assertTrue(0.03 <= time.monotonic() - began < 1)
         self.assertEqual(gate.cancelled, 1)
+
+    async def test_an_attempt_that_run_has_just_cancelled_does_not_count_either(self) -> None:
+        attempts, lives = [], []
+
+        async def run(event: Any, step: Any) -> None:
+            lives.append(1)
+
+            async def hang(ctx: Any) -> None:
+                attempts.append(ctx.attempt)
+                await asyncio.sleep(3600 if len(attempts) == 1 else 0)
+
+            task = asyncio.create_task(step.do("hang", hang))
+            await step.do("s", value)
+            if len(lives) == 1:
+                task.cancel()
+                await asyncio.sleep(3600)  # not a step: so nothing says that it was cancelled
+            await task
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(made).get("i"))
+        self.assertEqual(attempts, [1, 1])
 
     async def test_after_a_clean_stop_nothing_is_running(self) -> None:
         async with self.engine() as engine:
@@ -5019,6 +5206,28 @@ class Storage(Real):
         for child in children:
             child.tell("go")
         self.assertEqual([child.end() for child in children], [("5", 0)] * 6)
+
+    async def test_no_step_begins_while_the_end_of_its_run_is_being_stored(self) -> None:
+        begun, ends = [], asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            async def late() -> None:
+                await asyncio.sleep(0.05)
+                await step.do("late", lambda: value(begun.append(1)))
+
+            await step.do("first", value)
+            await ends.wait()
+            self.task = asyncio.create_task(late())
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: self.rows("SELECT 1 FROM journal WHERE type = 'done'"))
+            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                ends.set()
+                await asyncio.sleep(0.2)
+            await instance.result("5 seconds")
+        self.assertEqual(begun, [])
 
     async def test_somebody_who_holds_the_write_lock_delays_calls_but_not_the_loop(self) -> None:
         async with self.engine() as engine:
@@ -5499,7 +5708,8 @@ class Moving(Case):
 
     async def test_what_falls_due_on_the_way_is_over_at_its_moment(self) -> None:
         async def run(event: Any, step: Any) -> None:
-            await asyncio.gather(step.sleep("long", "1 hour"), step.sleep("short", "1 minute"))
+            naps = [step.sleep("nap", f"{n} minutes") for n in (60, 30, 1)]
+            await asyncio.gather(*naps)
 
         async with self.engine() as engine:
             sleeper = await engine.bind(workflow(one_sleep, "Other")).create()
@@ -5509,7 +5719,7 @@ class Moving(Case):
             await self.clock.advance("2 hours")
             self.assertEqual((await sleeper.status()).status, "complete")
         ends = [at - begin for (at,) in self.rows("SELECT at FROM journal WHERE type = 'slept'")]
-        self.assertEqual(sorted(ends), [60_000, 3_600_000, 3_600_000])
+        self.assertEqual(sorted(ends), [60_000, 1_800_000, 3_600_000, 3_600_000])
 
     async def test_advances_at_once_follow_each_other(self) -> None:
         begin = self.clock.now()
@@ -5713,6 +5923,28 @@ class Orphans(Case):
                 self.assertEqual([await i.result() for i in (plain, again)], ["done", "done"])
         self.assertEqual(sorted(runs), ["again", "again", "plain", "plain"])
         self.assertEqual(self.rows("SELECT * FROM journal WHERE type = 'failed'"), [])
+
+    async def test_one_that_was_cancelled_when_the_engine_is_left_is_handed_back(self) -> None:
+        attempts: list[int] = []
+
+        async def hang(ctx: Any) -> None:
+            attempts.append(ctx.attempt)
+            await asyncio.sleep(3600 if len(attempts) == 1 else 0)
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("hang", hang)
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("workflows:test:"):
+                    task.cancel()
+            await asyncio.sleep(0.01)
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(made).get("i"))
+        self.assertEqual(attempts, [1, 1])
 
 
 class Stubborn(Real):
@@ -5994,20 +6226,35 @@ class Limiting(Case):
             await bound.create(id="i")
 
     async def test_many_expired_ones_do_not_stand_in_the_way_of_one_that_is_due(self) -> None:
+        left = []
+
+        async def run(event: Any, step: Any) -> None:
+            if event.payload:
+                await step.sleep("nap", event.payload)
+                left.append(self.rows("SELECT count(*) FROM instances")[0][0])
+
+        made = workflow(run)
+        with unittest.mock.patch.object(workflows, "BATCH", 10):
+            async with self.engine(limits=Limits.FREE) as engine:
+                bound = engine.bind(made)
+                for _ in range(5):
+                    await bound.create_batch([{"params": 0}] * 100)
+                await bound.create(id="s", params="4 days")
+                await self.clock.settle()
+            self.clock._now += 5 * 86_400_000
+            async with self.engine() as engine:
+                engine.bind(made)
+                await self.clock.settle()
+        self.assertGreater(left[0], 1)
+        self.assertEqual(self.rows("SELECT id FROM instances"), [("s",)])
+
+    async def test_a_terminated_instance_is_cleared_away_though_nobody_looks_for_it(self) -> None:
         async with self.engine(limits=Limits.FREE) as engine:
-            bound = engine.bind(workflow(one_step))
-            for _ in range(10):
-                await bound.create_batch([{} for _ in range(100)])
+            instance = await engine.bind(workflow(one_sleep)).create()
             await self.clock.settle()
-        async with self.engine(limits=Limits.FREE) as engine:
-            sleeper = await engine.bind(workflow(one_sleep, "Sleeper")).create(id="s")
-            await self.clock.advance(0)
-        self.clock._now += 3 * 86_400_000
-        async with self.engine() as engine:
-            engine.bind(workflow(one_step))
-            sleeper = await engine.bind(workflow(one_sleep, "Sleeper")).get("s")
-            await sleeper.result("2 seconds")
-            await until(lambda: self.rows("SELECT id FROM instances") == [("s",)], 20)
+            await instance.terminate()
+            await self.clock.advance("3 days")
+            self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(0,)])
 
     async def test_usage_counts_creations_steps_cpu_and_storage_by_month(self) -> None:
         async def run(event: Any, step: Any) -> str:
@@ -7269,6 +7516,22 @@ class RollbackSteering(Undoing):
             await self.finish(blocker)
             await self.assertCode("instance.terminated", self.finish(instance))
         self.assertEqual(self.log, ["undo first"])
+
+    async def test_the_waits_of_run_do_not_end_any_more_in_a_rollback(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            again = {"retries": {"delay": "2 hours"}}
+            undo = self.undo("first", ValueError())
+            await step.do("first", value, rollback=undo, rollback_config=again)
+            await asyncio.gather(step.wait_for_event("w", "t"), step.sleep("nap", "1 hour"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await instance.send_event(type="t")
+            await self.clock.advance("3 hours")
+        types = "SELECT type FROM journal WHERE type IN ('slept', 'event', 'due')"
+        self.assertEqual(self.rows(types), [("due",)])
 
     async def test_terminate_with_rollback_without_handlers_is_terminate(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, running=0)) as engine:
