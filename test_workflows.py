@@ -1457,6 +1457,94 @@ class Attempts(Lives):
         self.assertEqual(await self.outcome(run), "ran")
         self.assertLess(time.monotonic() - began, 2)
 
+    async def test_a_careful_instance_stores_each_start_until_one_of_its_steps_has_ended(self):
+        seen = []
+
+        async def look(ctx):  # it never waits for anything
+            mine = f"type = 'start' AND step LIKE '%{ctx.step.count}' AND attempt = {ctx.attempt}"
+            started = f"SELECT count(*) FROM journal WHERE {mine}"
+            seen.append(self.rows(f"SELECT ({started}), careful FROM instances")[0])
+            if len(seen) == 1:
+                raise ValueError
+
+        async def run(event, step):
+            await step.sleep("nap", "1 hour")
+            for _ in range(3):
+                await step.do("look", constant(1, 0), look)
+
+        await self.careful(workflow(run))
+        self.assertEqual(seen, [(1, 1), (1, 1), (0, 0), (0, 0)])
+
+    async def careful(self, made, then=None):
+        """Runs an instance that sleeps for an hour as if it had been cut off before."""
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("UPDATE instances SET careful = 1")
+            db.commit()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.advance("1 hour")
+            if then is not None:
+                await then(instance)
+            await self.finish(instance)
+
+    async def test_a_careful_instance_does_not_call_back_once_a_pause_is_stored(self):
+        ran, gate, inner = [], asyncio.Event(), asyncio.Event()
+
+        async def run(event, step):
+            async def outer():
+                ran.append("outer")
+                await inner.wait()
+                await step.do("inner", lambda: value(ran.append("inner")))
+
+            await step.sleep("nap", "1 hour")
+            await gate.wait()
+            await step.do("outer", outer)
+
+        async def then(instance):
+            pausing = asyncio.create_task(instance.pause())
+            gate.set()  # in the same turn
+            await pausing
+            await self.clock.settle()
+            self.assertEqual(((await instance.status()).status, ran), ("paused", []))
+            await instance.resume()
+            await self.clock.settle()
+            await instance.pause()
+            inner.set()  # the callback could not end without its step
+            await self.clock.settle()
+            self.assertEqual(
+                ((await instance.status()).status, ran), ("paused", ["outer", "inner"])
+            )
+            await instance.resume()
+
+        await self.careful(workflow(run), then)
+
+    async def test_a_step_has_started_before_what_its_callback_does_to_instances(self):
+        async def run(event, step):
+            async def callback():
+                await self.instance.send_event(type="t")
+
+            await step.do("s", callback)
+
+        async with self.engine() as engine:
+            self.instance = await engine.bind(workflow(run)).create()
+            await self.finish(self.instance)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[2:], ["start", "sent", "done", "complete"])
+
+    async def test_run_has_nothing_of_the_context_of_whoever_creates_the_instance(self):
+        variable, seen = contextvars.ContextVar("variable", default="none"), []
+
+        async def run(event, step):
+            seen.append(variable.get())
+
+        async with self.engine() as engine:
+            variable.set("caller")
+            await self.finish(await engine.bind(workflow(run)).create())
+        self.assertEqual(seen, ["none"])
+
     async def test_contextvars_of_run_reach_every_attempt_and_stay_apart(self):
         variable = contextvars.ContextVar("variable", default="unset")
         seen = []
@@ -2696,7 +2784,10 @@ class Nested(Lives):
 
     async def test_a_step_has_started_before_those_that_its_callback_calls(self):
         async def run(event, step):
-            await step.do("outer", lambda: step.sleep("inner", 1))
+            async def outer():
+                await step.sleep("inner", 1)
+
+            await step.do("outer", outer)
 
         await self.outcome(run)
         rows = self.rows("SELECT type, step FROM journal WHERE step IS NOT NULL ORDER BY seq")
@@ -3695,6 +3786,36 @@ class Pausing(Case):
             await self.clock.advance(1000)
             await self.assertStatus(instance, "waitingForPause")
             self.assertEqual(len(self.rows("SELECT 1 FROM journal WHERE type = 'slept'")), 1)
+
+    async def test_no_step_of_run_begins_while_a_pause_is_waited_for_but_those_in_callbacks(self):
+        ran, gates = [], [asyncio.Event() for _ in range(3)]
+
+        async def run(event: Any, step: Any) -> None:
+            async def outer() -> None:
+                await gates[0].wait()
+                await step.do("inner", lambda: value(ran.append("inner")))
+                await gates[2].wait()
+
+            async def branch() -> None:
+                await gates[1].wait()
+                await step.do("branch", lambda: value(ran.append("branch")))
+
+            await asyncio.gather(step.do("outer", outer), branch())
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.pause()
+            for gate in gates[:2]:
+                gate.set()
+            await self.clock.settle()
+            self.assertEqual(ran, ["inner"])
+            self.assertEqual((await instance.status()).status, "waitingForPause")
+            await instance.resume()
+            await self.clock.settle()
+            self.assertEqual(ran, ["inner", "branch"])
+            gates[2].set()
+            await self.finish(instance)
 
     async def test_resume_cancels_a_pause_that_has_not_taken_effect(self) -> None:
         gate = Gate()
@@ -5562,6 +5683,19 @@ class Opening(Case):
                 await self.clock.settle()
                 self.assertEqual(await asyncio.wait_for(waiting, 2), 5)
 
+    async def test_a_client_that_is_left_takes_no_slot_from_what_the_owner_runs(self) -> None:
+        gate = Gate()
+        async with self.engine() as owner:
+            instance = await owner.bind(workflow(gate.run)).create()
+            await self.clock.settle()
+            async with self.engine() as client:
+                client.bind(workflow(gate.run))
+                await self.clock.settle()
+            gate.open.set()
+            await self.finish(instance)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types, ["queued", "started", "start", "done", "complete"])
+
     async def test_memory_works_as_a_database(self) -> None:
         async with Engine(":memory:", clock=self.clock) as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -5621,6 +5755,16 @@ class Hibernation(Case):
             gc.collect()
             self.assertEqual((engine.lives.runs, lives[0]()), ({}, None))
             self.assertEqual(await self.finish(instance), 2)
+
+    async def test_each_run_leaves_memory_when_it_has_waited_long_enough_itself(self) -> None:
+        async with self.engine(hibernate_after="10 seconds") as engine:
+            bound = engine.bind(workflow(one_sleep))
+            for _ in range(2):
+                await bound.create()
+                await self.clock.advance("6 seconds")
+            self.assertEqual(len(engine.lives.runs), 1)
+            await self.clock.advance("5 seconds")
+            self.assertEqual(len(engine.lives.runs), 0)
 
     async def test_hibernation_needs_a_run_that_only_waits(self) -> None:
         gate = Gate()
@@ -5708,7 +5852,7 @@ class Moving(Case):
 
     async def test_what_falls_due_on_the_way_is_over_at_its_moment(self) -> None:
         async def run(event: Any, step: Any) -> None:
-            naps = [step.sleep("nap", f"{n} minutes") for n in (60, 30, 1)]
+            naps = [step.sleep("nap", f"{n} minutes") for n in (60, 1, 30)]
             await asyncio.gather(*naps)
 
         async with self.engine() as engine:
@@ -6071,6 +6215,15 @@ class Limiting(Case):
             await instance.send_event(type="t", payload="x" * 60)
             refused = instance.send_event(type="t", payload="x" * 60)
             await self.assertCode("limit.instance_state", refused)
+
+    async def test_a_result_beyond_the_limit_of_state_is_the_error_of_its_step(self) -> None:
+        async def run(event: Any, step: Any) -> list[Any]:
+            await step.do("fits", returns("x" * 50))
+            error: Any = await caught(step.do("does not", returns("x" * 50)))
+            return [error.code, type(error) is WorkflowFatalError]
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=100)
+        self.assertEqual(await self.outcome(run, limits=limits), ["limit.instance_state", True])
 
     async def test_an_output_beyond_the_limit_of_state_is_the_error_of_its_instance(self) -> None:
         async def run(event: Any, step: Any) -> str:
