@@ -4321,13 +4321,14 @@ class Events(Case):
 
     async def test_as_many_buffered_events_as_there_are_waiters_are_delivered_at_once(self) -> None:
         async def run(event: Any, step: Any) -> Any:
+            await step.sleep("nap", "1 hour")
             return await asyncio.gather(*(one_event(event, step) for _ in range(3)))
 
         async with self.engine() as engine:
             instance = await engine.bind(workflow(run)).create()
             for payload in range(3):
                 await instance.send_event(type="t", payload=payload)
-            await self.clock.settle()
+            await self.clock.advance("1 hour")
             self.assertEqual((await instance.status()).output, [0, 1, 2])
 
     async def test_an_event_of_another_type_wakes_nobody_and_stays(self) -> None:
@@ -6010,6 +6011,28 @@ class Time(Real):
 
 
 class GivingUp(Case):
+    async def test_an_event_that_goes_back_to_the_buffer_is_given_to_the_next_waiter_at_once(self):
+        cancelling, other = asyncio.Event(), Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            waits = [asyncio.create_task(step.wait_for_event("w", "t")) for _ in range(2)]
+            await cancelling.wait()
+            waits[0].cancel()
+            return (await waits[1]).payload
+
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.engine(limits=limits, hibernate_after="1 hour") as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await engine.bind(workflow(other.run, "Other")).create()
+            await self.clock.settle()
+            await instance.send_event(type="t", payload=5)
+            cancelling.set()  # the first one has the event, but the instance has no slot
+            await self.clock.settle()
+            other.open.set()
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).output, 5)
+
     async def test_an_event_goes_back_to_the_buffer_once_and_never_after_another_had_it(
         self,
     ) -> None:
