@@ -4963,6 +4963,11 @@ class CleanStop(Case):
             await self.clock.advance(0)
         self.assertEqual(self.rows("SELECT status, careful FROM instances"), [("queued", 0)])
 
+    async def test_what_has_a_slot_and_no_life_yet_is_left_to_the_next_owner(self) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_step)).create()
+        self.assertEqual(self.rows("SELECT status, careful FROM instances"), [("queued", 0)])
+
     async def test_a_clean_stop_keeps_the_retry_delay_of_an_attempt_that_just_failed(self) -> None:
         gate, attempts = Gate(), []
 
@@ -7708,6 +7713,23 @@ class RollbackSteering(Undoing):
             await self.clock.advance("3 hours")
         types = "SELECT type FROM journal WHERE type IN ('slept', 'event', 'due')"
         self.assertEqual(self.rows(types), [("due",)])
+
+    async def test_terminate_with_rollback_from_queued_keeps_its_place(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("first", value, rollback=self.undo(event.instance_id))
+            await step.sleep("nap", event.payload)
+            self.log.append(event.instance_id)
+
+        async with self.engine(limits=dataclasses.replace(FOREVER, running=1)) as engine:
+            bound = engine.bind(workflow(run))
+            a, b = [await bound.create(id=id, params=ms) for id, ms in (("a", 1000), ("b", 2000))]
+            await self.clock.settle()
+            await engine.bind(workflow(self.gate.run, "Blocker")).create()
+            await self.clock.advance(3000)
+            await a.terminate(rollback=True)
+            self.gate.open.set()
+            await self.finish(b)
+        self.assertEqual(self.log, ["undo a", "b"])
 
     async def test_terminate_with_rollback_without_handlers_is_terminate(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, running=0)) as engine:
