@@ -2808,6 +2808,25 @@ class Nested(Lives):
         await self.outcome(run)
         self.assertEqual(seen, ["'k'"] * 3)
 
+    async def test_a_call_in_a_callback_of_another_run_is_one_of_its_own_run(self):
+        steps = []
+
+        async def run(event, step):
+            if event.payload:
+                steps.append(step)
+                await step.wait_for_event("w", "t")
+            else:
+                await step.do("outer", lambda: steps[0].do("inner", returns(1)))
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            first = await bound.create(params=1)
+            await self.clock.settle()
+            await self.finish(await bound.create(params=0))
+            await first.terminate()
+        keys = self.rows("SELECT DISTINCT step FROM journal WHERE step LIKE '%inner%'")
+        self.assertEqual(keys, [("do\ninner\n1",)])
+
     async def test_an_event_for_a_wait_that_was_just_broken_off_is_delivered_once(self):
         async def run(event, step):
             async def outer(ctx):
@@ -7138,6 +7157,24 @@ class Rollback(Undoing):
 
         self.assertIsInstance(await self.fails(run), ValueError)
         self.assertEqual(self.log, ["undo failed", "undo unfinished", "undo finished"])
+
+    async def test_a_step_that_starts_right_before_the_error_takes_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            undo = self.undo(event.instance_id)
+            task = asyncio.create_task(step.do("s", asyncio.Event().wait, rollback=undo))
+            for _ in range(event.payload):
+                await asyncio.sleep(0)
+            raise ValueError(task)
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            for turns in range(8):
+                await bound.create(id=f"{turns}", params=turns)
+                await self.clock.settle()
+        sql = """SELECT id FROM instances JOIN journal ON key = instance
+            WHERE type = 'start' AND step LIKE 'do%' ORDER BY key"""
+        self.assertEqual(self.log, [f"undo {id}" for (id,) in self.rows(sql)])
+        self.assertGreater(len(self.log), 1)
 
     async def test_a_step_that_has_not_started_takes_no_part(self) -> None:
         async def run(event: Any, step: Any) -> None:
