@@ -3836,6 +3836,23 @@ class Pausing(Case):
             gates[2].set()
             await self.finish(instance)
 
+    async def test_what_run_has_cancelled_is_recorded_with_what_it_does_next_or_with_a_pause(self):
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await step.do("s", value)
+            nap.cancel()
+            await asyncio.Event().wait()  # not a step
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            sql = "SELECT type FROM journal ORDER BY seq"
+            self.assertNotIn(("cancel",), self.rows(sql))
+            await instance.pause()
+            await self.clock.settle()
+            types = [type for (type,) in self.rows(sql)]
+            self.assertEqual(types[-3:], ["waitingForPause", "cancel", "paused"])
+
     async def test_resume_cancels_a_pause_that_has_not_taken_effect(self) -> None:
         gate = Gate()
         async with self.started(gate.run) as instance:
