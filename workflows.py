@@ -4405,7 +4405,8 @@ class Workflow:
         given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
         for name in given:
             kept[name] = ms = duration_of(given, name, f"{where}: retention")
-            most = ENDLESS if longest[name] is None else longest[name]
+            most = longest[name]
+            most = ENDLESS if most is None else most
             if ms > most:
                 what = f"{where}: {name} is longer than {most} ms (limit retention)"
                 raise refusal("limit.retention", what)
