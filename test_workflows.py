@@ -5738,6 +5738,14 @@ class Opening(Case):
         types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
         self.assertEqual(types, ["queued", "started", "start", "done", "complete"])
 
+    async def test_a_name_is_recorded_as_it_was_last_bound(self) -> None:
+        for steps in (1, 2):
+            async with self.engine() as engine:
+                engine.bind(workflow(one_step), steps=steps)
+                await self.clock.advance(1000)
+        recorded = self.rows("SELECT steps, modified - created FROM workflows")
+        self.assertEqual(recorded, [(2, 1000)])
+
     async def test_memory_works_as_a_database(self) -> None:
         async with Engine(":memory:", clock=self.clock) as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -14477,6 +14485,16 @@ class Damaged(Undoing):
             instance = await engine.bind(made).get("a")
             await self.clock.advance("1 hour")
             self.assertEqual(await self.finish(instance), good)
+
+    async def test_a_run_in_memory_ends_when_its_wait_is_over_and_cannot_be_read(self) -> None:
+        async with self.engine(hibernate_after="1 day") as engine:
+            await engine.bind(workflow(one_event)).create()
+            await self.clock.settle()
+            self.lose("data", "type = 'wait'")
+            self.assertEqual(len(engine.lives.runs), 1)
+            with self.assertLogs("workflows", logging.CRITICAL):
+                await self.clock.advance("1 hour")
+            self.assertEqual(len(engine.lives.runs), 0)
 
     async def test_who_waits_for_it_is_not_told_of_damage_that_a_restart_has_erased(self) -> None:
         made = await self.prepare()
