@@ -5081,7 +5081,6 @@ class CleanStop(Case):
         await asyncio.sleep(0.05)
         life.cancel()
         await asyncio.wait([life])
-        await asyncio.sleep(0.3)
         self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
 
     def test_a_loop_that_is_closed_without_leaving_lets_go_of_the_file(self) -> None:
