@@ -1457,6 +1457,94 @@ class Attempts(Lives):
         self.assertEqual(await self.outcome(run), "ran")
         self.assertLess(time.monotonic() - began, 2)
 
+    async def test_a_careful_instance_stores_each_start_until_one_of_its_steps_has_ended(self):
+        seen = []
+
+        async def look(ctx):  # it never waits for anything
+            mine = f"type = 'start' AND step LIKE '%{ctx.step.count}' AND attempt = {ctx.attempt}"
+            started = f"SELECT count(*) FROM journal WHERE {mine}"
+            seen.append(self.rows(f"SELECT ({started}), careful FROM instances")[0])
+            if len(seen) == 1:
+                raise ValueError
+
+        async def run(event, step):
+            await step.sleep("nap", "1 hour")
+            for _ in range(3):
+                await step.do("look", constant(1, 0), look)
+
+        await self.careful(workflow(run))
+        self.assertEqual(seen, [(1, 1), (1, 1), (0, 0), (0, 0)])
+
+    async def careful(self, made, then=None):
+        """Runs an instance that sleeps for an hour as if it had been cut off before."""
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("UPDATE instances SET careful = 1")
+            db.commit()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.advance("1 hour")
+            if then is not None:
+                await then(instance)
+            await self.finish(instance)
+
+    async def test_a_careful_instance_does_not_call_back_once_a_pause_is_stored(self):
+        ran, gate, inner = [], asyncio.Event(), asyncio.Event()
+
+        async def run(event, step):
+            async def outer():
+                ran.append("outer")
+                await inner.wait()
+                await step.do("inner", lambda: value(ran.append("inner")))
+
+            await step.sleep("nap", "1 hour")
+            await gate.wait()
+            await step.do("outer", outer)
+
+        async def then(instance):
+            pausing = asyncio.create_task(instance.pause())
+            gate.set()  # in the same turn
+            await pausing
+            await self.clock.settle()
+            self.assertEqual(((await instance.status()).status, ran), ("paused", []))
+            await instance.resume()
+            await self.clock.settle()
+            await instance.pause()
+            inner.set()  # the callback could not end without its step
+            await self.clock.settle()
+            self.assertEqual(
+                ((await instance.status()).status, ran), ("paused", ["outer", "inner"])
+            )
+            await instance.resume()
+
+        await self.careful(workflow(run), then)
+
+    async def test_a_step_has_started_before_what_its_callback_does_to_instances(self):
+        async def run(event, step):
+            async def callback():
+                await self.instance.send_event(type="t")
+
+            await step.do("s", callback)
+
+        async with self.engine() as engine:
+            self.instance = await engine.bind(workflow(run)).create()
+            await self.finish(self.instance)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[2:], ["start", "sent", "done", "complete"])
+
+    async def test_run_has_nothing_of_the_context_of_whoever_creates_the_instance(self):
+        variable, seen = contextvars.ContextVar("variable", default="none"), []
+
+        async def run(event, step):
+            seen.append(variable.get())
+
+        async with self.engine() as engine:
+            variable.set("caller")
+            await self.finish(await engine.bind(workflow(run)).create())
+        self.assertEqual(seen, ["none"])
+
     async def test_contextvars_of_run_reach_every_attempt_and_stay_apart(self):
         variable = contextvars.ContextVar("variable", default="unset")
         seen = []
@@ -1624,6 +1712,24 @@ class Attempts(Lives):
                 limit = len(expected) - 1
                 config = {"retries": {"limit": limit, "delay": delay, "backoff": backoff}}
                 self.assertEqual(await self.moments(config), expected)
+
+    async def test_a_retry_does_not_wait_for_what_else_is_in_flight(self):
+        attempts, gate = [], asyncio.Event()
+
+        async def fails(ctx):
+            attempts.append(ctx.attempt)
+            raise ValueError
+
+        async def run(event, step):
+            again = constant(2, "1 second")
+            await asyncio.gather(caught(step.do("fails", again, fails)), step.do("s", gate.wait))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("10 seconds")
+            self.assertEqual(attempts, [1, 2, 3])
+            gate.set()
+            await self.finish(instance)
 
     async def test_limit_may_be_infinite(self):
         async def run(event, step):
@@ -2120,6 +2226,34 @@ class Replay(Lives):
         self.assertEqual(orders[0], orders[1])
         self.assertEqual(orders[0], orders[2])
 
+    async def test_a_step_call_holds_up_the_next_result_like_a_result(self):
+        orders = []
+
+        async def turns(count):
+            for _ in range(count):
+                await asyncio.sleep(0)
+
+        async def run(event, step):
+            order, naps = [], []
+
+            async def calling():
+                await step.do("first", returns(1))
+                await turns(8)
+                naps.append(asyncio.create_task(step.sleep("nap", "1 minute")))
+                await turns(8)
+                order.append("called")
+
+            async def other():
+                await step.do("second", functools.partial(turns, 100))
+                order.append("second")
+
+            await asyncio.gather(calling(), other())
+            await naps[0]
+            orders.append(order)
+
+        await self.lives(run)
+        self.assertEqual(orders, [["called", "second"]] * 3)
+
     async def test_equal_names_in_several_tasks_keep_their_results_in_every_life(self):
         seen = []
 
@@ -2233,7 +2367,39 @@ class Replay(Lives):
 
         await self.lives(run)
         self.assertEqual((ran, seen), (["stuck"], [True] * len(seen)))
-        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'cancel'"), [(1,)])
+        sql = "SELECT type, step FROM journal WHERE type IN ('done', 'cancel') ORDER BY seq"
+        told = [f"{type} {key.split()[1]}" for type, key in self.rows(sql)]
+        self.assertEqual(told, ["done first", "cancel stuck", "done second"])
+
+    async def test_what_run_cancelled_before_it_saw_the_result_has_none_in_any_life(self):
+        gates, seen = [], []
+
+        async def run(event, step):
+            gates.append(asyncio.Event())
+            nap = asyncio.create_task(step.sleep("nap", "1 minute"))
+            await gates[-1].wait()
+            nap.cancel()  # its end is recorded, but the instance has no slot
+            await asyncio.gather(nap, return_exceptions=True)
+            seen.append(nap.cancelled())
+            await step.sleep("rest", "1 hour")
+
+        other, made = Gate(), workflow(run)
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.engine(limits=limits, hibernate_after="1 hour") as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+            await engine.bind(workflow(other.run, "Other")).create()
+            await self.clock.advance("1 minute")
+            gates[0].set()
+            await self.clock.settle()
+            other.open.set()
+            await self.clock.settle()
+        async with self.engine() as engine:
+            instance = await engine.bind(made).get("i")
+            await self.clock.advance("2 hours")
+            gates[1].set()
+            await self.finish(instance)
+        self.assertEqual(seen, [True, True])
 
     async def test_an_asyncio_timeout_in_run_starts_over_with_each_life(self):
         ran = []
@@ -2290,8 +2456,8 @@ class Replay(Lives):
         ran = []
 
         async def run(event, step):
-            async def inner():
-                ran.append("inner")
+            async def inner(ctx):
+                ran.append(ctx.attempt)
                 if len(ran) == 1:
                     raise ValueError
                 return 5
@@ -2308,6 +2474,7 @@ class Replay(Lives):
             instance = await engine.bind(made).get("i")
             await self.clock.advance("1 hour")
             self.assertEqual(await asyncio.wait_for(instance.result(), 2), 5)
+        self.assertEqual(ran, [1, 2])
 
     async def test_a_cancelled_sleep_or_wait_never_ends_by_itself(self):
         async def run(event, step):
@@ -2400,6 +2567,17 @@ class Replay(Lives):
         self.assertEqual(await self.lives(run), 2)
         self.assertEqual(self.rows("SELECT 1 FROM journal WHERE step LIKE '%never%'"), [])
 
+    async def test_what_run_has_cancelled_is_recorded_before_its_end(self):
+        async def run(event, step):
+            task = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await step.do("s", returns(1))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        await self.outcome(run)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[-2:], ["cancel", "complete"])
+
     async def test_a_step_in_flight_when_run_ends_is_cancelled(self):
         cancelled = []
 
@@ -2459,6 +2637,21 @@ class Replay(Lives):
             self.assertEqual(
                 await self.finish(instance), ["WorkflowFatalError", "limit.steps", True]
             )
+
+    async def test_a_nested_step_counts_once_however_often_it_is_called(self):
+        calls = []
+
+        async def run(event, step):
+            async def outer():
+                calls.append(await step.do("inner", returns(1)))
+                if len(calls) < 3:
+                    raise ValueError
+
+            await step.do("outer", constant(5, 0), outer)
+
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(workflow(run), steps=2).create())
+        self.assertEqual(calls, [1, 1, 1])
 
     async def test_a_branch_that_wakes_up_by_itself_gets_its_recorded_result(self):
         """… also if the run was waiting, and nothing else would wake it."""
@@ -2591,6 +2784,18 @@ class Nested(Lives):
                 self.assertEqual(await self.outcome(run), [["inner", 1], ["inner", 2]])
                 self.assertEqual(ran, [1, 2])
 
+    async def test_a_step_has_started_before_those_that_its_callback_calls(self):
+        async def run(event, step):
+            async def outer():
+                await step.sleep("inner", 1)
+
+            await step.do("outer", outer)
+
+        await self.outcome(run)
+        rows = self.rows("SELECT type, step FROM journal WHERE step IS NOT NULL ORDER BY seq")
+        told = [f"{type} {key.split()[-2]}" for type, key in rows]
+        self.assertEqual(told, ["start outer", "sleep inner", "slept inner", "done outer"])
+
     async def test_an_error_of_a_nested_step_is_the_same_in_every_attempt(self):
         seen = []
 
@@ -2604,6 +2809,25 @@ class Nested(Lives):
 
         await self.outcome(run)
         self.assertEqual(seen, ["'k'"] * 3)
+
+    async def test_a_call_in_a_callback_of_another_run_is_one_of_its_own_run(self):
+        steps = []
+
+        async def run(event, step):
+            if event.payload:
+                steps.append(step)
+                await step.wait_for_event("w", "t")
+            else:
+                await step.do("outer", lambda: steps[0].do("inner", returns(1)))
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            first = await bound.create(params=1)
+            await self.clock.settle()
+            await self.finish(await bound.create(params=0))
+            await first.terminate()
+        keys = self.rows("SELECT DISTINCT step FROM journal WHERE step LIKE '%inner%'")
+        self.assertEqual(keys, [("do\ninner\n1",)])
 
     async def test_an_event_for_a_wait_that_was_just_broken_off_is_delivered_once(self):
         async def run(event, step):
@@ -2684,7 +2908,7 @@ class Nested(Lives):
             await asyncio.gather(task, return_exceptions=True)
             await step.do("t", returns(1))
 
-        with self.assertNoLogs(level="WARNING"):
+        with self.assertNoLogs("workflows", "WARNING"):
             await self.lives(run)
 
 
@@ -2720,6 +2944,19 @@ class Sleeps(Lives):
             return (await caught(step.sleep("s", 365 * 86_400_000 + 1))).code
 
         self.assertEqual(await self.outcome(run), "limit.sleep")
+
+    async def test_a_sleep_or_a_wait_begins_once_in_however_many_lives(self):
+        async def run(event, step):
+            naps = [step.sleep("nap", f"{n} hours") for n in range(3)]
+            await asyncio.gather(*naps, step.wait_for_event("w", "t"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance("3 hours")
+            await instance.send_event(type="t")
+            await self.finish(instance)
+        begun = self.rows("SELECT count(*) FROM journal WHERE type IN ('sleep', 'wait')")
+        self.assertEqual(begun, [(4,)])
 
     async def test_a_sleep_that_fell_due_while_nobody_ran_is_over_at_once(self):
         made = workflow(lambda event, step: step.sleep("s", "1 day"))
@@ -2802,6 +3039,39 @@ class Sleeps(Lives):
             got = await self.finish(await engine.bind(workflow(run)).create())
         day = 86_400_000
         self.assertEqual(got, [["WorkflowTimeoutError", day * n] for n in (1, 1, 8)])
+
+    async def test_waits_that_end_at_once_end_in_the_order_in_which_they_began(self):
+        async def run(event, step):
+            naps = [step.sleep("nap", "1 hour") for _ in range(3)]
+            await asyncio.gather(*naps, step.wait_for_event("w", "t", timeout="2 hours"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            self.clock._now += 3_600_000  # and nobody has looked yet
+            await instance.send_event(type="t")
+        ended = self.rows("SELECT step FROM journal WHERE type IN ('slept', 'event') ORDER BY seq")
+        self.assertEqual([step[-1] for (step,) in ended[:3]], ["1", "2", "3"])
+
+    async def test_a_wait_that_finds_its_event_ends_when_it_begins(self):
+        gate = asyncio.Event()
+
+        async def late(step):
+            await gate.wait()
+            await step.wait_for_event("w", "t")
+
+        async def run(event, step):
+            await asyncio.gather(step.sleep("nap", "1 hour"), late(step))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await instance.send_event(type="t")
+            await self.clock.settle()
+            self.clock._now += 7_200_000  # the sleep was over before that, though nobody has looked
+            gate.set()
+            await self.finish(instance)
+        ends = "SELECT type FROM journal WHERE type IN ('slept', 'event') ORDER BY seq"
+        self.assertEqual(self.rows(ends), [("slept",), ("event",)])
 
     async def test_an_event_at_the_deadline_wins_and_a_later_one_goes_to_the_next_waiter(self):
         async def run(event, step):
@@ -2901,11 +3171,30 @@ class Unloading(Lives):
                     await wait(step)
                     return await step.do("end", returns("ended"))
 
-                with self.assertNoLogs(level="WARNING"):
+                with self.assertNoLogs("workflows", "WARNING"):
                     began = time.monotonic()
                     self.assertEqual(await self.lives(run, 3), "ended")
                     self.assertLess(time.monotonic() - began, 0.9)
                 self.assertGreater(len(lives), 2)
+
+    async def test_a_loop_that_catches_everything_does_not_hold_up_the_event_loop(self):
+        refused, left = [], []
+
+        async def run(event, step):
+            while not left:
+                try:
+                    await step.sleep("nap", "1 hour")
+                except BaseException as error:
+                    refused.append(error)
+                    if len(refused) == 1000:
+                        break
+
+        self.enterContext(grace(0.05))
+        async with self.engine() as engine:
+            await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+        left.append(1)
+        self.assertLess(len(refused), 150)
 
     async def test_the_next_life_starts_when_the_old_run_has_ended(self):
         log = []
@@ -3519,6 +3808,53 @@ class Pausing(Case):
             await self.assertStatus(instance, "waitingForPause")
             self.assertEqual(len(self.rows("SELECT 1 FROM journal WHERE type = 'slept'")), 1)
 
+    async def test_no_step_of_run_begins_while_a_pause_is_waited_for_but_those_in_callbacks(self):
+        ran, gates = [], [asyncio.Event() for _ in range(3)]
+
+        async def run(event: Any, step: Any) -> None:
+            async def outer() -> None:
+                await gates[0].wait()
+                await step.do("inner", lambda: value(ran.append("inner")))
+                await gates[2].wait()
+
+            async def branch() -> None:
+                await gates[1].wait()
+                await step.do("branch", lambda: value(ran.append("branch")))
+
+            await asyncio.gather(step.do("outer", outer), branch())
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.pause()
+            for gate in gates[:2]:
+                gate.set()
+            await self.clock.settle()
+            self.assertEqual(ran, ["inner"])
+            self.assertEqual((await instance.status()).status, "waitingForPause")
+            await instance.resume()
+            await self.clock.settle()
+            self.assertEqual(ran, ["inner", "branch"])
+            gates[2].set()
+            await self.finish(instance)
+
+    async def test_what_run_has_cancelled_is_recorded_with_what_it_does_next_or_with_a_pause(self):
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await step.do("s", value)
+            nap.cancel()
+            await asyncio.Event().wait()  # not a step
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            sql = "SELECT type FROM journal ORDER BY seq"
+            self.assertNotIn(("cancel",), self.rows(sql))
+            await instance.pause()
+            await self.clock.settle()
+            types = [type for (type,) in self.rows(sql)]
+            self.assertEqual(types[-3:], ["waitingForPause", "cancel", "paused"])
+
     async def test_resume_cancels_a_pause_that_has_not_taken_effect(self) -> None:
         gate = Gate()
         async with self.started(gate.run) as instance:
@@ -3552,6 +3888,25 @@ class Pausing(Case):
             await instance.resume()
             await self.clock.advance("1 hour")
             await self.assertStatus(instance, "complete")
+
+    async def test_a_paused_instance_writes_nothing_even_if_its_run_goes_on_by_itself(self) -> None:
+        gate = asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", "1 hour"))
+            await gate.wait()
+            await step.sleep("another", "1 hour")
+            await nap
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            pausing = asyncio.create_task(instance.pause())
+            gate.set()  # in the same turn
+            await pausing
+            await self.clock.settle()
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types[-2:], ["waiting", "paused"])
 
     async def test_a_paused_instance_leaves_memory(self) -> None:
         gate = Gate()
@@ -4002,6 +4357,18 @@ class Events(Case):
                 await instance.send_event(type="t", payload=n)
             self.assertEqual(await self.finish(instance), [0, 1, 2])
 
+    async def test_as_many_buffered_events_as_there_are_waiters_are_delivered_at_once(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.sleep("nap", "1 hour")
+            return await asyncio.gather(*(one_event(event, step) for _ in range(3)))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            for payload in range(3):
+                await instance.send_event(type="t", payload=payload)
+            await self.clock.advance("1 hour")
+            self.assertEqual((await instance.status()).output, [0, 1, 2])
+
     async def test_an_event_of_another_type_wakes_nobody_and_stays(self) -> None:
         async with self.engine() as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -4105,6 +4472,43 @@ class Queue(Case):
             await self.clock.advance(0)
             self.assertEqual(gate.begun, ["new", "early", "late", "newer"])
 
+    async def test_woken_ones_are_queued_by_when_they_fell_due_however_late_it_is_noticed(self):
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            await step.sleep("nap", event.payload)
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create_batch([{"id": f"{ms}", "params": ms} for ms in (3, 1, 2)])
+            await self.clock.settle()
+            self.clock._now += 1000
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["1", "2", "3"])
+
+    async def test_one_that_goes_on_by_itself_is_queued_by_that_moment(self) -> None:
+        gate, alone = Gate(), asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            nap = asyncio.create_task(step.sleep("nap", event.payload))
+            await (alone.wait() if event.instance_id == "a" else nap)
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create(id="a", params="1 hour")
+            await bound.create(id="b", params="1 minute")
+            await self.clock.settle()
+            await engine.bind(workflow(gate.run, "Other")).create(id="other")
+            await self.clock.settle()
+            alone.set()
+            await self.clock.advance("2 minutes")
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["other", "a", "b"])
+
     async def test_one_that_is_paused_while_queued_gets_its_old_place_back(self) -> None:
         gate = Gate()
         async with self.engine(limits=self.limits(1)) as engine:
@@ -4119,6 +4523,42 @@ class Queue(Case):
             gate.open.set()
             await self.clock.advance(0)
             self.assertEqual(gate.begun, ["a", "b", "c", "d"])
+
+    async def test_what_falls_due_in_the_queue_is_over_when_the_instance_runs(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            if event.payload:
+                return await gate.run(event, step)
+            await asyncio.gather(step.sleep("one", "1 minute"), step.sleep("two", "2 minutes"))
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            sleeper = await bound.create(params=0)
+            await self.clock.advance(0)
+            await bound.create(params=1)
+            await self.clock.advance("3 minutes")
+            self.assertEqual((await sleeper.status()).status, "queued")
+            gate.open.set()
+            await self.clock.advance(0)
+            self.assertEqual((await sleeper.status()).status, "complete")
+
+    async def test_one_that_wakes_up_and_finds_no_slot_is_recorded_as_queued(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            sleeper = await engine.bind(workflow(one_sleep)).create()
+            await self.clock.advance("59 minutes")
+            await engine.bind(workflow(gate.run, "Other")).create()
+            await self.clock.advance("1 minute")
+            gate.open.set()
+            await self.finish(sleeper)
+        first = "(SELECT min(key) FROM instances)"
+        sql = f"SELECT type FROM journal WHERE instance = {first} AND step IS NULL ORDER BY seq"
+        types = [type for (type,) in self.rows(sql)]
+        self.assertEqual(types[2:], ["waiting", "queued", "running", "complete"])
+        self.assertEqual(
+            self.rows(f"SELECT started - created FROM instances WHERE key = {first}"), [(0,)]
+        )
 
     async def test_a_slot_is_free_again_after_terminate_and_pause(self) -> None:
         gate = Gate()
@@ -4143,6 +4583,39 @@ class Queue(Case):
                 await bound.create_batch([{}] * 100)
             await self.clock.advance("2 hours")
             self.assertEqual(self.rows("SELECT DISTINCT status FROM instances"), [("complete",)])
+
+    async def test_more_queued_ones_than_one_transaction_takes_all_start(self) -> None:
+        gate = Gate()
+        with unittest.mock.patch.object(workflows, "BATCH", 4):
+            async with self.engine() as engine:
+                await engine.bind(workflow(gate.run)).create_batch([{}] * 10)
+                await self.clock.settle()
+                self.assertEqual(len(gate.begun), 10)
+                gate.open.set()
+
+    async def test_the_first_of_a_long_queue_is_the_first_by_its_place(self) -> None:
+        gate = Gate()
+        with unittest.mock.patch.object(workflows, "BATCH", 2):
+            async with self.engine(limits=self.limits(1)) as engine:
+                bound = engine.bind(workflow(gate.run))
+                _, b, c, *_ = await bound.create_batch([{"id": id} for id in "abcde"])
+                for instance in (b, c):
+                    await instance.restart()
+                gate.open.set()
+                await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["a", "d", "e", "b", "c"])
+
+    async def test_the_instances_of_all_workflows_stand_in_one_queue(self) -> None:
+        gate = Gate()
+        async with self.engine(limits=self.limits(1)) as engine:
+            one, two = (engine.bind(workflow(gate.run, name)) for name in ("One", "Two"))
+            for bound, id in ((two, "a"), (two, "b"), (one, "c"), (two, "d")):
+                await bound.create(id=id)
+                await self.clock.settle()
+            self.assertEqual(gate.begun, ["a"])
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["a", "b", "c", "d"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4497,10 +4970,40 @@ class CleanStop(Case):
         self.assertTrue(0.03 <= time.monotonic() - began < 1)
         self.assertEqual(gate.cancelled, 1)
 
+    async def test_an_attempt_that_run_has_just_cancelled_does_not_count_either(self) -> None:
+        attempts, lives = [], []
+
+        async def run(event: Any, step: Any) -> None:
+            lives.append(1)
+
+            async def hang(ctx: Any) -> None:
+                attempts.append(ctx.attempt)
+                await asyncio.sleep(3600 if len(attempts) == 1 else 0)
+
+            task = asyncio.create_task(step.do("hang", hang))
+            await step.do("s", value)
+            if len(lives) == 1:
+                task.cancel()
+                await asyncio.sleep(3600)  # not a step: so nothing says that it was cancelled
+            await task
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(made).get("i"))
+        self.assertEqual(attempts, [1, 1])
+
     async def test_after_a_clean_stop_nothing_is_running(self) -> None:
         async with self.engine() as engine:
             await engine.bind(workflow(Gate().run)).create()
             await self.clock.advance(0)
+        self.assertEqual(self.rows("SELECT status, careful FROM instances"), [("queued", 0)])
+
+    async def test_what_has_a_slot_and_no_life_yet_is_left_to_the_next_owner(self) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_step)).create()
         self.assertEqual(self.rows("SELECT status, careful FROM instances"), [("queued", 0)])
 
     async def test_a_clean_stop_keeps_the_retry_delay_of_an_attempt_that_just_failed(self) -> None:
@@ -4580,7 +5083,6 @@ class CleanStop(Case):
         await asyncio.sleep(0.05)
         life.cancel()
         await asyncio.wait([life])
-        await asyncio.sleep(0.3)
         self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
 
     def test_a_loop_that_is_closed_without_leaving_lets_go_of_the_file(self) -> None:
@@ -4660,6 +5162,57 @@ class Storage(Real):
 
     def contents(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+    async def test_an_operation_that_fails_undoes_its_transaction_and_stops_the_engine(self):
+        def fail(tx: Any, error: Exception) -> None:
+            raise error
+
+        for error in (ZeroDivisionError(), WorkflowInternalError("failed")):
+            with self.subTest(error), self.assertLogs("workflows", "CRITICAL"):
+                async with self.engine() as engine:
+                    bound = engine.bind(workflow(one_step))
+                    await (await bound.create()).result()
+                    before = self.rows("SELECT count(*) FROM journal")
+                    calls = asyncio.gather(bound.create(), engine.call(fail, error), bound.create())
+                    with self.assertRaises(WorkflowInternalError):
+                        await calls
+                    with self.assertRaises(WorkflowInternalError):
+                        await bound.create()
+                    self.assertEqual(self.rows("SELECT count(*) FROM journal"), before)
+                    async with self.engine() as next:  # while that one is not left yet
+                        instance = await next.bind(workflow(one_step)).create(params=5)
+                        self.assertEqual(await instance.result("5 seconds"), 5)
+
+    async def test_an_operation_that_cannot_read_a_record_is_refused_alone(self) -> None:
+        def fail(tx: Any) -> None:
+            raise workflows.Unreadable("damaged")
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(one_step))
+            with self.assertRaisesRegex(WorkflowInternalError, "damaged"):
+                await engine.call(fail)
+            self.assertEqual(await (await bound.create(params=5)).result(), 5)
+
+    async def test_what_is_posted_first_is_answered_first_whoever_commits_it(self) -> None:
+        order = []
+        async with self.engine() as engine:
+            for name, distrust in (("thread", 1), ("loop", 0)):
+                engine.writer.post(workflows.nothing, then=lambda *_, name=name: order.append(name))
+                engine.writer._distrust = distrust
+                await asyncio.sleep(0)
+            time.sleep(0.1)  # the thread has done it, but the loop does not know yet
+            await until(lambda: len(order) == 2)
+        self.assertEqual(order, ["thread", "loop"])
+
+    async def test_a_file_system_without_wal_is_refused(self) -> None:
+        def insist(self: Any, sql: str) -> Any:
+            return [("delete",)] if "journal_mode" in sql else old(self, sql)
+
+        old = workflows.Database._insist
+        patched = unittest.mock.patch.object(workflows.Database, "_insist", insist)
+        with patched, self.assertRaisesRegex(WorkflowInternalError, "WAL"):
+            async with self.engine():
+                pass
 
     async def test_a_file_that_is_no_database_is_refused(self) -> None:
         Path(self.path).write_text("Dear diary, " * 1000)
@@ -4817,6 +5370,28 @@ class Storage(Real):
         for child in children:
             child.tell("go")
         self.assertEqual([child.end() for child in children], [("5", 0)] * 6)
+
+    async def test_no_step_begins_while_the_end_of_its_run_is_being_stored(self) -> None:
+        begun, ends = [], asyncio.Event()
+
+        async def run(event: Any, step: Any) -> None:
+            async def late() -> None:
+                await asyncio.sleep(0.05)
+                await step.do("late", lambda: value(begun.append(1)))
+
+            await step.do("first", value)
+            await ends.wait()
+            self.task = asyncio.create_task(late())
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await until(lambda: self.rows("SELECT 1 FROM journal WHERE type = 'done'"))
+            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                ends.set()
+                await asyncio.sleep(0.2)
+            await instance.result("5 seconds")
+        self.assertEqual(begun, [])
 
     async def test_somebody_who_holds_the_write_lock_delays_calls_but_not_the_loop(self) -> None:
         async with self.engine() as engine:
@@ -5007,6 +5582,26 @@ class Processes(Real):
             await instance.send_event(type="t", payload=5)
             self.assertEqual(await instance.result("1 second"), 5)
 
+    async def test_a_forked_child_that_goes_on_writes_nothing(self) -> None:
+        owner = self.child("""
+            import warnings; warnings.simplefilter("ignore")  # of fork beside threads
+            sys.modules["workflows"].QUICK = 1  # however slow the disk is
+            async def fork():
+                if (child := os.fork()) == 0:
+                    signal.setitimer(signal.ITIMER_REAL, 0.2)  # so long it goes on
+                    return "child"
+                await asyncio.to_thread(os.waitpid, child, 0)
+                return "parent"
+            async def nothing(): pass
+            async def run(event, step):
+                for _ in range(9): await step.do("quick", nothing)  # then the loop commits itself
+                return await step.do("fork", fork)
+            async def main(w): say(await (await get(w)).result())
+            go()
+        """)
+        self.assertEqual(await owner.wait_for("parent"), "")
+        self.assertEqual(self.rows("SELECT count(*) FROM journal WHERE type = 'done'"), [(10,)])
+
     def is_owned(self) -> bool:
         """Whether another process (!) would find the file owned."""
         attempt = (
@@ -5118,6 +5713,40 @@ class Opening(Case):
                     engine.bind(workflow(one_step))
                     await engine.usage()
 
+    async def test_what_another_engine_has_written_is_told_to_those_who_wait(self) -> None:
+        async with self.engine() as owner, self.engine() as client:
+            instance = await owner.bind(workflow(one_event)).create(id="i")
+            await self.clock.settle()
+            known = await (await client.workflow("test")).get("i")
+            waiting = asyncio.create_task(known.result())
+            await self.clock.settle()
+            with unittest.mock.patch.object(workflows, "TICK", 60):  # a transaction comes first
+                await instance.send_event(type="t", payload=5)
+                await self.clock.settle()
+                await self.clock.settle()
+                self.assertEqual(await asyncio.wait_for(waiting, 2), 5)
+
+    async def test_a_client_that_is_left_takes_no_slot_from_what_the_owner_runs(self) -> None:
+        gate = Gate()
+        async with self.engine() as owner:
+            instance = await owner.bind(workflow(gate.run)).create()
+            await self.clock.settle()
+            async with self.engine() as client:
+                client.bind(workflow(gate.run))
+                await self.clock.settle()
+            gate.open.set()
+            await self.finish(instance)
+        types = [type for (type,) in self.rows("SELECT type FROM journal ORDER BY seq")]
+        self.assertEqual(types, ["queued", "started", "start", "done", "complete"])
+
+    async def test_a_name_is_recorded_as_it_was_last_bound(self) -> None:
+        for steps in (1, 2):
+            async with self.engine() as engine:
+                engine.bind(workflow(one_step), steps=steps)
+                await self.clock.advance(1000)
+        recorded = self.rows("SELECT steps, modified - created FROM workflows")
+        self.assertEqual(recorded, [(2, 1000)])
+
     async def test_memory_works_as_a_database(self) -> None:
         async with Engine(":memory:", clock=self.clock) as engine:
             instance = await engine.bind(workflow(one_event)).create()
@@ -5177,6 +5806,16 @@ class Hibernation(Case):
             gc.collect()
             self.assertEqual((engine.lives.runs, lives[0]()), ({}, None))
             self.assertEqual(await self.finish(instance), 2)
+
+    async def test_each_run_leaves_memory_when_it_has_waited_long_enough_itself(self) -> None:
+        async with self.engine(hibernate_after="10 seconds") as engine:
+            bound = engine.bind(workflow(one_sleep))
+            for _ in range(2):
+                await bound.create()
+                await self.clock.advance("6 seconds")
+            self.assertEqual(len(engine.lives.runs), 1)
+            await self.clock.advance("5 seconds")
+            self.assertEqual(len(engine.lives.runs), 0)
 
     async def test_hibernation_needs_a_run_that_only_waits(self) -> None:
         gate = Gate()
@@ -5261,6 +5900,21 @@ class Moving(Case):
             with unittest.mock.patch.object(engine.writer, "failure", OSError("gone")):
                 await self.clock.advance("1 hour")
             self.assertEqual((await instance.status()).status, "complete")
+
+    async def test_what_falls_due_on_the_way_is_over_at_its_moment(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            naps = [step.sleep("nap", f"{n} minutes") for n in (60, 1, 30)]
+            await asyncio.gather(*naps)
+
+        async with self.engine() as engine:
+            sleeper = await engine.bind(workflow(one_sleep, "Other")).create()
+            await self.clock.settle()
+            await engine.bind(workflow(run)).create()
+            begin = self.clock.now()
+            await self.clock.advance("2 hours")
+            self.assertEqual((await sleeper.status()).status, "complete")
+        ends = [at - begin for (at,) in self.rows("SELECT at FROM journal WHERE type = 'slept'")]
+        self.assertEqual(sorted(ends), [60_000, 1_800_000, 3_600_000, 3_600_000])
 
     async def test_advances_at_once_follow_each_other(self) -> None:
         begin = self.clock.now()
@@ -5407,6 +6061,28 @@ class Time(Real):
 
 
 class GivingUp(Case):
+    async def test_an_event_that_goes_back_to_the_buffer_is_given_to_the_next_waiter_at_once(self):
+        cancelling, other = asyncio.Event(), Gate()
+
+        async def run(event: Any, step: Any) -> Any:
+            waits = [asyncio.create_task(step.wait_for_event("w", "t")) for _ in range(2)]
+            await cancelling.wait()
+            waits[0].cancel()
+            return (await waits[1]).payload
+
+        limits = dataclasses.replace(FOREVER, running=1)
+        async with self.engine(limits=limits, hibernate_after="1 hour") as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await engine.bind(workflow(other.run, "Other")).create()
+            await self.clock.settle()
+            await instance.send_event(type="t", payload=5)
+            cancelling.set()  # the first one has the event, but the instance has no slot
+            await self.clock.settle()
+            other.open.set()
+            await self.clock.settle()
+            self.assertEqual((await instance.status()).output, 5)
+
     async def test_an_event_goes_back_to_the_buffer_once_and_never_after_another_had_it(
         self,
     ) -> None:
@@ -5464,6 +6140,28 @@ class Orphans(Case):
                 self.assertEqual([await i.result() for i in (plain, again)], ["done", "done"])
         self.assertEqual(sorted(runs), ["again", "again", "plain", "plain"])
         self.assertEqual(self.rows("SELECT * FROM journal WHERE type = 'failed'"), [])
+
+    async def test_one_that_was_cancelled_when_the_engine_is_left_is_handed_back(self) -> None:
+        attempts: list[int] = []
+
+        async def hang(ctx: Any) -> None:
+            attempts.append(ctx.attempt)
+            await asyncio.sleep(3600 if len(attempts) == 1 else 0)
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("hang", hang)
+
+        made = workflow(run)
+        async with self.engine() as engine:
+            await engine.bind(made).create(id="i")
+            await self.clock.settle()
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("workflows:test:"):
+                    task.cancel()
+            await asyncio.sleep(0.01)
+        async with self.engine() as engine:
+            await self.finish(await engine.bind(made).get("i"))
+        self.assertEqual(attempts, [1, 1])
 
 
 class Stubborn(Real):
@@ -5583,6 +6281,22 @@ class Limiting(Case):
             refused = instance.send_event(type="t", payload="x" * 50)
             await self.assertCode("limit.event_payload", refused)
             self.assertEqual(self.rows("SELECT count(*) FROM events"), [(0,)])
+
+    async def test_the_events_of_an_instance_count_as_its_state(self) -> None:
+        async with self.engine(limits=dataclasses.replace(FOREVER, instance_bytes=100)) as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            await instance.send_event(type="t", payload="x" * 60)
+            refused = instance.send_event(type="t", payload="x" * 60)
+            await self.assertCode("limit.instance_state", refused)
+
+    async def test_a_result_beyond_the_limit_of_state_is_the_error_of_its_step(self) -> None:
+        async def run(event: Any, step: Any) -> list[Any]:
+            await step.do("fits", returns("x" * 50))
+            error: Any = await caught(step.do("does not", returns("x" * 50)))
+            return [error.code, type(error) is WorkflowFatalError]
+
+        limits = dataclasses.replace(FOREVER, instance_bytes=100)
+        self.assertEqual(await self.outcome(run, limits=limits), ["limit.instance_state", True])
 
     async def test_an_output_beyond_the_limit_of_state_is_the_error_of_its_instance(self) -> None:
         async def run(event: Any, step: Any) -> str:
@@ -5709,6 +6423,19 @@ class Limiting(Case):
         for table in ("instances", "journal", "waits", "events"):
             self.assertEqual(self.rows(f"SELECT count(*) FROM {table}"), [(0,)], table)
 
+    async def test_an_errored_instance_is_kept_for_a_time_of_its_own(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            raise ValueError
+
+        async with self.engine(limits=Limits()) as engine:
+            bound = engine.bind(workflow(run))
+            kept = {"successRetention": "1 hour", "errorRetention": "2 hours"}
+            await bound.create(id="i", retention=kept)
+            await self.clock.advance("119 minutes")
+            self.assertEqual((await (await bound.get("i")).status()).status, "errored")
+            await self.clock.advance("1 minute")
+            await self.assertCode("instance.not_found", bound.get("i"))
+
     async def test_an_expired_instance_is_never_visible_also_when_nobody_has_cleared_it_away(
         self,
     ) -> None:
@@ -5725,20 +6452,35 @@ class Limiting(Case):
             await bound.create(id="i")
 
     async def test_many_expired_ones_do_not_stand_in_the_way_of_one_that_is_due(self) -> None:
+        left = []
+
+        async def run(event: Any, step: Any) -> None:
+            if event.payload:
+                await step.sleep("nap", event.payload)
+                left.append(self.rows("SELECT count(*) FROM instances")[0][0])
+
+        made = workflow(run)
+        with unittest.mock.patch.object(workflows, "BATCH", 10):
+            async with self.engine(limits=Limits.FREE) as engine:
+                bound = engine.bind(made)
+                for _ in range(5):
+                    await bound.create_batch([{"params": 0}] * 100)
+                await bound.create(id="s", params="4 days")
+                await self.clock.settle()
+            self.clock._now += 5 * 86_400_000
+            async with self.engine() as engine:
+                engine.bind(made)
+                await self.clock.settle()
+        self.assertGreater(left[0], 1)
+        self.assertEqual(self.rows("SELECT id FROM instances"), [("s",)])
+
+    async def test_a_terminated_instance_is_cleared_away_though_nobody_looks_for_it(self) -> None:
         async with self.engine(limits=Limits.FREE) as engine:
-            bound = engine.bind(workflow(one_step))
-            for _ in range(10):
-                await bound.create_batch([{} for _ in range(100)])
+            instance = await engine.bind(workflow(one_sleep)).create()
             await self.clock.settle()
-        async with self.engine(limits=Limits.FREE) as engine:
-            sleeper = await engine.bind(workflow(one_sleep, "Sleeper")).create(id="s")
-            await self.clock.advance(0)
-        self.clock._now += 3 * 86_400_000
-        async with self.engine() as engine:
-            engine.bind(workflow(one_step))
-            sleeper = await engine.bind(workflow(one_sleep, "Sleeper")).get("s")
-            await sleeper.result("2 seconds")
-            await until(lambda: self.rows("SELECT id FROM instances") == [("s",)], 20)
+            await instance.terminate()
+            await self.clock.advance("3 days")
+            self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(0,)])
 
     async def test_usage_counts_creations_steps_cpu_and_storage_by_month(self) -> None:
         async def run(event: Any, step: Any) -> str:
@@ -6442,6 +7184,24 @@ class Rollback(Undoing):
         self.assertIsInstance(await self.fails(run), ValueError)
         self.assertEqual(self.log, ["undo failed", "undo unfinished", "undo finished"])
 
+    async def test_a_step_that_starts_right_before_the_error_takes_part(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            undo = self.undo(event.instance_id)
+            task = asyncio.create_task(step.do("s", asyncio.Event().wait, rollback=undo))
+            for _ in range(event.payload):
+                await asyncio.sleep(0)
+            raise ValueError(task)
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run))
+            for turns in range(8):
+                await bound.create(id=f"{turns}", params=turns)
+                await self.clock.settle()
+        sql = """SELECT id FROM instances JOIN journal ON key = instance
+            WHERE type = 'start' AND step LIKE 'do%' ORDER BY key"""
+        self.assertEqual(self.log, [f"undo {id}" for (id,) in self.rows(sql)])
+        self.assertGreater(len(self.log), 1)
+
     async def test_a_step_that_has_not_started_takes_no_part(self) -> None:
         async def run(event: Any, step: Any) -> None:
             unused = step.do("unused", value, rollback=self.undo("unused"))
@@ -7000,6 +7760,39 @@ class RollbackSteering(Undoing):
             await self.finish(blocker)
             await self.assertCode("instance.terminated", self.finish(instance))
         self.assertEqual(self.log, ["undo first"])
+
+    async def test_the_waits_of_run_do_not_end_any_more_in_a_rollback(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            again = {"retries": {"delay": "2 hours"}}
+            undo = self.undo("first", ValueError())
+            await step.do("first", value, rollback=undo, rollback_config=again)
+            await asyncio.gather(step.wait_for_event("w", "t"), step.sleep("nap", "1 hour"))
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.terminate(rollback=True)
+            await instance.send_event(type="t")
+            await self.clock.advance("3 hours")
+        types = "SELECT type FROM journal WHERE type IN ('slept', 'event', 'due')"
+        self.assertEqual(self.rows(types), [("due",)])
+
+    async def test_terminate_with_rollback_from_queued_keeps_its_place(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("first", value, rollback=self.undo(event.instance_id))
+            await step.sleep("nap", event.payload)
+            self.log.append(event.instance_id)
+
+        async with self.engine(limits=dataclasses.replace(FOREVER, running=1)) as engine:
+            bound = engine.bind(workflow(run))
+            a, b = [await bound.create(id=id, params=ms) for id, ms in (("a", 1000), ("b", 2000))]
+            await self.clock.settle()
+            await engine.bind(workflow(self.gate.run, "Blocker")).create()
+            await self.clock.advance(3000)
+            await a.terminate(rollback=True)
+            self.gate.open.set()
+            await self.finish(b)
+        self.assertEqual(self.log, ["undo a", "b"])
 
     async def test_terminate_with_rollback_without_handlers_is_terminate(self) -> None:
         async with self.engine(limits=dataclasses.replace(FOREVER, running=0)) as engine:
@@ -13748,6 +14541,16 @@ class Damaged(Undoing):
             instance = await engine.bind(made).get("a")
             await self.clock.advance("1 hour")
             self.assertEqual(await self.finish(instance), good)
+
+    async def test_a_run_in_memory_ends_when_its_wait_is_over_and_cannot_be_read(self) -> None:
+        async with self.engine(hibernate_after="1 day") as engine:
+            await engine.bind(workflow(one_event)).create()
+            await self.clock.settle()
+            self.lose("data", "type = 'wait'")
+            self.assertEqual(len(engine.lives.runs), 1)
+            with self.assertLogs("workflows", logging.CRITICAL):
+                await self.clock.advance("1 hour")
+            self.assertEqual(len(engine.lives.runs), 0)
 
     async def test_who_waits_for_it_is_not_told_of_damage_that_a_restart_has_erased(self) -> None:
         made = await self.prepare()
