@@ -3621,8 +3621,8 @@ class Execution:
     async def _supervise(self, task: asyncio.Task[None]) -> None:
         """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
         ended a second later, it is abandoned."""
-        clock, late = self.run.engine.clock, timed_out(self.patience)
-        timer = clock.limit(self.patience, functools.partial(self._fail, late))
+        clock, time_out = self.run.engine.clock, lambda: self._fail(timed_out(self.patience))
+        timer = clock.limit(self.patience, time_out)
         try:
             await self._outcome
         finally:
