@@ -9898,54 +9898,34 @@ class Decorated(Lives):
 
         self.assertEqual(await self.lives(run), [1, "LookupError", 1])
 
-    async def test_a_callback_knows_the_results_of_the_run_around_it(self):
-        async def run(event, step):
-            @step.do()
-            async def base():
-                self.seen.append("base")
-                return 10
+    async def test_a_callback_knows_the_results_of_the_run_and_of_the_callback_around_it(self):
+        for in_callback in (False, True):
 
-            @step.do()
-            async def outer():
+            async def run(event, step, in_callback=in_callback):
                 @step.do()
-                async def middle():
-                    @step.do()
-                    async def inner(base):
-                        return base + 1
+                async def base():
+                    self.seen.append("base")
+                    return 10
 
-                    return await inner()
-
-                return await middle()
-
-            return [await base(), await outer()]
-
-        self.assertEqual(await self.lives(run), [10, 11])
-        self.assertEqual(self.seen, ["base"])
-        self.assertEqual(await self.history(), ["base-1", "inner-1", "middle-1", "outer-1"])
-
-    async def test_a_callback_knows_the_results_of_the_callback_around_it(self):
-        async def run(event, step):
-            @step.do()
-            async def base():
-                self.seen.append("base")
-                return 10
-
-            @step.do()
-            async def outer():
                 @step.do()
-                async def middle():
+                async def outer():
                     @step.do()
-                    async def inner(base):
-                        return base + 1
+                    async def middle():
+                        @step.do()
+                        async def inner(base):
+                            return base + 1
 
-                    return await inner()
+                        return await inner()
 
-                return [await base(), await middle()]
+                    return [await base(), await middle()] if in_callback else await middle()
 
-            return await outer()
+                return await outer() if in_callback else [await base(), await outer()]
 
-        self.assertEqual(await self.lives(run), [10, 11])
-        self.assertEqual(self.seen, ["base"])
+            self.setUp()
+            self.assertEqual(await self.lives(run), [10, 11])
+            self.assertEqual(self.seen, ["base"])
+            steps = {"base-1", "inner-1", "middle-1", "outer-1"}
+            self.assertEqual(set(await self.history()), steps)
 
     async def test_a_failure_on_which_nothing_depends_is_not_logged(self):
         async def run(event, step):
@@ -12937,7 +12917,8 @@ class HttpSteering(Outside):
             self.assertEqual(await self.steer(path, status="terminate"), "terminated")
             refused = self.steer(path, status="terminate")
             await self.assertRefused(409, 10001, refused)
-            self.assertIn(await self.steer(path, status="restart"), ("queued", "running"))
+            begun = ("queued", "running", "waiting")  # the owner may be quicker than the answer
+            self.assertIn(await self.steer(path, status="restart"), begun)
             self.assertEqual(await self.status(path), "waiting")
 
     async def test_restart_from_a_step(self) -> None:
@@ -13652,7 +13633,8 @@ class CommandLine(Outside):
             self.assertEqual(await steer("pause", "naps", "latest"), "paused")
             self.assertEqual((await self.json("instances", "describe", "naps"))["id"], "b")
             self.assertEqual(await steer("terminate", "naps", "a", "--rollback"), "terminated")
-            self.assertEqual(await steer("restart", "naps", "a"), "queued")
+            begun = ("queued", "running", "waiting")  # the owner may be quicker than the answer
+            self.assertIn(await steer("restart", "naps", "a"), begun)
             await self.clock.settle()
             start = (
                 "--from-step-name",
@@ -13662,7 +13644,7 @@ class CommandLine(Outside):
                 "--from-step-type",
                 "sleep",
             )
-            self.assertEqual(await steer("restart", "naps", "a", *start), "queued")
+            self.assertIn(await steer("restart", "naps", "a", *start), begun)
             for args in (
                 ("x",),
                 ("nap", "--from-step-count", "2"),
@@ -14556,10 +14538,11 @@ class Damaged(Undoing):
         made = await self.prepare()
         self.lose(*self.RECORDS["step 'first-1': its result"])
         async with self.engine() as engine:
-            instance = await engine.bind(made).get("a")
-            await self.clock.advance("1 hour")
-            with self.assertRaises(WorkflowInternalError):
-                await instance.result()
+            with self.assertLogs("workflows", logging.CRITICAL):
+                instance = await engine.bind(made).get("a")
+                await self.clock.advance("1 hour")
+                with self.assertRaises(WorkflowInternalError):
+                    await instance.result()
             await asyncio.gather(instance.restart(), instance.pause())
             waiting = asyncio.create_task(instance.result())
             await self.clock.settle()

@@ -1109,7 +1109,6 @@ class Writer:
 # An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
 # wakes up it goes through the queue again, ahead of those that have never started.
 
-
 DAMAGED = 3_600_000  # until an instance is attended to again whose waits can't be read back
 
 
@@ -1374,7 +1373,9 @@ class Life:
         """The instance has changed: if that ends this life, another one may follow."""
         inst = news.instance
         outdated = inst.generation != self.lease.generation
-        if self.dead or outdated or inst.status in (*FINISHED, "paused"):
+        if news.damage is not None:
+            self.stop_in_place(str(news.damage))
+        elif self.dead or outdated or inst.status in (*FINISHED, "paused"):
             self.successor = inst if news.admitted else self.successor
             self.unload()
 
@@ -2273,12 +2274,10 @@ class Lives:
         admitted = []
         for item in news:
             run, inst = self.runs.get(item.instance.key), item.instance
-            if item.damage is not None:
-                self.give_up(inst.key, f"instance {inst.id!r}: {item.damage}")
-                if run is not None:
-                    run.unload()
-            elif run is not None:
+            if run is not None:
                 run.on_news(item)
+            elif item.damage is not None:
+                self.give_up(inst.key, f"instance {inst.id!r}: {item.damage}")
             elif item.admitted:
                 admitted.append(inst)
         if admitted:
