@@ -446,6 +446,7 @@ def end_waits(
 # platform; a process that is slow keeps the lock, and one that dies lets go of it.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
+KNOWN = 10_000  # instances whose rows are remembered
 _SCHEMA = (  # by version: what leads to it from the one before
     """
 CREATE TABLE numbers (             -- counts keys and places in the queue
@@ -503,7 +504,10 @@ class Database:
         self.path = path
         self.owner = False  # whether this process runs the instances
         self.files: Files | None = None
+        # Instances as the last transaction left them, by key, as long as nobody else writes.
+        self.known: dict[int, Instance] = {}
         self._data_version = 0  # what SQLite said when we last asked whether others wrote
+        self._others_wrote = False
 
     def open(self) -> None:
         """Opens or makes the file, in one transaction, so that it always says whose it is."""
@@ -585,10 +589,18 @@ class Database:
             self.owned.add(self.path)
         return self.owner
 
+    def refresh(self) -> None:
+        """Forgets what it knows, if another connection has written, or if that is too much."""
+        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
+        self._others_wrote |= self._data_version != before
+        if self._data_version != before or len(self.known) > KNOWN:
+            self.known.clear()
+
     def others_wrote(self) -> bool:
         """Whether another connection has written since we last asked."""
-        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
-        return self._data_version != before
+        self.refresh()
+        answer, self._others_wrote = self._others_wrote, False
+        return answer
 
 
 def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
@@ -626,6 +638,10 @@ class Instance:
     seq: int = 0
     bytes: int = 0
 
+    def copy(self) -> Instance:
+        """The instance as it is now: what leaves a transaction is one of these."""
+        return Instance(*_all_values_of(self))
+
     def expiry(self) -> int | None:
         """When a finished instance is deleted. Cloudflare keeps a terminated one as long as one
         that has succeeded."""
@@ -641,7 +657,7 @@ class Instance:
 _FIELDS = [field.name for field in dataclasses.fields(Instance)]
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
-_values_of = operator.attrgetter(*_COLUMNS)
+_values_of, _all_values_of = operator.attrgetter(*_COLUMNS), operator.attrgetter(*_FIELDS)
 _NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
 _SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT bytes {_NEWEST})"
 _NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
@@ -704,31 +720,20 @@ class Transaction:
         self.requeued: list[Instance] = []  # those that get no slot at once need a row `queued`
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
-        self._instances: dict[int, Instance] = {}
+        self._instances = database.known
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
 
     def select(self, where: str, *args: Any) -> list[Instance]:
         """Instances, each as one object, however often it is read."""
         self.write()
-        return self._read(where, *args)
-
-    def _read(self, where: str, *args: Any) -> list[Instance]:
         rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
         return [self._instances.setdefault(row[0], Instance(*row)) for row in rows]
-
-    def prefetch(self, leases: Iterable[Lease]) -> None:
-        """Reads the instances of many runs at once, for `mine`."""
-        keys = {lease.key for lease in leases}
-        if len(keys) == 1:
-            self._read("key = ?", *keys)
-        elif keys:
-            self._read(f"key {_AMONG}", str([*keys]))
 
     def mine(self, lease: Lease) -> Instance:
         """The instance of a run that may still write. It raises `LeaseLost` otherwise."""
         if lease.key not in self._instances:
-            self._read("key = ?", lease.key)
+            self.select("key = ?", lease.key)
         inst = self._instances.get(lease.key)
         if inst is None or inst.generation != lease.generation or inst.status not in LIVE:
             raise LeaseLost("this run may not write any more")
@@ -797,7 +802,7 @@ class Transaction:
         if inst.status == "waitingForPause":
             place = self._place_of(inst)
             self.move(inst, Row("paused"), paused=self.now, place=place, wake=None)
-            self.news.append(News(inst, []))
+            self.news.append(News(inst.copy(), []))
         else:
             self.requeue(inst)
 
@@ -1013,12 +1018,12 @@ class Writer:
         """The transaction: each operation, then what is due by then, then the commit."""
         if not self.database.begin(patient):
             return None
+        self.database.refresh()
         outside = self.exact and self.database.others_wrote()  # else the tick notices that
         self.scheduler.stirred |= outside
         tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
         tx.cpu_ns = cpu_ns - self._cpu_counted
         results: list[tuple[Then, Any, BaseException | None]] = []
-        tx.prefetch(args[0] for _, args, _ in batch if args and isinstance(args[0], Lease))
         for operation, args, then in batch:
             try:
                 results.append((then, operation(tx, *args), None))
@@ -1184,7 +1189,7 @@ class Scheduler:
             tx.change(inst, wake=due)
         # A rollback that begins is a new life in the same slot.
         begun = inst.status == "running" and inst.rollback == "begun"
-        tx.news.append(News(inst, rows, begun, damage))
+        tx.news.append(News(inst.copy(), rows, begun, damage))
 
     def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
         """Ends the waits of an instance that are over; returns the rows that say so, and when the
@@ -1243,7 +1248,7 @@ class Scheduler:
             if first_time:
                 for block in self.blocks:
                     block.instance_starts(tx, inst)
-            tx.news.append(News(inst, [], admitted=True))
+            tx.news.append(News(inst.copy(), [], admitted=True))
         return len(queued) >= BATCH == most
 
     def free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
@@ -2113,15 +2118,13 @@ class Attempt:
 def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
     """What lives begin with. Those whose instances were changed meanwhile are left out."""
     loaded = []
-    leases = [Lease(inst.key, inst.generation) for inst in instances]
-    tx.prefetch(leases)
-    for lease in leases:
+    for each in instances:
         with contextlib.suppress(LeaseLost):
-            inst = tx.mine(lease)
+            inst = tx.mine(Lease(each.key, each.generation))
             try:
-                loaded.append(Loaded(copy.copy(inst), tx.journal(inst)))
+                loaded.append(Loaded(inst.copy(), tx.journal(inst)))
             except Unreadable as damage:
-                loaded.append(Loaded(copy.copy(inst), [], damage))
+                loaded.append(Loaded(inst.copy(), [], damage))
     return loaded
 
 
@@ -2202,7 +2205,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
-        return copy.copy(inst)
+        return inst.copy()
     tx.move(inst, row, size)
     return None
 
@@ -3575,38 +3578,38 @@ _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) 
 
 
 class Execution:
-    """One call of a function of the user. It has a task of its own, so that a timeout or a
-    cancellation reaches that and nothing else. The step calls that the function makes belong to the
-    attempt. If it is the callback of the attempt, and not its delay function, the attempt is told
-    how it goes: `post_start`, `ends` and `abandoned`.
+    """One call of a function of the user: the callback of an attempt, or its delay function. It has
+    a task of its own, so that a timeout or a cancellation reaches that and nothing else. The step
+    calls that the function makes belong to the attempt. When its callback has ended, the attempt is
+    told at once.
 
     The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
-    `run` cancels the step call, which waits for the outcome and so cancels that, too."""
+    `run` cancels the step call, which waits for the outcome: then there is none."""
 
     def __init__(self, run: Run, patience: int, attempt: Attempt) -> None:
         self.run, self.patience, self._attempt = run, patience, attempt
         self.cpu = 0  # ns
         self.thread = False  # it has one of the threads
         self.task: asyncio.Task[Any] | None = None
-        self._outcome: asyncio.Future[Outcome] = run.loop.create_future()
-        self._failure: WorkflowError | None = None  # set if it has failed before it has ended
+        self._outcome: Outcome | None = None
+        self._failed = False  # it was decided before the function has ended
+        self._decided: asyncio.Future[None] | None = None  # done when there is an outcome
 
     async def execute(self, function: Callable[[], Any]) -> Outcome:
         """Calls the function; returns the outcome."""
-        run, outer, caller = self.run, self._attempt.outer, asyncio.current_task(self.run.loop)
+        run, outer = self.run, self._attempt.outer
         task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
-        if outer is not None and outer.execution.task is caller:
+        if outer is not None and outer.execution.task is asyncio.current_task(run.loop):
             outer.execution.cpu -= self.cpu  # the first step of the task was taken inside that
         try:
             if not task.done():
                 run.callbacks.add(task)
                 task.add_done_callback(self._has_ended)
-                if self._of_callback():
-                    self._attempt.post_start()
+                self._attempt.post_start()
                 await self._supervise(task)
             if task.done() and not task.cancelled():
                 task.result()  # raises what `ends` has raised
-            return self._outcome.result()
+            return cast(Outcome, self._outcome)
         except asyncio.CancelledError:
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
@@ -3622,40 +3625,50 @@ class Execution:
         ended a second later, it is abandoned."""
         clock, time_out = self.run.engine.clock, lambda: self._fail(timed_out(self.patience))
         timer = clock.limit(self.patience, time_out)
+        self._decided = self.run.loop.create_future()
         try:
-            await self._outcome
+            if self._outcome is None:
+                await self._decided
         finally:
             timer.cancel()
-        if self._failure is not None:
+        if self._failed:
             task.cancel()
             await asyncio.wait({task}, timeout=GRACE)
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
-                if self._of_callback():
-                    self._attempt.abandoned()
-            await self._tell(None, self._failure)
+                self._attempt.abandoned()
+            await self._tell()
         elif not task.done():
             await asyncio.wait({task})
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
         if not task.cancelled():
-            resolve(self._outcome, error=task.exception())  # a KeyboardInterrupt, at most
+            resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, at most
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
         _scope.set(self._attempt)
         outcome = await self._drive(function)
-        if not self._outcome.done():  # otherwise it was decided, or nobody waits for it any more
-            self._outcome.set_result(outcome)
-            await self._tell(*outcome)
+        if self._decide(outcome):
+            await self._tell()
 
-    async def _tell(self, value: Any, error: BaseException | None) -> None:
-        if self._of_callback():
-            await self._attempt.ends(value, error)
+    def _decide(self, outcome: Outcome) -> bool:
+        """The first outcome counts; returns whether this is it."""
+        if self._outcome is not None or (self._decided is not None and self._decided.cancelled()):
+            return False
+        self._outcome = outcome
+        resolve(self._decided)
+        return True
 
-    def _of_callback(self) -> bool:
-        return self._attempt.execution is self
+    def _fail(self, failure: WorkflowError) -> None:
+        """Decides that it has failed, whatever the function does from now on. (The task that waits
+        for the outcome cancels that of the function.)"""
+        self._failed = self._decide((None, failure)) or self._failed
+
+    async def _tell(self) -> None:
+        if self._attempt.execution is self:
+            await self._attempt.ends(*cast(Outcome, self._outcome))
 
     @types.coroutine
     def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
@@ -3716,13 +3729,6 @@ class Execution:
         if limit is None or self.cpu <= limit * 1_000_000:
             return None
         return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
-
-    def _fail(self, failure: WorkflowError) -> None:
-        """Decides that it has failed, whatever the function does from now on. (The task that waits
-        for the outcome cancels that of the function.)"""
-        if not self._outcome.done():
-            self._failure = failure
-            self._outcome.set_result((None, failure))
 
 
 def _discard(value: Any) -> None:
@@ -4103,7 +4109,7 @@ def read_journal(
     if inst is None:
         return None, []
     seen = known.seq if known is not None and known.key == inst.key else 0
-    return copy.copy(inst), tx.journal(inst, "seq > ?", seen)
+    return inst.copy(), tx.journal(inst, "seq > ?", seen)
 
 
 def which_changed(tx: Transaction, topics: list[Topic]) -> list[Topic]:
@@ -4126,9 +4132,9 @@ def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
     """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
     that has the error of the rollback handler that has failed."""
     if inst.status not in FINISHED:
-        return copy.copy(inst), Row(inst.status)
+        return inst.copy(), Row(inst.status)
     (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return copy.copy(inst), last
+    return inst.copy(), last
 
 
 def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
@@ -5009,7 +5015,7 @@ async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowRep
 
 
 def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
-    return Loaded(copy.copy(inst), tx.journal(inst))
+    return Loaded(inst.copy(), tx.journal(inst))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6098,7 +6104,7 @@ def read_details(tx: Transaction, inst: Instance) -> tuple[Instance, list[Row], 
     """What `timeline` needs: the instance, its journal, and when its waits will end."""
     paused, stood = (tx.now, 0) if inst.paused is None else (inst.paused, tx.now - inst.paused)
     sql = "SELECT step, due + iif(fixed OR due <= ?, 0, ?) FROM waits WHERE instance = ?"
-    return copy.copy(inst), tx.journal(inst), dict(tx.db.rows(sql, paused, stood, inst.key))
+    return inst.copy(), tx.journal(inst), dict(tx.db.rows(sql, paused, stood, inst.key))
 
 
 def timeline(
