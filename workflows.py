@@ -234,6 +234,7 @@ class LeaseLost(WorkflowError):
     """What a run wanted to write is not written, because it may not write any more: see `Lease`."""
 
 
+NOT_RETRIED = (NonRetryableError, WorkflowFatalError)
 ErrorMaker = Callable[[str, str], WorkflowError]  # of a code and a message
 
 
@@ -764,7 +765,6 @@ class Transaction:
         inst.bytes += size
         self.storage += size
         self.touched.add(inst.id or "")
-        self._instances[inst.key] = inst
         self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
         if row.step is None and changes.isEnabledFor(logging.DEBUG):
             report_change(self, inst, row)
@@ -1780,10 +1780,14 @@ class Run(Replay):
         else:
             call.outer.post_start()  # comes first in the history
         plan = plan_of(call)
-        if isinstance(plan, DoPlan):
-            await self._attempts(call, plan)
-        else:
+        if not isinstance(plan, DoPlan):
             self._begin_wait(call, plan)
+            return
+        again = True
+        if call.step.open:  # the process died during this attempt
+            again = await Attempt(self, call, plan.config).end_as_dead()
+        while again:
+            again = await Attempt(self, call, plan.config).make(plan)
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1796,14 +1800,6 @@ class Run(Replay):
             row = Row(wait.kind, call.key, None, data)
             apply(self.steps, row)
             self.post(record, row, 0, wait)
-
-    async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
-        """The attempts of a step, until the end of the last one is posted."""
-        again = True
-        if call.step.open:  # the process died during this one
-            again = await Attempt(self, call, plan.config).end_as_dead()
-        while again:
-            again = await Attempt(self, call, plan.config).make(plan)
 
     def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
@@ -1948,7 +1944,8 @@ class Attempt:
         self.execution = Execution(run, config.timeout, self)
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
+        self._unanswered: BaseException | None = None  # the delay function must be asked
+        self._again = False  # another attempt follows
         self.counts: dict[str, int] = {}
 
     def __str__(self) -> str:
@@ -1966,7 +1963,9 @@ class Attempt:
             await self.execution.execute(mocked(self) or plan.bind(self))
         finally:
             self.execution.free_thread()
-        return self.again
+        if self._unanswered is not None:
+            await self._ask(self._unanswered)
+        return self._again
 
     def _row(self, type: str, data: str | None = None) -> Row:
         """A row about it. Its first one says when it has begun, and the first one of the step has
@@ -2024,12 +2023,15 @@ class Attempt:
         """Ends one whose process has died. Returns whether another one follows."""
         self.call.attempt, self.recorded = self, True
         self.number = self.call.step.attempts
-        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return self.again
+        self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        if self._unanswered is not None:
+            await self._ask(self._unanswered)
+        return self._again
 
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Posts its end, and decides whether another one follows."""
-        text, fresh, delay = None, None, None
+    def ends(self, value: Any, error: BaseException | None) -> None:
+        """Posts its end; but a failure, if a delay function has to be asked, when that has been
+        done."""
+        text, fresh, config = None, None, self.config
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
@@ -2038,32 +2040,16 @@ class Attempt:
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is None:
-            self.again = False
             self._post(self._row("done", text), fresh, size_of(text or ""))
-            return
-        try:
-            delay = await self._retry_delay(error)
-        except WorkflowFatalError as failure:
-            log.warning("%s: %s: %s, after %s", self.run, self, failure, show_error(error))
-            error = failure
-        self._post_failure(error, delay)
+        elif isinstance(error, NOT_RETRIED) or self.number > config.limit:
+            self._fail(error)
+        elif callable(config.delay):
+            self._unanswered = error
+        else:
+            self._retry(error, config.delay)
 
-    async def _retry_delay(self, error: BaseException) -> int | None:
-        """How long to wait before the next attempt, or None if there is none."""
-        run, config = self.run, self.config
-        if isinstance(error, (NonRetryableError, WorkflowFatalError)) or self.number > config.limit:
-            return None
-        delay = await self._ask(error) if callable(config.delay) else config.delay
-        delay *= config.backoff(self.number)
-        delay = min(delay, 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay
-
-    async def _ask(self, error: BaseException) -> int:
-        """What the delay function says, within five seconds; the backoff applies to that. If it
-        fails, so does the step."""
+    async def _ask(self, error: BaseException) -> None:
+        """Asks the delay function, which has five seconds. If it fails, so does the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
         asked = Execution(self.run, ASKING, self)
         if not is_async(function):
@@ -2071,20 +2057,31 @@ class Attempt:
         answer, failure = await asked.execute(functools.partial(function, info))
         try:
             if failure is None:
-                return parse_duration(answer)
+                self._retry(error, parse_duration(answer))
+                return
         except ValueError as wrong:
             failure = wrong
         message = f"the delay function of {self} failed: {show_error(failure)}"
-        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+        log.warning("%s: %s: %s, after %s", self.run, self, message, show_error(error))
+        self._fail(WorkflowFatalError(message, name="NonRetryableDelayError"))
 
-    def _post_failure(self, error: BaseException, delay: int | None) -> None:
-        self.again = self.call.step.asleep = delay is not None
-        if delay is None:
-            self._post(self._row("error", encode_error(error)), error)
-        else:
-            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
-            due = self.run.engine.clock.now() + delay
-            self._post(row, error, 0, Wait("retry", self.call.step.key, None, due))
+    def _retry(self, error: BaseException, delay: int) -> None:
+        """Posts that it has failed, and that another one follows after a delay, to which the
+        backoff applies."""
+        run, config, step = self.run, self.config, self.call.step
+        longest = 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep
+        delay = min(delay * config.backoff(self.number), longest)
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        self._again = step.asleep = True
+        wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
+        self._post(self._row("failed", encode_error(error, retry_delay_ms=delay)), None, 0, wait)
+
+    def _fail(self, error: BaseException) -> None:
+        """Posts that the step has failed for good."""
+        self._again = self.call.step.asleep = False
+        self._post(self._row("error", encode_error(error)), error)
 
     def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
         self.call.step.open = False
@@ -2094,12 +2091,12 @@ class Attempt:
         """Its end is committed; or refused, because the result is beyond a limit."""
         run, call = self.run, self.call
         if refused is not None:
-            self._post_failure(refused, None)
+            self._fail(refused)
             return
         run.saw(seq)
         if call.attempt is self:
             call.attempt = None
-        call.fresh = None if row.type == "failed" else fresh
+        call.fresh = fresh
         run.careful = run.careful and row.type == "failed"
         run.take(row)
 
@@ -3637,9 +3634,7 @@ class Execution:
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
                 self._attempt.abandoned()
-            await self._tell()
-        elif not task.done():
-            await asyncio.wait({task})
+            self._tell()
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
@@ -3651,7 +3646,7 @@ class Execution:
         _scope.set(self._attempt)
         outcome = await self._drive(function)
         if self._decide(outcome):
-            await self._tell()
+            self._tell()
 
     def _decide(self, outcome: Outcome) -> bool:
         """The first outcome counts; returns whether this is it."""
@@ -3666,9 +3661,9 @@ class Execution:
         for the outcome cancels that of the function.)"""
         self._failed = self._decide((None, failure)) or self._failed
 
-    async def _tell(self) -> None:
+    def _tell(self) -> None:
         if self._attempt.execution is self:
-            await self._attempt.ends(*cast(Outcome, self._outcome))
+            self._attempt.ends(*cast(Outcome, self._outcome))
 
     @types.coroutine
     def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
