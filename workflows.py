@@ -722,6 +722,7 @@ class Transaction:
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
         self._instances = database.known
+        self._reports = changes.isEnabledFor(logging.DEBUG)
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
 
@@ -754,10 +755,11 @@ class Transaction:
         except Unreadable as damage:
             raise Unreadable(f"a row of instance {inst.id!r}: {damage}") from None
 
-    def next_number(self) -> int:
-        """Keys and places in the queue are numbers of one sequence, and never given twice."""
-        (number,) = self.db.one("UPDATE numbers SET last = last + 1 RETURNING last")
-        return int(number)
+    def take_numbers(self, count: int = 1) -> int:
+        """Keys and places in the queue are numbers of one sequence, and never given twice. Returns
+        the last of those that are taken."""
+        (last,) = self.db.one("UPDATE numbers SET last = last + ? RETURNING last", count)
+        return int(last)
 
     def append(self, inst: Instance, row: Row, size: int = 0) -> None:
         """Appends a row to an instance's journal, which grows by so many bytes that count."""
@@ -766,7 +768,7 @@ class Transaction:
         self.storage += size
         self.touched.add(inst.id or "")
         self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
-        if row.step is None and changes.isEnabledFor(logging.DEBUG):
+        if row.step is None and self._reports:
             report_change(self, inst, row)
 
     def change(self, inst: Instance, **columns: Any) -> None:
@@ -4059,14 +4061,16 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     for entry in entries:
         if entry[0] not in taken:
             new.setdefault(entry[0], entry)
+    if not new:
+        return []
     if trigger != "cron":  # nobody would hear of the refusal
         for _, params, *_ in entries:
             check_state(tx, 0, size_of(params), refusal)
         tx.scheduler.queue_limit.check(tx, len(new))
     for inst in over:
         tx.purge(inst)
-    for id, params, success, error in new.values():
-        number = tx.next_number()
+    first = tx.take_numbers(len(new)) - len(new) + 1
+    for number, (id, params, success, error) in enumerate(new.values(), first):
         inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
         tx.move(inst, Row("queued", data=params), size_of(params))
     tx.requests += len(new)
@@ -4221,7 +4225,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     size = sum(size_of(text or "") for text in texts) - inst.bytes
     inst.generation += 1
     inst.ended = inst.paused = inst.termination = inst.rollback = None
-    inst.careful, inst.place = 0, tx.next_number()
+    inst.careful, inst.place = 0, tx.take_numbers()
     tx.move(inst, Row("queued", data=None if kept else rows[0].data), size, wake=tx.now)
 
 
@@ -5620,7 +5624,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        self.after = await self.workflow.engine.call(Transaction.next_number)
+        self.after = await self.workflow.engine.call(Transaction.take_numbers)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
