@@ -378,7 +378,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     if step.ended or step.state == "cancelled":
         return None  # the first end counts
     step.state = state
-    if not step.ended:
+    if state == "pending":
         return None
     step.data, step.extra = row.data, row.extra
     return step
@@ -592,9 +592,10 @@ class Database:
 
     def refresh(self) -> None:
         """Forgets what it knows, if another connection has written, or if that is too much."""
-        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
-        self._others_wrote |= self._data_version != before
-        if self._data_version != before or len(self.known) > KNOWN:
+        (version,) = self.one("PRAGMA data_version")
+        if version != self._data_version or len(self.known) > KNOWN:
+            self._others_wrote |= version != self._data_version
+            self._data_version = version
             self.known.clear()
 
     def others_wrote(self) -> bool:
@@ -1533,6 +1534,7 @@ class Replay(Life):
         self.unawaited: set[StepCall] = set()  # those calls that were not awaited yet
         self.called: set[str] = set()  # the keys of those that were
         self.active: dict[str, StepCall] = {}  # the calls that are under way, nested ones, too
+        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
         self.handlers: dict[str, Any] = {}  # see "Rollback"
         self.last_move = 0  # the turn of the loop in which it last did something
         self._dos_left = workflow.steps
@@ -1651,7 +1653,9 @@ class Replay(Life):
     def move_on(self) -> None:
         """Hands over the next result: at once, if that can disturb nothing, else when the run has
         settled. Called after whatever has happened."""
-        if self.dead or self._settling or not self.has_next():
+        if self.dead or self._settling or not self.active:
+            return
+        if not (self.inbox or self.cancelled or self.is_idle()):
             return
         call = self.active.get(next(iter(self.inbox), ""))
         if call and call.waiter and call.alone and len(self.active) == 1:
@@ -1661,9 +1665,9 @@ class Replay(Life):
             self.last_move = self.engine.turns.now
             self.engine.turns.when_settled(self)
 
-    def has_next(self) -> bool:
-        """Whether there is anything to do when it has settled."""
-        return bool(self.inbox)
+    def is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        return False
 
     def settled(self) -> None:
         """Ten turns of the loop went by without a step call or a result."""
@@ -1723,7 +1727,6 @@ class Run(Replay):
         self.status = loaded.instance.status  # as recorded, as far as it knows
         self.asked: str | None = None
         self.seq = loaded.instance.seq  # of the newest row that it knows of
-        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
         self._writing = 0  # operations that have no answer yet
 
     def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
@@ -1855,9 +1858,6 @@ class Run(Replay):
         elif self.status == "waiting" and not self.still_waits():
             self._ask("wake", wake_up)  # `run` has gone on by itself
 
-    def has_next(self) -> bool:
-        return bool(self.inbox or self.cancelled or self._is_idle())
-
     def hand_over(self) -> bool:
         if self.asked or self.status not in ("running", "waitingForPause"):
             return False
@@ -1865,7 +1865,7 @@ class Run(Replay):
             self._record_cancelled()
         if super().hand_over():
             return True
-        if self._is_idle():
+        if self.is_idle():
             self._ask("idle", go_idle, self.seq, then=self._idled)
         return False
 
@@ -1873,8 +1873,7 @@ class Run(Replay):
         self.asked = what
         self.post(operation, *args, then=then)
 
-    def _is_idle(self) -> bool:
-        """Whether all that is under way are sleeps, event waits and retry delays."""
+    def is_idle(self) -> bool:
         if self.status != "running" or self._writing or not self.active:
             return False
         return all(call.step.asleep for call in self.active.values())
@@ -4868,7 +4867,7 @@ class UndoRun(Run):
     def conclude(self, result: Any) -> None:
         self.end(end_rollback, result)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         return False
 
 
@@ -5092,6 +5091,9 @@ class History:
 # Usage: what Cloudflare's pricing is based on, counted with each commit.
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
+_COUNT = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+    requests = requests + excluded.requests, steps = steps + excluded.steps,
+    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
 
 
 def begins_step(row: Row) -> bool:
@@ -5105,11 +5107,7 @@ def count_usage(tx: Transaction) -> None:
     """Writes what a transaction has used."""
     used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
     if any(used):
-        sql = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
-                  requests = requests + excluded.requests, steps = steps + excluded.steps,
-                  cpu_ms = cpu_ms + excluded.cpu_ms,
-                  storage_bytes = storage_bytes + excluded.storage_bytes"""
-        tx.db.execute(sql, (tx.now, *used))
+        tx.db.execute(_COUNT, (tx.now, *used))
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
