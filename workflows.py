@@ -853,7 +853,8 @@ class Transaction:
 # Writing: who runs a transaction, and when.
 #
 # On the loop itself, at the end of the turn in which something was posted, as long as a commit
-# takes about a millisecond at most: so a step needs no hand-over between threads. On a slow disk,
+# takes about a millisecond at most: so a step needs no hand-over between threads. (If a run waits,
+# and nothing else happens in that turn, it need not even wait for the end of it.) On a slow disk,
 # or while another process holds the write lock, in the writer thread: so the loop never waits for
 # either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
 # Both take the same `_transact`, one at a time. What was posted first is committed first, so that
@@ -865,6 +866,7 @@ class Transaction:
 
 TICK = 0.05  # seconds
 QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
+LONG_TURN = 0.002  # seconds; a turn of the loop is not drawn out for longer
 TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
 BATCH = 256  # at most so many operations, and so many due instances, are taken at once
 
@@ -907,6 +909,7 @@ class Writer:
         self.failure: WorkflowInternalError | None = None
         self.flushing = False  # the loop is about to run what was posted
         self._posted: list[Posted] = []
+        self._turn_began: float = 0  # the turn in which something was posted first
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
         self._lock = threading.RLock()  # whoever uses the database holds it
@@ -929,10 +932,14 @@ class Writer:
     def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
         """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
         committed."""
-        if not self.flushing:
-            self.flushing = True
-            self.engine.call_soon(self._flush)
         self._posted.append((operation, args, then))
+        self._flush_later()
+
+    def hurry(self) -> None:
+        """Does now what would be done at the end of this turn: for a run that waits, when nothing
+        else is left to do in this turn. But soon the loop must look at its timers and sockets."""
+        if time.monotonic() < self._turn_began + LONG_TURN:
+            self.engine.context.run(self._carry_out)
 
     def close(self) -> None:
         """Runs what is posted, and lets the thread close the database."""
@@ -950,13 +957,21 @@ class Writer:
 
     # -- on the loop
 
+    def _flush_later(self) -> None:
+        if not self.flushing:
+            self.flushing = True
+            self._turn_began = time.monotonic()
+            self.engine.call_soon(self._flush)
+
     def _flush(self) -> None:
         self.flushing = False
+        self._carry_out()
+
+    def _carry_out(self) -> None:
         batch, self._posted = self._posted[:BATCH], self._posted[BATCH:]
         if self._posted:
-            self.flushing = True
-            self.engine.call_soon(self._flush)
-        if self._closed or self._process != os.getpid():
+            self._flush_later()
+        if not batch or self._closed or self._process != os.getpid():
             return  # (a forked child must not write over our connection)
         answer = None
         if self.exact or (self._distrust == 0 and self._handed == 0):
@@ -1620,6 +1635,8 @@ class Replay(Life):
         call.waiter = self.loop.create_future()
         call.alone = self._is_alone(call)
         self.move_on()
+        if call.alone:
+            self.engine.writer.hurry()
         try:
             await call.waiter
         finally:
@@ -2401,7 +2418,7 @@ class Core:
             what = "a timer that `run` sets (asyncio.timeout) is lost when an instance hibernates"
             log.info("%r does not show its timers: %s", type(self.loop), what)
         # What the engine does it does in this context, not in that of whoever caused it.
-        self._context = contextvars.copy_context()
+        self.context = contextvars.copy_context()
         self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
         self.turns, self.lives = Turns(self.call_soon), Lives(self)
         database = Database(self.path)
@@ -2470,12 +2487,12 @@ class Core:
 
     def call_soon(self, callback: Callable[..., object]) -> None:
         """Calls back in the next turn of the loop."""
-        self.loop.call_soon(callback, context=self._context)
+        self.loop.call_soon(callback, context=self.context)
 
     def call_from_thread(self, callback: Callable[..., object], *args: Any) -> None:
         """Calls back on the loop."""
         with contextlib.suppress(RuntimeError):  # it was closed, and the engine forgotten
-            self.loop.call_soon_threadsafe(callback, *args, context=self._context)
+            self.loop.call_soon_threadsafe(callback, *args, context=self.context)
 
     def nothing_else_ready(self) -> bool:
         """Whether the loop has nothing to do but what the engine itself has asked for. (A loop that
