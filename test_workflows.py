@@ -41,6 +41,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import statistics
 import subprocess
@@ -12342,15 +12343,24 @@ class Outside(Case):
         "steps": one_step, "events": one_event, "naps": one_sleep, "retries": retries_once,
         "fails": fails_after_a_step, "long": all_but_endless,
     }  # fmt: skip
+    pace = 0.0  # the server spares no engine, but for the test that is about this
 
     @contextlib.asynccontextmanager
     async def served(self, token: str | None = None, **more: Callable[..., Any]) -> Any:
+        def look_often(server: Any, _: float) -> None:
+            """Whether the server is to stop: in each test, somebody waits for that."""
+            socketserver.TCPServer.serve_forever(server, 0.002)
+
+        patch = unittest.mock.patch.object
+        quick = patch(workflows, "PACE", self.pace)
+        quicker_to_stop = patch(workflows.Server, "serve_forever", look_often)
         async with self.engine() as engine:
             for name, run in (self.bound | more).items():
                 engine.bind(workflow(run, name), name)
-            async with workflows.serve(engine, token=token) as server:
-                self.server, self.port = server, server.server_address[1]
-                yield engine
+            with quick, quicker_to_stop:
+                async with workflows.serve(engine, token=token) as server:
+                    self.server, self.port = server, server.server_address[1]
+                    yield engine
 
     async def exchange(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         return await asyncio.to_thread(exchange, self.port, method, path, body, **headers)
@@ -13338,6 +13348,7 @@ class Wire(Outside):
             f"POST {REST}/naps/instances HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
             "GET " + "x" * 70_000,
         ]  # fmt: skip
+        self.pace = workflows.PACE
         async with self.served(busy=busy) as engine:
             await self.create("naps")
             running = await engine.env.BUSY.create()
