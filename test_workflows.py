@@ -3350,6 +3350,8 @@ class Test(WorkflowEntrypoint):
 async def get(w, id="i", params=None):
     await w.create_batch([{"id": id, "params": params}])
     return await w.get(id)
+def complain_in_a_file():
+    sys.stderr = open(f"{PATH}.stderr-{os.getpid()}", "w", buffering=1)
 def go(**options):
     async def inner():
         async with Engine(PATH, **options) as engine:
@@ -3384,8 +3386,8 @@ async def reach(instance: Any, *wanted: str, seconds: float = 5) -> float:
     return await until(there, seconds)
 
 
-# A child is forked from a process that has imported the module already. This saves it a fifth of a
-# second of CPU, and it is as real, and after SIGKILL as dead, as any other.
+# A child is forked from a process that has imported the module already. This saves it a third of a
+# second, and it is as real, and after SIGKILL as dead, as any other.
 NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload(["workflows"])
 
@@ -3464,6 +3466,19 @@ class Real(Case):
         child = Child(self.path, Path(file.name), *args, fresh=fresh)
         self.addCleanup(child.kill)
         return child
+
+    def command(self, *args: str, **environ: str) -> Child:
+        """A command of workflows.py, as a process in the test's folder."""
+        return self.child(f"""
+            logging.getLogger("workflows").setLevel(logging.NOTSET)
+            complain_in_a_file()
+            os.chdir(os.path.dirname(PATH))
+            os.environ.update({environ})
+            sys.exit(workflows.main({args}))
+            """)
+
+    def complaints(self, child: Child) -> str:
+        return Path(f"{self.path}.stderr-{child.pid}").read_text()
 
     @contextlib.asynccontextmanager
     async def engine(self, **options: Any) -> Any:
@@ -13827,7 +13842,8 @@ class Bad(WorkflowEntrypoint):
 class DevProcess(Real):
     """`dev` as a real process."""
 
-    async def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
+    def setUp(self) -> None:
+        super().setUp()
         (self.folder / "app.py").write_text(APP)
         bound = [
             {"name": name.lower(), "binding": name.upper(), "class_name": name}
@@ -13835,26 +13851,21 @@ class DevProcess(Real):
         ]
         text = json.dumps({"main": "app.py", "workflows": bound})
         (self.folder / "wrangler.jsonc").write_text(text)
-        command = [sys.executable, workflows.__file__, "dev", "--port", "0", "--db", self.path]
-        child = subprocess.Popen(
-            [*command, *args], cwd=self.folder, text=True, env=os.environ | environ,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        self.addCleanup(self.forget, child)
-        line = await asyncio.to_thread(child.stdout.readline)
-        self.port = int(line.rpartition(":")[2].strip("/\n") or 0)
+
+    async def start(self, *args: str, **environ: str) -> Child:
+        child = self.command("dev", "--port", "0", "--db", self.path, *args, **environ)
+        self.meet(await asyncio.to_thread(child.hear))
         return child
 
-    def forget(self, child: Any) -> None:
-        child.kill()
-        child.communicate()
+    def meet(self, line: str) -> None:
+        """Takes note of where it is, as it says."""
+        self.port = int(line.rpartition(":")[2].strip("/\n") or 0)
 
-    async def stop(self, child: Any, number: int = signal.SIGTERM) -> str:
+    async def stop(self, child: Child, number: int = signal.SIGTERM) -> str:
         """Ends it; returns its log."""
-        child.send_signal(number)
-        out, err = await asyncio.to_thread(child.communicate, timeout=10)
-        self.assertEqual((child.returncode, out), (0, ""))
-        return err
+        os.kill(child.pid, number)
+        self.assertEqual(await asyncio.to_thread(child.end), ("", 0))
+        return self.complaints(child)
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         _, text = await asyncio.to_thread(exchange, self.port, method, REST + path, body)
@@ -13862,6 +13873,11 @@ class DevProcess(Real):
 
 
 class Dev(DevProcess):
+    async def works(self) -> bool:
+        """Whether the callback of the slow instance is in its first attempt."""
+        found = await self.ask("GET", "/slow/instances/i")
+        return [len(step["attempts"]) for step in found["steps"]] == [1]
+
     async def test_it_stops_cleanly_at_either_signal_and_logs_each_change(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number):
@@ -13870,7 +13886,7 @@ class Dev(DevProcess):
                 await self.ask("POST", "/naps/instances", {"id": id})
                 await self.ask("POST", "/bad/instances", {"id": id})
                 await self.ask("PATCH", f"/naps/instances/{id}/status", {"status": "pause"})
-                await asyncio.sleep(0.2)
+                await until(lambda child=child: "errored" in self.complaints(child))
                 log = await self.stop(child, number)
                 lines = [
                     line.split(" ", 2)[2].strip() for line in log.splitlines() if line[:2] == "20"
@@ -13886,22 +13902,20 @@ class Dev(DevProcess):
     async def test_the_next_one_goes_on(self) -> None:
         child = await self.start()
         await self.ask("POST", "/slow/instances", {"id": "i", "params": 3600})
-        await asyncio.sleep(0.2)
+        await until(self.works)
         await self.stop(child)
         await self.start()
 
         async def goes_on() -> bool:
             found = await self.ask("GET", "/slow/instances/i")
-            (step,) = found["steps"]
-            # A clean stop counts no attempt.
-            return (found["status"], len(step["attempts"])) == ("running", 1)
+            return found["status"] == "running" and await self.works()
 
-        await until(goes_on)
+        await until(goes_on)  # a clean stop counts no attempt
 
     async def test_drain_lets_attempts_end(self) -> None:
         child = await self.start("--drain", "5 seconds")
-        await self.ask("POST", "/slow/instances", {"id": "i", "params": 0.5})
-        await asyncio.sleep(0.2)
+        await self.ask("POST", "/slow/instances", {"id": "i", "params": 0.3})
+        await until(self.works)
         await self.stop(child)
         rows = self.rows("SELECT type FROM journal WHERE step IS NOT NULL ORDER BY seq DESC")
         self.assertEqual(rows[0], ("done",))
@@ -13915,17 +13929,23 @@ class Dev(DevProcess):
         self.assertEqual(answer.status, 200)
 
     async def test_there_is_one_copy_of_the_module(self) -> None:
-        await self.start()
-        await self.ask("POST", "/naps/instances", {"id": "i"})
-        found = await self.ask("GET", "/naps")
+        command = [sys.executable, workflows.__file__, "dev", "--port", "0", "--db", self.path]
+        options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command, cwd=self.folder, **options) as child:
+            try:
+                self.meet(await asyncio.to_thread(child.stdout.readline))
+                await self.ask("POST", "/naps/instances", {"id": "i"})
+                found = await self.ask("GET", "/naps")
+            finally:
+                child.terminate()
         self.assertEqual(found["class_name"], "Naps")  # a class of the module that it runs as
+        self.assertEqual(child.returncode, 0)
 
     async def test_a_port_that_is_taken_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             child = await self.start("--port", str(taken.getsockname()[1]))
-            out, err = await asyncio.to_thread(child.communicate, timeout=10)
-        self.assertEqual((child.returncode, out), (2, ""))
-        self.assertEqual(len(err.splitlines()), 1)
+            self.assertEqual(await asyncio.to_thread(child.end), ("", 2))
+        self.assertEqual(len(self.complaints(child).splitlines()), 1)
 
     async def test_wrangler_and_a_browser_reach_it_by_the_name_localhost(self) -> None:
         await self.start()
@@ -13939,13 +13959,11 @@ class Dev(DevProcess):
 class Checking(DevProcess):
     """`check`: real processes, with code that changes."""
 
-    async def check(self, *args: str) -> tuple[int, str, str]:
-        command = [sys.executable, workflows.__file__, "check", *args]
-        if "--db" not in args:
-            command += ["--db", self.path]
-        options: Any = {"cwd": self.folder, "capture_output": True, "text": True}
-        done = await asyncio.to_thread(subprocess.run, command, **options)
-        return done.returncode, done.stdout, done.stderr
+    async def check(self, *args: str) -> tuple[int | None, str, str]:
+        database = () if "--db" in args else ("--db", self.path)
+        child = self.command("check", *args, *database)
+        out = await asyncio.to_thread(child.talk.read)
+        return child.wait(), out, self.complaints(child)
 
     def change(self, old: str, new: str) -> None:
         file = self.folder / "app.py"
@@ -15508,20 +15526,20 @@ def crashes(arguments: list[str]) -> None:
     logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
     began, quick, cases = time.monotonic(), bool(arguments), []
     failed = killed = 0
-    for way in ("loop", "thread", "takeover"):
-        wrong, commits, _ = Crash(way).run()
-        print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
-        failed += bool(wrong)
-        numbers = range(1, 100 if way == "takeover" else commits + 1)
-        cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
-        if way != "takeover":
-            cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
-        if way != "takeover" and not quick:  # the next process dies, too
-            first = itertools.product(numbers, ("before", "interrupt"))
-            again = (1, "before"), (3, "error"), (8, "after")
-            cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
-    cases = random.Random(1).sample(cases, 10) if quick else cases
     with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
+        ways = [Crash(way) for way in ("loop", "thread", "takeover")]
+        for (way, _), (wrong, commits, _) in zip(ways, pool.imap(Crash.run, ways), strict=True):
+            print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
+            failed += bool(wrong)
+            numbers = range(1, 100 if way == "takeover" else commits + 1)
+            cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+            if way != "takeover":
+                cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
+            if way != "takeover" and not quick:  # the next process dies, too
+                first = itertools.product(numbers, ("before", "interrupt"))
+                again = (1, "before"), (3, "error"), (8, "after")
+                cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
+        cases = random.Random(1).sample(cases, 10) if quick else cases
         for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
             killed += died
             failed += bool(wrong)
@@ -15532,11 +15550,15 @@ def crashes(arguments: list[str]) -> None:
     raise SystemExit(failed > 0)
 
 
-class Crashes(unittest.TestCase):
+class Crashes(Real):
     def test_a_share_of_the_campaign(self) -> None:
-        command = [sys.executable, __file__, "crashes", "--quick"]
-        run = subprocess.run(command, check=False, capture_output=True, text=True)
-        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+        child = self.child("""
+            import test_workflows
+            complain_in_a_file()
+            test_workflows.crashes(["--quick"])
+            """)
+        said, code = child.end()
+        self.assertEqual((code, self.complaints(child)), (0, ""), said)
 
 
 # --------------------------------------------------------------------------------------------------
