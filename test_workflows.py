@@ -3386,6 +3386,13 @@ async def reach(instance: Any, *wanted: str, seconds: float = 5) -> float:
     return await until(there, seconds)
 
 
+def quicker(factor: float) -> Any:
+    """The engine looks around so many times as often, and its patience ends so much earlier."""
+    faster = types.SimpleNamespace(**vars(time))
+    faster.monotonic = lambda: time.monotonic() * factor
+    return unittest.mock.patch.object(workflows, "time", faster)
+
+
 # A child is forked from a process that has imported the module already. This saves it a third of a
 # second, and it is as real, and after SIGKILL as dead, as any other.
 NURSERY = multiprocessing.get_context("forkserver")
@@ -3459,11 +3466,13 @@ class Real(Case):
 
     where = None
 
-    def child(self, script: str, *args: str, fresh: bool = False) -> Child:
+    def child(
+        self, script: str, *args: str, path: str | None = None, fresh: bool = False
+    ) -> Child:
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
             file.write(PRELUDE + textwrap.dedent(script))
         self.addCleanup(os.unlink, file.name)
-        child = Child(self.path, Path(file.name), *args, fresh=fresh)
+        child = Child(path or self.path, Path(file.name), *args, fresh=fresh)
         self.addCleanup(child.kill)
         return child
 
@@ -3485,8 +3494,8 @@ class Real(Case):
         async with Engine(self.path, **options) as engine:
             yield engine
 
-    def log(self) -> list[str]:
-        path = Path(self.path + ".log")
+    def log(self, path: str | None = None) -> list[str]:
+        path = Path((path or self.path) + ".log")
         return path.read_text().split() if path.exists() else []
 
     def runs_until_it_ends(self, script: str, most: int = 20) -> int:
@@ -4638,7 +4647,7 @@ class Queue(Case):
 
 CAMPAIGN = """
 import itertools
-ROUNDS = 75
+ROUNDS = 40
 async def run(event, step):
     got = []
     async def acknowledged(id, name, config, work):
@@ -4684,17 +4693,23 @@ go()
 
 class Sigkill(Real):
     async def test_nothing_acknowledged_is_lost_or_repeated_in_twenty_sigkills(self) -> None:
-        chance = random.Random(1)
-        for _ in range(20):
-            child = self.child(CAMPAIGN)
+        await asyncio.gather(self.survive(1), self.survive(2))
+
+    async def survive(self, seed: int) -> None:
+        """A database of its own survives ten of them."""
+        path, chance = f"{self.path}-{seed}", random.Random(seed)
+        for _ in range(10):
+            child = self.child(CAMPAIGN, path=path)
             await child.wait_for("up")
             await asyncio.sleep(chance.uniform(0, 0.12))
             child.kill()
-        self.assertEqual(self.rows("SELECT count(*) FROM instances WHERE ended IS NULL"), [(3,)])
-        self.assertEqual(await asyncio.to_thread(self.child(CAMPAIGN).end), ("up", 0))
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            (unfinished,) = db.execute("SELECT count(*) FROM instances WHERE ended IS NULL")
+        self.assertEqual(unfinished, (3,))
+        self.assertEqual(await asyncio.to_thread(self.child(CAMPAIGN, path=path).end), ("up", 0))
         acknowledged: dict[str, str] = {}
         sent: dict[str, list[int]] = {"x": [], "y": [], "z": []}
-        for line in self.log():
+        for line in self.log(path):
             what, id, name, *rest = line.split(":")
             if what == "begin":
                 self.assertNotIn(f"{id}:{name}", acknowledged, "it ran again")
@@ -4702,8 +4717,8 @@ class Sigkill(Real):
                 self.assertEqual(acknowledged.setdefault(f"{id}:{name}", *rest), *rest)
             elif what == "sent":
                 sent[id].append(int(name))
-        self.assertEqual(len(acknowledged), 3 * 75 * 5)
-        async with self.engine() as engine:
+        self.assertEqual(len(acknowledged), 3 * 40 * 5)
+        async with Engine(path) as engine:
             bound = engine.bind(workflow(one_step))
             for id, stored in sent.items():
                 got = await (await bound.get(id)).result()
@@ -5363,7 +5378,7 @@ class Storage(Real):
                 instance = await engine.bind(workflow(gate.run)).get("i")
                 self.assertEqual(await instance.result("2 seconds"), "i")
 
-        with self.assertLogs("workflows", logging.CRITICAL):
+        with self.assertLogs("workflows", logging.CRITICAL), quicker(5):
             await asyncio.gather(lose("a.db", False), lose("b.db", True))
 
     async def test_an_empty_file_and_odd_names_are_fine(self) -> None:
@@ -5549,6 +5564,7 @@ class Processes(Real):
 
     async def test_a_client_stops_too_when_the_file_of_the_owners_lock_was_replaced(self) -> None:
         """Or it would soon hold a lock that the next process doesn't see."""
+        self.enterContext(quicker(5))
         async with self.client() as bound:
             instance = await bound.create(params=0)
             os.rename(self.path + "-owner", self.path + "-owner.old")
@@ -5671,10 +5687,10 @@ class Processes(Real):
         logger = logging.getLogger("workflows")
         logger.setLevel(logging.WARNING)
         self.addCleanup(logger.setLevel, logging.CRITICAL)
-        with self.assertLogs(logger) as logs:
+        with self.assertLogs(logger) as logs, quicker(10):
             async with self.engine() as engine:
                 engine.bind(workflow(one_step, "Other"))
-                await asyncio.sleep(2.1)
+                await asyncio.sleep(0.5)  # long enough for several
         self.assertEqual(["'test'" in line for line in logs.output], [True])
         self.assertEqual(self.rows("SELECT status FROM instances"), [("queued",)])
 
@@ -13766,7 +13782,7 @@ class CommandLine(Outside):
 class AtATerminal(Real):
     """Commands as real processes."""
 
-    def command(self, *args: str) -> list[str]:
+    def arguments(self, *args: str) -> list[str]:
         return [sys.executable, workflows.__file__, *args, "--db", self.path]
 
     async def asyncSetUp(self) -> None:
@@ -13780,7 +13796,7 @@ class AtATerminal(Real):
         """What a command prints when a person is looking."""
         master, slave = os.openpty()
         with subprocess.Popen(
-            self.command(*args), stdout=slave, stderr=slave, env=os.environ | environ
+            self.arguments(*args), stdout=slave, stderr=slave, env=os.environ | environ
         ) as child:
             os.close(slave)
             printed = b""
@@ -13793,16 +13809,21 @@ class AtATerminal(Real):
 
     def test_colours_are_for_people_who_want_them(self) -> None:
         command = ("instances", "describe", "steps", "i")
-        self.assertIn("\x1b[32m", self.on_terminal(*command, NO_COLOR="", TERM="xterm"))
-        self.assertNotIn("\x1b", self.on_terminal(*command, NO_COLOR="1", TERM="xterm"))
-        piped = subprocess.run(self.command(*command), capture_output=True, check=True)
-        self.assertNotIn(b"\x1b", piped.stdout)
+        piped = subprocess.Popen(self.arguments(*command), stdout=subprocess.PIPE)
+        with ThreadPoolExecutor(2) as pool, piped:
+            wanted, unwanted = [
+                pool.submit(self.on_terminal, *command, NO_COLOR=no, TERM="xterm") for no in ("", "1")
+            ]
+            self.assertIn("\x1b[32m", wanted.result())
+            self.assertNotIn("\x1b", unwanted.result())
+            self.assertNotIn(b"\x1b", piped.stdout.read())
+        self.assertEqual(piped.returncode, 0)
 
     def test_a_long_deletion_shows_progress(self) -> None:
         self.assertIn("101 …", self.on_terminal("delete", "steps"))
 
     def test_a_broken_pipe_is_quiet(self) -> None:
-        command = self.command("instances", "list", "steps", "--per-page", "100")
+        command = self.arguments("instances", "list", "steps", "--per-page", "100")
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             child.stdout.close()
             self.assertEqual(child.stderr.read(), b"")
@@ -13811,7 +13832,7 @@ class AtATerminal(Real):
     async def test_ctrl_c_is_quiet(self) -> None:
         async with self.engine() as engine:
             await engine.bind(workflow(one_event, "Events")).create(id="i")
-            command = self.command("instances", "describe", "events", "--follow")
+            command = self.arguments("instances", "describe", "events", "--follow")
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
                 while b"w-1" not in await asyncio.to_thread(child.stdout.readline):
                     pass
@@ -14625,13 +14646,6 @@ def ways() -> Any:
     for way, trust, quick in (("loop", 0, 60.0), ("thread", 1, -1.0)):
         with unittest.mock.patch.multiple(workflows, TRUST=trust, QUICK=quick):
             yield way
-
-
-def quicker(factor: float) -> Any:
-    """The engine's patience ends so many times as early."""
-    faster = types.SimpleNamespace(**vars(time))
-    faster.monotonic = lambda: time.monotonic() * factor
-    return unittest.mock.patch.object(workflows, "time", faster)
 
 
 class Counter:
