@@ -13489,6 +13489,8 @@ class Page(Outside):
 
 
 class CommandLine(Outside):
+    out = io.StringIO()  # what the last command has printed so far
+
     async def asyncSetUp(self) -> None:
         # What asyncio says of a slow machine would stand among what a command prints.
         asyncio.get_running_loop().slow_callback_duration = 60
@@ -13497,17 +13499,17 @@ class CommandLine(Outside):
         """Exit code, stdout and stderr of a command."""
 
         def run() -> tuple[int, str, str]:
-            out, err = io.StringIO(), io.StringIO()
+            self.out, err = io.StringIO(), io.StringIO()
             changed = {"NO_COLOR": "", "COLUMNS": "120"} | environ
             with (
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+                contextlib.redirect_stdout(self.out), contextlib.redirect_stderr(err),
                 unittest.mock.patch.dict(os.environ, changed),
             ):  # fmt: skip
                 try:
                     code = workflows.main([*args, *(["--db", self.path] if db else [])])
                 except SystemExit as exit:
                     code = exit.code
-            return code, out.getvalue(), err.getvalue()
+            return code, self.out.getvalue(), err.getvalue()
 
         return await asyncio.to_thread(run)
 
@@ -13644,7 +13646,8 @@ class CommandLine(Outside):
             path = await self.create("events")
             command = ("instances", "describe", "events", "--follow", *args)
             task = asyncio.create_task(self.cli(*command))
-            await asyncio.sleep(0.5)
+            await until(lambda: "w-1" in self.out.getvalue())
+            await asyncio.sleep(0.1)
             await self.ask("POST", path + "/events/t", {"y": 1})
             await self.clock.settle()
             code, out, _ = await task
@@ -14103,12 +14106,24 @@ class Readme(unittest.TestCase):
     module = Path(workflows.__file__).resolve()
     text: str
     files: dict[str, str]
+    demo: subprocess.Popen[str]
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.text = (cls.module.parent / "README.md").read_text(encoding="utf-8")
         named = (re.match(r"\S+ (\S+)\n", block) for block in cls.blocks())
         cls.files = {match[1]: match.string for match in named if match and "." in match[1]}
+        # The demo takes seconds, which the other tests use.
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory(dir=Case.where))
+        cls.demo = cls.start_python(folder, str(cls.module), "demo")
+        cls.addClassCleanup(cls.demo.communicate)
+        cls.addClassCleanup(cls.interrupt_the_demo)
+
+    @classmethod
+    def interrupt_the_demo(cls) -> None:
+        """If nobody has waited for its end. (It does not leave its own child behind.)"""
+        if cls.demo.poll() is None:
+            cls.demo.send_signal(signal.SIGINT)
 
     @classmethod
     def blocks(cls, language: str = r"\w+") -> list[str]:
@@ -14123,16 +14138,20 @@ class Readme(unittest.TestCase):
             Path(folder.name, name).write_text(hasty, encoding="utf-8")
         return Path(folder.name)
 
-    def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
+    @classmethod
+    def start_python(cls, folder: Path | str, *args: str) -> subprocess.Popen[str]:
         """Runs Python in a folder, with workflows.py to import."""
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-W", "default", *args],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(self.module.parent)},
+            env={**os.environ, "PYTHONPATH": str(cls.module.parent)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
+
+    def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
+        process = self.start_python(folder, *args)
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
@@ -14195,10 +14214,11 @@ class Readme(unittest.TestCase):
                     self.assertEqual((ended[0], said), (0, ""), ended[2])
                     self.assertRegex(ended[2], rf"\A{report}\Z")
 
-    def test_the_first_workflow_survives_a_kill_and_a_renamed_step_is_caught(self) -> None:
+    def test_an_order_survives_a_kill_and_a_renamed_step_is_caught(self) -> None:
         folder = self.folder()
         path = folder / "order.py"
-        path.write_text(self.files["order.py"])  # it is to die in its sleep
+        # It is to die in its sleep.
+        path.write_text(self.files["order.py"].replace('"2 seconds"', '"1 second"'))
         order = self.start(folder, "order.py")
         self.wait_for_row(folder / "orders.db", "SELECT 1 FROM journal WHERE type = 'sleep'")
         order.kill()
@@ -14239,8 +14259,8 @@ class Readme(unittest.TestCase):
 
     def test_the_demo_shows_that_no_finished_step_ran_twice(self) -> None:
         self.assertIn("python3 workflows.py demo", self.text)
-        code, said, complained = self.run_python(self.folder(), str(self.module), "demo")
-        self.assertEqual((code, complained), (0, ""))
+        said, complained = self.demo.communicate(timeout=60)
+        self.assertEqual((self.demo.returncode, complained), (0, ""))
         before, after = said.split("was killed (SIGKILL)")
         self.assertNotIn("workflow_completed", before)
         self.assertIn("workflow_completed", after)
