@@ -3466,9 +3466,7 @@ class Real(Case):
 
     where = None
 
-    def child(
-        self, script: str, *args: str, path: str | None = None, fresh: bool = False
-    ) -> Child:
+    def child(self, script: str, *args: str, path: str | None = None, fresh: bool = False) -> Child:
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
             file.write(PRELUDE + textwrap.dedent(script))
         self.addCleanup(os.unlink, file.name)
@@ -3476,11 +3474,15 @@ class Real(Case):
         self.addCleanup(child.kill)
         return child
 
-    def command(self, *args: str, **environ: str) -> Child:
+    def command(self, *args: str, terminal: str | None = None, **environ: str) -> Child:
         """A command of workflows.py, as a process in the test's folder."""
         return self.child(f"""
             logging.getLogger("workflows").setLevel(logging.NOTSET)
             complain_in_a_file()
+            if {terminal!r}:
+                screen = open({terminal!r}, "w")
+                say("there")
+                sys.stdout = sys.stderr = screen
             os.chdir(os.path.dirname(PATH))
             os.environ.update({environ})
             sys.exit(workflows.main({args}))
@@ -4647,7 +4649,7 @@ class Queue(Case):
 
 CAMPAIGN = """
 import itertools
-ROUNDS = 40
+ROUNDS = 20
 async def run(event, step):
     got = []
     async def acknowledged(id, name, config, work):
@@ -4693,12 +4695,12 @@ go()
 
 class Sigkill(Real):
     async def test_nothing_acknowledged_is_lost_or_repeated_in_twenty_sigkills(self) -> None:
-        await asyncio.gather(self.survive(1), self.survive(2))
+        await asyncio.gather(*map(self.survive, range(4)))
 
     async def survive(self, seed: int) -> None:
-        """A database of its own survives ten of them."""
+        """A database of its own survives five of them."""
         path, chance = f"{self.path}-{seed}", random.Random(seed)
-        for _ in range(10):
+        for _ in range(5):
             child = self.child(CAMPAIGN, path=path)
             await child.wait_for("up")
             await asyncio.sleep(chance.uniform(0, 0.12))
@@ -4717,7 +4719,7 @@ class Sigkill(Real):
                 self.assertEqual(acknowledged.setdefault(f"{id}:{name}", *rest), *rest)
             elif what == "sent":
                 sent[id].append(int(name))
-        self.assertEqual(len(acknowledged), 3 * 40 * 5)
+        self.assertEqual(len(acknowledged), 3 * 20 * 5)
         async with Engine(path) as engine:
             bound = engine.bind(workflow(one_step))
             for id, stored in sent.items():
@@ -5636,13 +5638,13 @@ class Processes(Real):
 
     def is_owned(self) -> bool:
         """Whether another process (!) would find the file owned."""
-        attempt = (
-            "import sqlite3, sys\n"
-            "db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
-            "db.execute('BEGIN EXCLUSIVE')"
-        )
-        command = [sys.executable, "-c", attempt, self.path + "-owner"]
-        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0
+        said, _ = self.child("""
+            import sqlite3
+            db = sqlite3.connect(PATH + "-owner", timeout=0, isolation_level=None)
+            try: db.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error: say(error)
+            """).end()
+        return said == "database is locked"
 
     async def test_a_second_engine_in_the_process_is_a_client_and_takes_over(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -11672,8 +11674,12 @@ class Replaying(Case):
         async with self.engine() as engine:
             bound = await engine.workflow("test")
             bound.cls = workflow(new)
-            report = await bound.replay("i")
-            self.assertEqual([each.safe async for each in bound.replay_all()], [report.safe])
+
+            async def replay_all() -> list[bool]:
+                return [each.safe async for each in bound.replay_all()]
+
+            report, safe = await asyncio.gather(bound.replay("i"), replay_all())
+            self.assertEqual(safe, [report.safe])
         after = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM instances")
         self.assertEqual(before, after)
         return report
@@ -13798,29 +13804,26 @@ class AtATerminal(Real):
     def on_terminal(self, *args: str, **environ: str) -> str:
         """What a command prints when a person is looking."""
         master, slave = os.openpty()
-        with subprocess.Popen(
-            self.arguments(*args), stdout=slave, stderr=slave, env=os.environ | environ
-        ) as child:
-            os.close(slave)
-            printed = b""
-            with contextlib.suppress(OSError):  # the end, on Linux
-                while part := os.read(master, 2**16):
-                    printed += part
+        child = self.command(*args, "--db", self.path, terminal=os.ttyname(slave), **environ)
+        self.assertEqual(child.hear(), "there")
+        os.close(slave)
+        printed = b""
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while part := os.read(master, 2**16):
+                printed += part
         os.close(master)
-        self.assertEqual(child.returncode, 0)
+        self.assertEqual(child.wait(), 0)
         return printed.decode()
 
     def test_colours_are_for_people_who_want_them(self) -> None:
         command = ("instances", "describe", "steps", "i")
-        piped = subprocess.Popen(self.arguments(*command), stdout=subprocess.PIPE)
-        with ThreadPoolExecutor(2) as pool, piped:
-            wanted, unwanted = [
-                pool.submit(self.on_terminal, *command, NO_COLOR=no, TERM="xterm") for no in ("", "1")
-            ]
-            self.assertIn("\x1b[32m", wanted.result())
-            self.assertNotIn("\x1b", unwanted.result())
-            self.assertNotIn(b"\x1b", piped.stdout.read())
-        self.assertEqual(piped.returncode, 0)
+        self.assertIn("\x1b[32m", self.on_terminal(*command, NO_COLOR="", TERM="xterm"))
+        self.assertNotIn("\x1b", self.on_terminal(*command, NO_COLOR="1", TERM="xterm"))
+        piped = self.command(*command, "--db", self.path)
+        said, code = piped.end()
+        self.assertIn("complete", said)
+        self.assertNotIn("\x1b", said)
+        self.assertEqual(code, 0)
 
     def test_a_long_deletion_shows_progress(self) -> None:
         self.assertIn("101 …", self.on_terminal("delete", "steps"))
@@ -14810,7 +14813,7 @@ class Faults(Real):
                     with contextlib.closing(db), self.assertLogs("workflows") as logs:
                         db.execute("BEGIN IMMEDIATE")
                         asking = asyncio.create_task(instance.status())
-                        await asyncio.sleep(0.3)
+                        await until(lambda logs=logs: logs.output)
                         self.assertFalse(asking.done())
                         db.execute("COMMIT")
                         await asking
@@ -15584,17 +15587,6 @@ def crashes(arguments: list[str]) -> None:
     raise SystemExit(failed > 0)
 
 
-class Crashes(Real):
-    def test_a_share_of_the_campaign(self) -> None:
-        child = self.child("""
-            import test_workflows
-            complain_in_a_file()
-            test_workflows.crashes(["--quick"])
-            """)
-        said, code = child.end()
-        self.assertEqual((code, self.complaints(child)), (0, ""), said)
-
-
 # --------------------------------------------------------------------------------------------------
 # Load: `python3 test_workflows.py load [hours]` runs that program again and again, several at a
 # time, for an hour of a clock that is 200 times as fast. What the process holds when nothing is
@@ -15693,10 +15685,24 @@ def load(arguments: list[str]) -> None:
     raise SystemExit(bool(grew))
 
 
-class Load(Case):
-    def test_a_share_of_the_campaign(self) -> None:
+class Shares(Case):
+    """A share of these two campaigns. The first is about processes: while they die, the second
+    goes on."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        command = [sys.executable, __file__, "crashes", "--quick"]
+        ends: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        cls.crashes = subprocess.Popen(command, **ends)
+        cls.addClassCleanup(cls.crashes.communicate)
+
+    def test_load(self) -> None:
         held = asyncio.run(live_through(self.path, 0, 2))
         self.assertEqual(what_grew(held), [], held)
+
+    def test_the_crashes(self) -> None:
+        said, complained = self.crashes.communicate()
+        self.assertEqual((self.crashes.returncode, complained), (0, ""), said)
 
 
 # --------------------------------------------------------------------------------------------------
