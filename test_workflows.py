@@ -15656,7 +15656,9 @@ async def live_through(path: str, hours: float, programs: int) -> list[Held]:
                     await each.delete_batch(
                         [instance.id async for instance in each.list(limit=100)]
                     )
-                await asyncio.sleep(0.1)  # until nothing is going on
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(AssertionError):  # until nothing is going on
+                    await until(lambda: len(asyncio.all_tasks()) == held[0].tasks)
                 held.append(Held.now(path))
     await asyncio.sleep(0.1)
     return [*held, Held.now(path)]
