@@ -1388,7 +1388,7 @@ class Life:
         if task.cancelled() or task.exception() is not None:
             self.orphan = True  # usually the loop is being torn down
             self.unload()
-            self.loop.call_later(1, self.engine.lives.adopt, self)
+            self.loop.call_later(GRACE, self.engine.lives.adopt, self)
         else:
             self.conclude(task.result())
 
