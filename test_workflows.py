@@ -15734,7 +15734,7 @@ class Shares(Case):
         self.assertEqual(what_grew(held), [], held)
 
     def test_the_crashes(self) -> None:
-        said, complained = self.crashes.communicate()
+        said, complained = self.crashes.communicate(timeout=300)
         self.assertEqual((self.crashes.returncode, complained), (0, ""), said)
 
 

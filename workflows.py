@@ -3567,8 +3567,10 @@ class Threads:
         except BaseException as raised:
             error = raised
         outcome = (value, error, time.thread_time_ns() - began)
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+        try:
             self._loop.call_soon_threadsafe(self._done, reply, outcome)
+        except RuntimeError:  # the loop is gone, and so is whoever asked
+            _discard(value)
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
