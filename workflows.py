@@ -6212,12 +6212,12 @@ _VERBS = {"pause": "", "resume": "", "restart": "from", "terminate": "rollback"}
 _NEW = ("id", "instance_id", "params", "instance_retention", "location_hint")
 _KEPT = ("success_retention", "error_retention")
 # What nobody may see any more of a workflow, though the owner has not cleared it away yet.
-_GONE = """SELECT key FROM instances WHERE workflow = ? AND wake <= ? AND (id IS NULL OR
-    ended + iif(status = 'errored', error_retention, success_retention) <= ?)"""
-_VISIBLE = f"workflow = ? AND key NOT IN ({_GONE})"
-_UNDONE = "status = 'running' AND rollback IS 'begun'"
-_WANTED = {"start": "created >= ?", "end": "created <= ?", "stored": "status = ?"}
-_WANTED["status"] = f"iif({_UNDONE}, 'rollingBack', status) = ?"
+_GONE = """SELECT key FROM instances WHERE workflow = :key AND wake <= :now AND (id IS NULL OR
+    ended + iif(status = 'errored', error_retention, success_retention) <= :now)"""
+_VISIBLE = f"workflow = :key AND key NOT IN ({_GONE})"
+_STATUS = "iif(status = 'running' AND rollback IS 'begun', 'rollingBack', status)"
+_WANTED = {"start": "created >= :start", "end": "created <= :end", "status": f"{_STATUS} = :status"}
+_WANTED["stored"] = "status = :stored"  # this one has an index
 _terminating: set[tuple[Engine, str]] = set()  # the workflows whose instances are terminated
 
 
@@ -6284,7 +6284,7 @@ class Request:
         return rows
 
 
-def read_rows(tx: Transaction, sql: str, *values: Any) -> list[dict[str, Any]]:
+def read_rows(tx: Transaction, sql: str, **values: Any) -> list[dict[str, Any]]:
     """The rows of a query by the names of their columns; a moment's ends with _on."""
     tx.write()
     cursor = tx.db.execute(sql, values)
@@ -6298,38 +6298,33 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
     sql = """SELECT name AS id, name, class AS class_name, coalesce(script, name) AS script_name,
              created AS created_on, modified AS modified_on, (SELECT created FROM instances WHERE
              key = (SELECT max(key) FROM instances WHERE workflow = w.key)) AS triggered_on, key
-             FROM workflows AS w WHERE name = coalesce(?, name) ORDER BY name"""
-    found = read_rows(tx, sql, name)
+             FROM workflows AS w WHERE name = coalesce(:name, name) ORDER BY name"""
+    found = read_rows(tx, sql, name=name)
     for row in found:
-        sql = "SELECT cron, next AS next_on FROM schedules WHERE workflow = ?"
-        crons = read_rows(tx, sql, row["key"])
-        row["schedules"] = [{"cron": c["cron"], "next_instance": c["next_on"]} for c in crons]
-        sql = f"""SELECT status, count(*), count(*) FILTER (WHERE {_UNDONE}) FROM instances
-                  WHERE {_VISIBLE} GROUP BY status"""
-        row["instances"] = counts = dict.fromkeys(SHOWN_STATUSES, 0)
         key = row.pop("key")
-        for status, count, undone in tx.db.rows(sql, key, key, tx.now, tx.now):
-            counts[status] = count - undone
-            counts["rollingBack"] += undone
+        crons = tx.db.rows("SELECT cron, next FROM schedules WHERE workflow = ?", key)
+        row["schedules"] = [{"cron": cron, "next_instance": moment(ms)} for cron, ms in crons]
+        sql = f"SELECT {_STATUS}, count(*) FROM instances WHERE {_VISIBLE} GROUP BY 1"
+        counts = dict(tx.db.execute(sql, {"key": key, "now": tx.now}))
+        row["instances"] = dict.fromkeys(SHOWN_STATUSES, 0) | counts
     return found
 
 
 def find_instances(
-    tx: Transaction, workflow: str, wanted: dict[str, Any], upwards: bool, *page: int
+    tx: Transaction, workflow: str, upwards: bool, page: dict[str, int], wanted: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int]:
     """A page of a workflow's instances, and how many there are. `wanted` restricts them; the page
     is the key where it begins, how many to skip, and its size."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
+    values = {"key": key, "now": tx.now, **page, **wanted}
     where = " AND ".join([_VISIBLE, *(_WANTED[name] for name in wanted)])
-    values = (key, key, tx.now, tx.now, *wanted.values())
-    (counted,) = read_rows(tx, f"SELECT count(*) AS total FROM instances WHERE {where}", *values)
+    (counted,) = read_rows(tx, f"SELECT count(*) AS n FROM instances WHERE {where}", **values)
     than, order = (">=", "ASC") if upwards else ("<=", "DESC")
-    keys = f"SELECT key FROM instances WHERE {where} AND key {than} ? ORDER BY key {order}"
-    sql = f"""SELECT id, iif({_UNDONE}, 'rollingBack', status) AS status, trigger AS trigger_source,
-              created AS created_on, (SELECT at {_NEWEST}) AS modified_on, started AS started_on,
-              ended AS ended_on, ? AS version_id, ? AS workflow_id, key FROM instances
-              WHERE key IN ({keys} LIMIT ?, ?) ORDER BY key {order}"""
-    return read_rows(tx, sql, workflow, workflow, *values, *page), counted["total"]
+    keys = f"SELECT key FROM instances WHERE {where} AND key {than} :first ORDER BY key {order}"
+    sql = f"""SELECT id, {_STATUS} AS status, trigger AS trigger_source, created AS created_on,
+              (SELECT at {_NEWEST}) AS modified_on, started AS started_on, ended AS ended_on, key
+              FROM instances WHERE key IN ({keys} LIMIT :skip, :size) ORDER BY key {order}"""
+    return read_rows(tx, sql, **values), counted["n"]
 
 
 def terminate_instances(tx: Transaction, workflow: str, ids: Ids) -> int:
@@ -6374,19 +6369,20 @@ async def show_instances(ask: Request) -> list[Any]:
     if start is not None and end is not None and start > end:
         raise refusal("request.dates", "'date_start' must not be after 'date_end'")
     status = ask.word("status", *SHOWN_STATUSES)
-    stored = "running" if status == "rollingBack" else status  # this one has an index
-    wanted = {"start": start, "end": end, "stored": stored, "status": status}
+    stored = "running" if status == "rollingBack" else status
+    wanted = {"start": start, "end": end, "status": status, "stored": stored}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     upwards, size = ask.word("direction", "asc", "desc") == "asc", ask.number("per_page", 25, 100)
-    first, page = ask.number("cursor", 1 if upwards else 2**53), ask.number("page", 1, 10**9)
-    asked = wanted, upwards, first, (page - 1) * size, size + 1  # is there another page?
-    found, total = await ask.call(find_instances, *asked)
+    page = {"first": ask.number("cursor", 1 if upwards else 2**53), "size": size + 1}  # is it all?
+    page["skip"] = (ask.number("page", 1, 10**9) - 1) * size
+    found, total = await ask.call(find_instances, upwards, page, wanted)
     keys = [row.pop("key") for row in found]
     more: dict[str, Any] = {"cursor": str(keys[size])} if len(keys) > size else {}
     if ask.api == "explorer":
         counts = (await show_workflow(ask))["instances"]
         more["status_counts"] = {status: count for status, count in counts.items() if count}
-    return ask.listed(found[:size], total, **more)
+    rows = [row | {"version_id": ask.name, "workflow_id": ask.name} for row in found[:size]]
+    return ask.listed(rows, total, **more)
 
 
 async def add_instances(ask: Request) -> Any:
