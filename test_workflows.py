@@ -12137,8 +12137,8 @@ class Configuration(Case):
             self.assertEqual(await self.finish(await engine.env.S.create()), "second")
         of_the_same_class = given | {"workflows": [entry | {"name": "other"}]}
         self.assertEqual([*self.load(of_the_same_class).env], ["S", "SECOND"])
-        twice = given | {"workflows": [entry | {"limits": {"steps": 6}}]}
-        self.refused(twice, "workflows[0] repeats 'limits' of exports.Second")
+        both = given | {"workflows": [entry | {"limits": {"steps": 6}}]}
+        self.assertEqual(self.load(both).env.S.steps, 6)
         other_class = given | {"workflows": [entry | {"class_name": "MyWorkflow"}]}
         self.refused(other_class, "exports.Second: workflow 'second' is bound already")
 
@@ -12180,10 +12180,10 @@ class Configuration(Case):
         with self.assertRaisesRegex(ValueError, "missing.jsonc: can't be read: No such file"):
             Engine.from_config(str(self.folder / "missing.jsonc"))
         self.refused(b"\xff{}", "not JSON: 'utf-8'")
-        self.refused("main = 5", ".toml", name="wrangler.yaml")
+        self.refused("main: 5", "not JSON: ", name="wrangler.yaml")
         for text in ("[]", "5", "null"):
             self.refused(text, "expected an object")
-        for bad in ("", "{", "{} {}", '{"a": NaN}', "[" * 100_000, '{"a": 1 /* }', "{'a': 1}"):
+        for bad in ("", "{", "{} {}", "[" * 100_000, '{"a": 1 /* }', "{'a': 1}"):
             self.refused(bad, "not JSON: ")
         self.refused("a = \n", "not TOML: ", "line 1, column 5", name="wrangler.toml")
 
@@ -12223,7 +12223,7 @@ class Configuration(Case):
             (main | {"exports": []}, "exports is []", obj),
             (main | {"exports": {"A": 5}}, "exports.A is 5", obj),
             (main | {"exports": {"A": {}}}, "exports.A has no 'type'"),
-            (main | {"exports": {"A": {"type": "workflows"}}}, "exports.A.type", "one of workflow"),
+            (main | {"exports": {"A": {"type": "workflows"}}}, "no workflow"),
             (main | {"exports": {"A": {"type": "workflow"}}}, "exports.A has no 'name'"),
             (given | {"vars": "x"}, "vars is 'x'", obj),
             (given | {"name": None}, "name is None", text),
