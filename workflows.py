@@ -6204,7 +6204,7 @@ _GONE = """SELECT key FROM instances WHERE workflow = :key AND wake <= :now AND 
 _VISIBLE = f"workflow = :key AND key NOT IN ({_GONE})"
 _STATUS = "iif(status = 'running' AND rollback IS 'begun', 'rollingBack', status)"
 _WANTED = {"start": "created >= :start", "end": "created <= :end", "status": f"{_STATUS} = :status"}
-_WANTED["stored"] = "status = :stored"  # this one has an index
+_WANTED["status"] += " AND status = iif(:status = 'rollingBack', 'running', :status)"  # an index
 _terminating: set[tuple[Engine, str]] = set()  # the workflows whose instances are terminated
 
 
@@ -6298,13 +6298,14 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
 
 
 def find_instances(
-    tx: Transaction, workflow: str, upwards: bool, page: dict[str, int], wanted: dict[str, Any]
+    tx: Transaction, workflow: str, upwards: bool, wanted: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int]:
     """A page of a workflow's instances, and how many there are. `wanted` restricts them; the page
     is the key where it begins, how many to skip, and its size."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    values = {"key": key, "now": tx.now, **page, **wanted}
-    where = " AND ".join([_VISIBLE, *(_WANTED[name] for name in wanted)])
+    values = {"key": key, "now": tx.now, **wanted}
+    asked = [sql for name, sql in _WANTED.items() if wanted[name] is not None]
+    where = " AND ".join([_VISIBLE, *asked])
     (counted,) = read_rows(tx, f"SELECT count(*) AS n FROM instances WHERE {where}", **values)
     than, order = (">=", "ASC") if upwards else ("<=", "DESC")
     keys = f"SELECT key FROM instances WHERE {where} AND key {than} :first ORDER BY key {order}"
@@ -6355,14 +6356,13 @@ async def show_instances(ask: Request) -> list[Any]:
     start, end = ask.moment("date_start"), ask.moment("date_end")
     if start is not None and end is not None and start > end:
         raise refusal("request.dates", "'date_start' must not be after 'date_end'")
-    status = ask.word("status", *SHOWN_STATUSES)
-    stored = "running" if status == "rollingBack" else status
-    wanted = {"start": start, "end": end, "status": status, "stored": stored}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
     upwards, size = ask.word("direction", "asc", "desc") == "asc", ask.number("per_page", 25, 100)
-    page = {"first": ask.number("cursor", 1 if upwards else 2**53), "size": size + 1}  # is it all?
-    page["skip"] = (ask.number("page", 1, 10**9) - 1) * size
-    found, total = await ask.call(find_instances, upwards, page, wanted)
+    status = ask.word("status", *SHOWN_STATUSES)
+    wanted: dict[str, Any] = {"start": start, "end": end, "status": status}
+    wanted["first"] = ask.number("cursor", 1 if upwards else 2**53)
+    wanted["skip"] = (ask.number("page", 1, 10**9) - 1) * size
+    wanted["size"] = size + 1  # is there another page?
+    found, total = await ask.call(find_instances, upwards, wanted)
     keys = [row.pop("key") for row in found]
     more: dict[str, Any] = {"cursor": str(keys[size])} if len(keys) > size else {}
     if ask.api == "explorer":
@@ -6493,7 +6493,7 @@ PATIENCE = 30.0  # seconds that a client may take to ask, and again to take the 
 CONNECTIONS = 64
 PACE = 0.004  # seconds from one new connection to the next, to spare the engine
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
-_BASES = re.compile(r"/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api")
+_BASE = "(?:/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api)"
 _LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
 _PARTS = {"NAME": "(?P<name>[^/]+)", "ID": "(?P<id>.+)", "TYPE": "(?P<type>[^/]+)"}
 _WORKFLOW = "name class_name script_name instances status success"
@@ -6531,10 +6531,9 @@ _MISTAKES = (ValueError, TypeError, RecursionError)
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
     """What answers a request, the parts of its path, and the fields that the explorer has of it."""
-    base = _BASES.match(path)
-    for pattern, resources, fields in _ROUTES if base else ():
+    for pattern, resources, fields in _ROUTES:
         regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
-        if match := re.fullmatch(regex + "/?", path[base.end() :] if base else ""):
+        if match := re.fullmatch(_BASE + regex + "/?", path):
             if method not in resources:
                 what = f"{method} is not possible, {' and '.join(resources)} are"
                 raise refusal("request.no_method", f"{what}; to deploy, start `dev` again")
