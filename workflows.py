@@ -6204,7 +6204,8 @@ _GONE = """SELECT key FROM instances WHERE workflow = :key AND wake <= :now AND 
 _VISIBLE = f"workflow = :key AND key NOT IN ({_GONE})"
 _STATUS = "iif(status = 'running' AND rollback IS 'begun', 'rollingBack', status)"
 _WANTED = {"start": "created >= :start", "end": "created <= :end", "status": f"{_STATUS} = :status"}
-_WANTED["status"] += " AND status = iif(:status = 'rollingBack', 'running', :status)"  # an index
+# (The column itself has an index.)
+_WANTED["status"] += " AND status = iif(:status = 'rollingBack', 'running', :status)"
 _terminating: set[tuple[Engine, str]] = set()  # the workflows whose instances are terminated
 
 
@@ -6300,8 +6301,9 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
 def find_instances(
     tx: Transaction, workflow: str, upwards: bool, wanted: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int]:
-    """A page of a workflow's instances, and how many there are. `wanted` restricts them; the page
-    is the key where it begins, how many to skip, and its size."""
+    """A page of a workflow's instances, and how many there are. `wanted` may restrict them by
+    `start`, `end` and `status`; the page begins at the key `first`, after `skip` others, and has
+    `size` instances at most."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
     values = {"key": key, "now": tx.now, **wanted}
     asked = [sql for name, sql in _WANTED.items() if wanted[name] is not None]
