@@ -14552,6 +14552,20 @@ class Damaged(Undoing):
             await self.clock.settle()
             self.assertEqual((await asyncio.wait_for(waiting, 1))[-1], "done")
 
+    async def test_a_restart_that_cannot_read_an_event_changes_nothing(self) -> None:
+        tables = [f"SELECT * FROM {table}" for table in ("instances", "journal", "waits")]
+        await self.prepare()
+        async with self.engine() as client:
+            instance = await (await client.workflow("test")).get("a")
+            await instance.send_event(type="later")
+            self.change("UPDATE events SET payload = cast(x'ff' AS text)")
+            stored = [self.rows(table) for table in tables]
+            with self.assertRaises(WorkflowInternalError):
+                await instance.restart({"from": {"name": "last"}})
+            self.assertEqual([self.rows(table) for table in tables], stored)
+            self.change("UPDATE events SET payload = 'null'")
+            await instance.restart({"from": {"name": "last"}})
+
     async def test_memory_that_is_short_while_a_result_is_encoded_fails_the_attempt(self) -> None:
         results: list[Any] = ["too long", "short"]
 

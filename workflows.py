@@ -4209,6 +4209,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     if steps and not kept:
         what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
         raise refusal("instance.cannot_restart", what)
+    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key) if steps else []
     if not steps:
         tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         inst.started = None
@@ -4216,7 +4217,6 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
         sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
         tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
     unpause(tx, inst)
-    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
     texts = [rows[0].data, *(payload for (payload,) in payloads)]
     for step in fold(kept)[0].values():
         if step.state == "done":
