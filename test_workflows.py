@@ -11692,6 +11692,25 @@ class Replaying(Case):
     async def test_the_same_code_is_safe_and_no_callback_runs(self) -> None:
         await self.check("a b zzz c", "a b zzz c", "a-1 b-1 zzz-1", "", "", "")
 
+    async def test_a_busy_loop_is_no_sign_that_nothing_more_comes(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for n in range(3):
+                await asyncio.gather(*(step.do(f"{m}{n}", returns(1)) for m in "ab"))
+            await step.sleep("zzz", "1 day")
+
+        async def be_busy() -> None:
+            while True:
+                time.sleep(0.015)
+                await asyncio.sleep(0)
+
+        async with self.engine() as engine:
+            await engine.bind(workflow(run)).create(id="i")
+            await self.clock.settle()
+            busy = asyncio.create_task(be_busy())
+            report = await engine.env.TEST.replay("i")
+            busy.cancel()
+        self.assertEqual((report.unreached, report.new, report.outcome), ([], [], "waiting"))
+
     async def test_a_step_behind_what_is_recorded_is_safe(self) -> None:
         await self.check("a zzz", "a zzz b", "a-1 zzz-1", "", "", "")
 

@@ -4902,6 +4902,7 @@ def plan_undo(call: UndoCall) -> DoPlan:
 # runs.
 
 SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
+PAUSE = 0.005  # seconds between two looks at it, within which it takes two turns of the loop
 
 
 class WorkflowReplay(_Record):
@@ -4931,11 +4932,9 @@ class ReplayRun(Replay):
         self._new: list[str] = []
         self._early: list[str] = []
         self._damage: str | None = None
-        self._moved = self.loop.time()
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        self._moved = self.loop.time()
         label = step_label(call.key)
         if call.key in self._unreached:
             del self._unreached[call.key]
@@ -4951,8 +4950,11 @@ class ReplayRun(Replay):
     async def report(self, has_failed: bool) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
         self.begin()
-        while not self.task.done() and self.loop.time() < self._moved + self._patience():
-            await asyncio.sleep(0.005)
+        quiet, called = 0.0, 0
+        while not self.task.done() and quiet < self._patience():
+            moves = self.busy() or len(self.called) > called
+            quiet, called = 0 if moves else quiet + PAUSE, len(self.called)
+            await asyncio.sleep(PAUSE)
         outcome, error = "waiting", None
         if self.task.done():
             result: Any = None if self.task.cancelled() else self.task.result()
@@ -4971,11 +4973,10 @@ class ReplayRun(Replay):
         return WorkflowReplay(self.id, *found, outcome, error, safe)
 
     def _patience(self) -> float:
-        """How long without a step call it may be, in seconds: not long if it waits for a step."""
+        """How long it may be without a step call or a result: not long if it waits for a step. (In
+        pauses, not by the clock, because a busy loop may need seconds for what it has to do.)"""
         timers = tokens_with_timers(self.loop) or ()
-        if not self.active or self.token in timers:
-            return SILENCE
-        return 0.1 if self._unreached else 0.02
+        return SILENCE if not self.active or self.token in timers else 20 * PAUSE
 
 
 def warn_about_calls(run: Run) -> None:
