@@ -4827,22 +4827,14 @@ class SearchRun(Replay):
         super().__init__(engine, workflow, loaded)
         self.successor = loaded.instance
         self._wanted = {step.key for step in undoable(self.steps)}
-        self._timer_of_search: Any = None
         for key in [key for key in self.inbox if self.steps[key].state == "cancelled"]:
             del self.inbox[key]  # no result need wait for that here
-
-    def begin(self) -> None:
-        super().begin()
-        self._look_for_more()
+        self._silence = self.engine.clock.call_later(SEARCH, self.unload)
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        self._look_for_more()
-
-    def _look_for_more(self) -> None:
-        if self._timer_of_search is not None:
-            self._timer_of_search.cancel()
-        self._timer_of_search = self.engine.clock.call_later(SEARCH, self.unload)
+        self._silence.cancel()
+        self._silence = self.engine.clock.call_later(SEARCH, self.unload)
         if self._wanted <= self.handlers.keys():
             self.unload()
 
@@ -4859,8 +4851,11 @@ class UndoRun(Run):
     async def main(self) -> str:
         """Runs them; returns the record of what failed, or "null"."""
         for step in reversed(undoable(self.steps)):
+            *_, name, count = step.key.split(SEPARATOR)
+            call = StepCall(self, "rollback", functools.partial(self._plan, step), name, (), {})
+            call.key, call.count = ROLLBACK + step.key, int(count)
             try:
-                await UndoCall(self, step, self._cause)
+                await call
             except Exception as failure:
                 log.warning("%s: a rollback handler failed", self, exc_info=failure)
                 return encode_error(failure)
@@ -4872,28 +4867,17 @@ class UndoRun(Run):
     def _is_idle(self) -> bool:
         return False
 
-
-class UndoCall(StepCall):
-    """A rollback handler, as a step call."""
-
-    def __init__(self, run: UndoRun, undone: Step, error: Exception) -> None:
-        *_, name, count = undone.key.split(SEPARATOR)
-        super().__init__(run, "rollback", plan_undo, name, (), {})
-        self.key, self.count = ROLLBACK + undone.key, int(count)
-        self.undone, self.error = undone, error
-
-
-def plan_undo(call: UndoCall) -> DoPlan:
-    """The handler of a step, with its argument."""
-    step, (handler, given) = call.undone, call.run.handlers.get(call.undone.key, (None, None))
-    if handler is None:
-        what = f"the rollback handler of step {call.name!r} was not found by replay"
-        raise fatal("workflow.fatal", what)
-    last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
-    output = read_back(step.data, "its result") if step.state == "done" and step.data else None
-    info = WorkflowRollbackContext(last, call.error, output, step_label(step.key))
-    config = StepConfig.load(step.config or "", given, "rollback")
-    return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
+    def _plan(self, step: Step, call: StepCall) -> DoPlan:
+        """The handler of a step, with its argument."""
+        handler, given = self.handlers.get(step.key, (None, None))
+        if handler is None:
+            what = f"the rollback handler of step {call.name!r} was not found by replay"
+            raise fatal("workflow.fatal", what)
+        last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
+        output = read_back(step.data, "its result") if step.state == "done" and step.data else None
+        info = WorkflowRollbackContext(last, self._cause, output, step_label(step.key))
+        config = StepConfig.load(step.config or "", given, "rollback")
+        return DoPlan(config, lambda _: functools.partial(handler, info), not is_async(handler))
 
 
 # --------------------------------------------------------------------------------------------------
