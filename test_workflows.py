@@ -10060,23 +10060,6 @@ class Decorated(Lives):
             self.assertEqual(result, [{"list": []}, both, good, mine, spoiled])
             self.assertEqual(self.seen, ["looks"])
 
-    async def test_each_attempt_gets_its_own_copy_of_the_results(self):
-        async def run(event, step):
-            @step.do()
-            async def data():
-                return [1]
-
-            @step.do(config=constant(2, 5))
-            async def adds(data, ctx):
-                data.append(2)
-                if ctx.attempt < 3:
-                    raise LookupError
-                return data
-
-            return await adds()
-
-        self.assertEqual(await self.lives(run, count=1), [1, 2])
-
     async def test_dates_and_bytes_reach_a_dependent_step_as_they_are(self):
         moment = datetime(2030, 1, 1, 12, tzinfo=UTC)
 

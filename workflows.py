@@ -5146,10 +5146,8 @@ class StepDecorator(StepCall):
 class DecoratedCall(StepCall):
     """A call of a decorated function."""
 
-    results: dict[str, Any]  # of the steps that it depends on, by parameter
-
     def __init__(self, function: StepFunction[Any], args: Any, options: dict[str, Any]) -> None:
-        super().__init__(function.run, "do", function.plan, function.__name__, args, options)
+        super().__init__(function.run, "do", plan_do, function.__name__, args, options)
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
@@ -5192,8 +5190,7 @@ class StepFunction(Generic[Result]):
         outcomes, outcome = self._outcomes, self.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            call.results = await self._results_for(call)
-            call.options["callback"] = self._with_copies(call.results)
+            call.options["callback"] = await self._with_dependencies(call)
             value = await self.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
         except BaseException as error:
@@ -5208,21 +5205,8 @@ class StepFunction(Generic[Result]):
         outcomes[call.outer] = outcome
         return value
 
-    def plan(self, call: DecoratedCall) -> DoPlan:
-        """Reads a call that has no result yet: each attempt gets copies of its own."""
-        name, copied = call.name, functools.partial(self._with_copies, call.results)
-        return plan_do(call)._replace(bind=lambda attempt: bind_context(name, copied())(attempt))
-
-    def _with_copies(self, results: dict[str, Any]) -> Any:
-        """The function, given copies of the results."""
-        if not results:
-            return self._function
-        bound = self._signature.bind_partial()
-        bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
-        return functools.partial(self._function, *bound.args, **bound.kwargs)
-
-    async def _results_for(self, call: DecoratedCall) -> dict[str, Any]:
-        """The results of the steps that it depends on, by parameter."""
+    async def _with_dependencies(self, call: DecoratedCall) -> Any:
+        """The function, given the results of the steps that it depends on."""
         found = self._dependencies()
         needed = [*found.values()]
         for step in needed:  # this list grows
@@ -5231,14 +5215,18 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
         asked = (step._result_for(call) for step in found.values())
         results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
-        return dict(zip(found, results, strict=True))
+        if not results:
+            return self._function
+        given = self._signature.bind_partial()
+        given.arguments.update(zip(found, results, strict=True))
+        return functools.partial(self._function, *given.args, **given.kwargs)
 
     async def _result_for(self, dependent: DecoratedCall) -> Any:
-        """The result of this step for a call that depends on it."""
+        """A copy of the result of this step, for a call that depends on it."""
         while (outcome := self._recall(dependent.outer)) is not None:
             await asyncio.wait({outcome})
             if not outcome.cancelled():  # else it must be called again
-                return outcome.result()
+                return copy.deepcopy(outcome.result())
         return await self()
 
     def _recall(self, scope: Attempt | None) -> asyncio.Future[Any] | None:
