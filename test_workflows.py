@@ -6824,19 +6824,6 @@ class Modifications(Introspected):
             self.assertEqual(await one.get_output(), ["once"])
             self.assertEqual((await first.status()).status, "waiting")
 
-    async def test_a_block_that_is_entered_again_begins_without_rules(self) -> None:
-        async def run(event: Any, step: Any) -> Any:
-            return await step.do("s", self.called("s", "real"))
-
-        async with self.engine() as engine:
-            bound = engine.bind(workflow(run))
-            again = bound.introspect_instance("x")
-            async with again:
-                await again.modify(lambda m: m.mock_step_result("s", "mocked"))
-            async with again:
-                await bound.create(id="x")
-                self.assertEqual(await again.get_output(), "real")
-
     async def test_a_rollback_handler_is_not_mocked_with_its_step(self) -> None:
         async def run(event: Any, step: Any) -> Any:
             await step.do("s", self.called("s"), rollback=lambda info: self.called("undo")())

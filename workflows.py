@@ -5382,9 +5382,9 @@ def install_workers_shim() -> None:
 
 
 class WorkflowInstanceModifier:
-    """What `modify` hands to its function. A method acts at once, on all that begins from then on,
-    and may also be awaited. A step is its name, or `{"name": …, "index": 2}` for the second of that
-    name.
+    """A block of a test, and what its `modify` hands to a function. A method acts at once, on all
+    that begins from then on, and may also be awaited. A step is its name, or `{"name": …, "index":
+    2}` for the second of that name.
 
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
@@ -5393,11 +5393,31 @@ class WorkflowInstanceModifier:
         self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
         # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
-        self._skipped: set[tuple[Any, ...]] = set()
+        self.skipped: set[tuple[Any, ...]] = set()
         # By step: how its attempts end, each with the number of attempts that end like this.
-        self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
+        self.ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
+
+    async def __aenter__(self) -> Self:
+        self.workflow.engine.check_open()
+        self.workflow.engine.scheduler.blocks.append(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        blocks = self.workflow.engine.scheduler.blocks
+        blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
+
+    async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
+        """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
+        restarts and hibernation, and ends with the block. Blocks add up; where two set different
+        ends of a step, the inner one counts."""
+        self._check_open()
+        result = function(self)
+        if inspect.isawaitable(result):
+            await result
+        await self
+        return self
 
     def __await__(self) -> Any:
         yield from asyncio.gather(*self._sending).__await__()
@@ -5446,11 +5466,11 @@ class WorkflowInstanceModifier:
     def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
         if isinstance(steps, (str, Mapping)):
             raise TypeError(f"steps is {show(steps)}: expected a list of steps, or None for all")
-        self._skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
+        self.skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
         return self._check_open()
 
     def _mock(self, step: Any, times: int | None, end: Callable[[Attempt], Any]) -> Self:
-        ends = self._ends.setdefault(step_named(step), [])
+        ends = self.ends.setdefault(step_named(step), [])
         if times is None and ends and ends[-1][0] == math.inf:
             twice = "has a result already, or an error or timeout without `times`"
             raise ValueError(f"a contradiction: step {show(step)} {twice}")
@@ -5476,24 +5496,6 @@ class WorkflowInstanceModifier:
             for event in self.events:
                 tx.buffer(inst, *event)
 
-    def _is_about(self, call: StepCall) -> bool:
-        return self.covers(call.run.workflow.name, call.run.lease.key, call.run.id)
-
-    def skips(self, kind: str, call: StepCall) -> bool:
-        """Whether this wait or retry delay is over at once."""
-        asked = {(kind,), (kind, call.name, call.count)}
-        return bool(asked & self._skipped) and self._is_about(call)
-
-    def substitute(self, attempt: Attempt) -> Callable[[], Coroutine[Any, Any, Any]] | None:
-        """What runs instead of the callback, if anything does."""
-        call, number = attempt.call, attempt.number
-        if call.kind == "do" and self._is_about(call):
-            for times, end in self._ends.get((call.name, call.count), ()):
-                if number <= times:
-                    return functools.partial(_give, end(attempt))
-                number -= int(times)
-        return None
-
 
 def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
     """Buffers an event for each instance of a block: now if it has started, else when it does."""
@@ -5504,44 +5506,13 @@ def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, pay
             tx.buffer(inst, type, payload)
 
 
-def _created(tx: Transaction, workflow: str, after: int) -> list[Instance]:
-    """A workflow's instances with a key above `after`, oldest first."""
-    return tx.select(f"{_OF_NAMED} AND key > ? ORDER BY key", workflow, after)
+def _created(tx: Transaction, workflow: str, after: int) -> Ids:
+    """The ids of a workflow's instances with a key above `after`, oldest first."""
+    made = tx.select(f"{_OF_NAMED} AND key > ? ORDER BY key", workflow, after)
+    return [inst.id for inst in made if inst.id is not None]
 
 
-async def _give(result: Any) -> Any:
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-class _Introspector(WorkflowInstanceModifier):
-    """A block of a test. It is the modifier that it hands out."""
-
-    async def __aenter__(self) -> Self:
-        self.workflow.engine.check_open()
-        self.workflow.engine.scheduler.blocks.append(self)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        blocks = self.workflow.engine.scheduler.blocks
-        blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for rules in (self.events, self._skipped, self._ends, self._parts):
-            rules.clear()
-
-    async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
-        """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
-        restarts and hibernation, and ends with the block. Blocks add up; where two set different
-        ends of a step, the inner one counts."""
-        self._check_open()
-        result = function(self)
-        if inspect.isawaitable(result):
-            await result
-        await self
-        return self
-
-
-class WorkflowInstanceIntrospector(_Introspector):
+class WorkflowInstanceIntrospector(WorkflowInstanceModifier):
     """One instance, for a test: `async with workflow.introspect_instance(id) as one`. The waits
     also wait for its creation.
 
@@ -5591,7 +5562,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         raise AssertionError  # it is followed until we go
 
 
-class WorkflowIntrospector(_Introspector):
+class WorkflowIntrospector(WorkflowInstanceModifier):
     """All instances of a workflow that are created inside the block, for a test:
     `async with workflow.introspect() as all_instances`.
 
@@ -5605,8 +5576,7 @@ class WorkflowIntrospector(_Introspector):
         """An introspector for each instance, oldest first; what they modify ends with this
         block."""
         self._check_open()
-        made = await self.workflow.engine.call(_created, self.workflow.name, self.after)
-        ids = [inst.id for inst in made if inst.id is not None]
+        ids = await self.workflow.engine.call(_created, self.workflow.name, self.after)
         for id in ids:
             if id not in self._parts:
                 one = WorkflowInstanceIntrospector(self.workflow, id)
@@ -5614,17 +5584,36 @@ class WorkflowIntrospector(_Introspector):
         return [self._parts[id] for id in ids]
 
 
+def _blocks_about(call: StepCall) -> Iterator[WorkflowInstanceModifier]:
+    """The blocks that are about the instance of a call, the inner ones first."""
+    run = call.run
+    for block in reversed(run.engine.scheduler.blocks):
+        if block.covers(run.workflow.name, run.lease.key, run.id):
+            yield block
+
+
 def is_skipped(kind: str, call: StepCall) -> bool:
     """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
+    asked = {(kind,), (kind, call.name, call.count)}
+    return any(asked & block.skipped for block in _blocks_about(call))
 
 
 def mocked(attempt: Attempt) -> Callable[[], Any] | None:
     """What a test has put in the place of an attempt's callback."""
-    for block in reversed(attempt.run.engine.scheduler.blocks):
-        if (mock := block.substitute(attempt)) is not None:
-            return mock
+    call = attempt.call
+    for block in _blocks_about(call) if call.kind == "do" else ():
+        number = attempt.number
+        for times, end in block.ends.get((call.name, call.count), ()):
+            if number <= times:
+                return functools.partial(_give, end, attempt)
+            number -= int(times)
     return None
+
+
+async def _give(end: Callable[[Attempt], Any], attempt: Attempt) -> Any:
+    if isinstance(result := end(attempt), Exception):
+        raise result
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
