@@ -4209,15 +4209,17 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     if steps and not kept:
         what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
         raise refusal("instance.cannot_restart", what)
-    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key) if steps else []
-    if not steps:
+    texts = [rows[0].data]
+    if steps:
+        payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
+        texts += [payload for (payload,) in payloads]
+    else:
         tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         inst.started = None
     for table in ("journal", "waits"):
         sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
         tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
     unpause(tx, inst)
-    texts = [rows[0].data, *(payload for (payload,) in payloads)]
     for step in fold(kept)[0].values():
         if step.state == "done":
             texts.append(step.data)
@@ -4813,8 +4815,7 @@ def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay
     handlers = {} if previous is None else previous.handlers
     wanted = [step.key for step in undoable(fold(loaded.rows)[0])]
     searched = isinstance(previous, SearchRun) or all(key in handlers for key in wanted)
-    kind = UndoRun if searched else SearchRun
-    run: Replay = kind(engine, workflow, loaded)
+    run: Replay = (UndoRun if searched else SearchRun)(engine, workflow, loaded)
     run.handlers |= handlers
     return run
 
@@ -5276,8 +5277,8 @@ async def fetch(
     url: str, *, method: str = "GET", headers: Any = (), body: Any = None, **_: Any
 ) -> FetchResponse:
     """`from workers import fetch`: makes an HTTP request, in a thread. Whatever its status, an
-    answer is a response; without an answer, there is an `OSError`. `body` is text or bytes. What
-    else the SDK's `fetch` takes has no effect here."""
+    answer is a response; without an answer, there is an `OSError`, or what `urllib` says of a URL
+    that is none. `body` is text or bytes. What else the SDK's `fetch` takes has no effect here."""
     threads = Threads(asyncio.get_running_loop())
     request = functools.partial(_request, str(url), method.upper(), dict(headers or ()), body)
     reply = threads.execute(request)
@@ -5294,13 +5295,11 @@ def _request(url: str, method: str, headers: dict[str, str], body: Any) -> Fetch
     kind = "text/plain;charset=UTF-8" if isinstance(body, str) else "application/octet-stream"
     headers = headers if body is None else {"Content-Type": kind, **headers}
     data = body.encode() if isinstance(body, str) else body
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
-        request = urllib.request.Request(url, data, headers, method=method)
         answer = urllib.request.urlopen(request)
     except urllib.error.HTTPError as error:
         answer = error
-    except (ValueError, http.client.HTTPException) as error:
-        raise OSError(f"fetch: {show_error(error)}") from error
     with answer:
         return FetchResponse(answer.status, answer.headers, answer.read())
 
