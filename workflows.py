@@ -4913,9 +4913,7 @@ class ReplayRun(Replay):
     def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
-        self._reached: list[str] = []
-        self._new: list[str] = []
-        self._early: list[str] = []
+        self._found: dict[str, list[str]] = {"reached": [], "new": [], "early": []}
         self._damage: str | None = None
 
     def note(self, call: StepCall) -> None:
@@ -4923,10 +4921,10 @@ class ReplayRun(Replay):
         label = step_label(call.key)
         if call.key in self._unreached:
             del self._unreached[call.key]
-            self._reached.append(label)
+            self._found["reached"].append(label)
         else:
-            self._new.append(label)
-            self._early += [label] if self._unreached else []
+            self._found["new"].append(label)
+            self._found["early"] += [label] if self._unreached else []
 
     def stop_in_place(self, damage: str) -> None:
         self._damage = damage
@@ -4952,10 +4950,10 @@ class ReplayRun(Replay):
         await asyncio.shield(self.ended)
         if self._damage is not None:
             raise Unreadable(self._damage)
-        unreached = [step_label(key) for key in self._unreached]
-        safe = not (unreached or self._early or (outcome == "errored" and not has_failed))
-        found = (self._reached, unreached, self._new, self._early)
-        return WorkflowReplay(self.id, *found, outcome, error, safe)
+        found = self._found | {"unreached": [step_label(key) for key in self._unreached]}
+        disturbed = found["unreached"] or found["early"]
+        safe = not (disturbed or (outcome == "errored" and not has_failed))
+        return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
 
     def _patience(self) -> float:
         """How long it may be without a step call or a result: not long if it waits for a step. (In
@@ -5404,8 +5402,9 @@ class WorkflowInstanceModifier:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        blocks = self.workflow.engine.scheduler.blocks
-        blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
+        scheduler, ended = self.workflow.engine.scheduler, (self, *self._parts.values())
+        # A new list, because the writer thread may be in the middle of the old one.
+        scheduler.blocks = [block for block in scheduler.blocks if block not in ended]
 
     async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
         """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
