@@ -5138,8 +5138,8 @@ class StepDecorator(StepCall):
         return StepFunction(function, *self._given)
 
     async def way(self) -> NoReturn:
-        what = f"step {self._given[1]!r}: the callback is missing"
-        raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
+        what = "the callback is missing: expected an async or plain function"
+        raise _bad_callback(self._given[1], what)
 
 
 class DecoratedCall(StepCall):
@@ -5237,8 +5237,7 @@ class StepFunction(Generic[Result]):
 
     def _dependencies(self) -> dict[str, StepFunction[Any]]:
         """The steps that it depends on, by parameter, as of now."""
-        known, depends, name = self._declared, self._depends, self.__name__
-        parameters = self._signature.parameters
+        known, depends, parameters = self._declared, self._depends, self._signature.parameters
         found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
         if ("step", "ctx") not in known:
             found.pop("ctx", None)
@@ -5246,12 +5245,12 @@ class StepFunction(Generic[Result]):
             legal = isinstance(depends, (list, tuple)) and len(depends) <= len(found)
             if not legal or not all(isinstance(step, StepFunction) for step in depends):
                 what = f"depends is {show(depends)}: expected up to {len(found)} steps, decorated"
-                raise fatal("step.invalid_config", f"step {name!r}: {what} with step.do")
+                raise fatal("step.invalid_config", f"step {self.__name__!r}: {what} with step.do")
             found = dict.fromkeys(found) | dict(zip(found, depends, strict=False))
         for parameter, step in found.items():
             if step is None and parameters[parameter].default is inspect.Parameter.empty:
                 what = f"the parameter {parameter!r} is neither `ctx` nor a decorated step"
-                raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+                raise _bad_callback(self.__name__, what)
         return {parameter: step for parameter, step in found.items() if step is not None}
 
 
@@ -5352,13 +5351,11 @@ def install_workers_shim() -> None:
     """Makes `from workers import WorkflowEntrypoint` and `from workers.workflows import
     NonRetryableError` find this module, also where Cloudflare's SDK is installed, which works only
     in its own runtime. `fetch` works, too; any other name imports, and has no meaning."""
-    if sys.platform == "emscripten":  # that runtime
+    if sys.platform == "emscripten" or _importer in sys.meta_path:  # that runtime; done already
         return
     with contextlib.suppress(Exception):  # which is what the installed SDK gives
         importlib.import_module("workers")
     other = sys.modules.get("workers")
-    if getattr(other, "__loader__", None) is _importer:
-        return
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
