@@ -5127,26 +5127,33 @@ class StepDecorator(StepCall):
             what = "step.do needs a name or parentheses: to call a function, write"
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
-        self.run, self._coroutine = step._run, None  # nothing more, or it would count as a call
-        self._given = step, name, args, options
+        if args and not isinstance(args[0], Mapping):  # the SDK's first form
+            options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
+            args = args[3:]
+        # `StepCall.__init__` is left out: it would count this as a call.
+        self.run, self._coroutine, self.declared = step._run, None, step.declared
+        self.name, self.args, self.options = name, args, dict(options)
+        self.depends = self.options.pop("depends", None)
+        self.concurrent = self.options.pop("concurrent", False)
 
     @overload
     def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
     @overload
     def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
     def __call__(self, function: Any) -> Any:
-        return StepFunction(function, *self._given)
+        return StepFunction(self, function)
 
     async def way(self) -> NoReturn:
         what = "the callback is missing: expected an async or plain function"
-        raise _bad_callback(self._given[1], what)
+        raise _bad_callback(self.name, what)
 
 
 class DecoratedCall(StepCall):
     """A call of a decorated function."""
 
-    def __init__(self, function: StepFunction[Any], args: Any, options: dict[str, Any]) -> None:
-        super().__init__(function.run, "do", plan_do, function.__name__, args, options)
+    def __init__(self, function: StepFunction[Any]) -> None:
+        form, name = function.form, function.__name__
+        super().__init__(form.run, "do", plan_do, name, form.args, dict(form.options))
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
@@ -5158,39 +5165,31 @@ class StepFunction(Generic[Result]):
     step. A parameter named like another decorated step (or like its function) gets the last result
     of that one, which runs first if it has none yet."""
 
-    def __init__(
-        self, function: Any, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]
-    ) -> None:
-        self._function, self.run, self._declared = function, step._run, step.declared
+    def __init__(self, form: StepDecorator, function: Any) -> None:
+        self.form, self._function = form, function
         own = getattr(function, "__name__", "step")
-        self.__name__ = own if name is None else name
-        if args and not isinstance(args[0], Mapping):  # the SDK's first form
-            options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
-            args = args[3:]
-        self._args, self._options = args, dict(options)
-        self._depends = self._options.pop("depends", None)
-        self._concurrent = self._options.pop("concurrent", False)
+        self.__name__ = own if form.name is None else form.name
         self._signature = inspect.Signature()
         with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
             self._signature = inspect.signature(function)
         # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
         # or the last one that has succeeded.
         self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
-        self._declared["step", str(self.__name__)] = self._declared["function", own] = self
+        form.declared["step", str(self.__name__)] = form.declared["function", own] = self
 
     def __call__(self, *args: Any, **named: Any) -> Pending[Result]:
         if args or named:
             what = "is called without arguments: it gets its dependencies' results"
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
-        return DecoratedCall(self, self._args, dict(self._options))
+        return DecoratedCall(self)
 
     async def after_dependencies(self, call: DecoratedCall) -> Any:
         """The dependencies, then the step itself."""
-        outcomes, outcome = self._outcomes, self.run.loop.create_future()
+        outcomes, outcome = self._outcomes, call.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
             call.options["callback"] = await self._with_dependencies(call)
-            value = await self.run.perform(call)
+            value = await call.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
         except BaseException as error:
             if outcomes.get(call.outer) is outcome:
@@ -5213,7 +5212,7 @@ class StepFunction(Generic[Result]):
         if self in needed:  # it would wait for ever
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
         asked = (step._result_for(call) for step in found.values())
-        results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
+        results = await asyncio.gather(*asked) if self.form.concurrent else [await r for r in asked]
         if not results:
             return self._function
         given = self._signature.bind_partial()
@@ -5237,7 +5236,8 @@ class StepFunction(Generic[Result]):
 
     def _dependencies(self) -> dict[str, StepFunction[Any]]:
         """The steps that it depends on, by parameter, as of now."""
-        known, depends, parameters = self._declared, self._depends, self._signature.parameters
+        known, depends = self.form.declared, self.form.depends
+        parameters = self._signature.parameters
         found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
         if ("step", "ctx") not in known:
             found.pop("ctx", None)
