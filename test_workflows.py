@@ -14540,6 +14540,23 @@ class Damaged(Undoing):
             await self.clock.settle()
             self.assertEqual((await asyncio.wait_for(waiting, 1))[-1], "done")
 
+    async def test_of_the_events_that_a_run_gives_back_all_can_be_read_or_none_is(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await asyncio.gather(step.wait_for_event("a", "t"), step.wait_for_event("b", "t"))
+            await step.sleep("nap", "1 day")
+
+        steps = ["wait_for_event\na\n1", "wait_for_event\nb\n1"]
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="a")
+            await instance.send_event(type="t")
+            await instance.send_event(type="t")
+            await self.clock.advance("1 minute")
+            self.lose("extra", "step LIKE '%b%' AND type = 'event'")
+            lease = workflows.Lease(1, 1)
+            with self.assertRaises(WorkflowInternalError):
+                await engine.call(workflows.break_off, lease, "cancel", steps)
+            self.assertEqual(self.rows("SELECT * FROM events"), [])
+
     async def test_a_restart_that_cannot_read_an_event_changes_nothing(self) -> None:
         tables = [f"SELECT * FROM {table}" for table in ("instances", "journal", "waits")]
         await self.prepare()

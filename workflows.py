@@ -2159,12 +2159,12 @@ def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) ->
     `run` never saw, goes back to its place in the buffer."""
     inst = tx.mine(lease)
     newest = [row for step in steps for row in tx.journal(inst, "step = ?", step)[-1:]]
-    for row in newest:
-        if row.type == "event":
-            was = read_back(row.extra or "null", f"row {row.seq}")
-            event = (inst.key, was["type"], was["seq"], was["at"], row.data)
-            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
-            tx.call_on(inst)
+    given = [row for row in newest if row.type == "event"]
+    sent = [read_back(row.extra or "null", f"row {row.seq}") for row in given]
+    for row, was in zip(given, sent, strict=True):
+        event = (inst.key, was["type"], was["seq"], was["at"], row.data)
+        tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+        tx.call_on(inst)
     for step in steps:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
         tx.append(inst, Row(type, step))
