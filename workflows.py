@@ -4083,8 +4083,9 @@ def list_instances(
 ) -> list[tuple[int, str | None]]:
     """Key and id of a workflow's instances with a key below `before`, newest first; None instead
     of the id of one that has expired."""
+    # (By key, not by an index of the workflow: with `+` SQLite looks at no more than a page.)
     where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
-    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
+    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before, status, most)
     return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
 
 
@@ -4915,6 +4916,9 @@ class ReplayRun(Replay):
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
         self._found: dict[str, list[str]] = {"reached": [], "new": [], "early": []}
         self._damage: str | None = None
+        inst = loaded.instance
+        undone = inst.rollback is not None and not inst.termination
+        self._has_failed = inst.status == "errored" or undone
 
     def note(self, call: StepCall) -> None:
         super().note(call)
@@ -4930,7 +4934,7 @@ class ReplayRun(Replay):
         self._damage = damage
         self.unload()
 
-    async def report(self, has_failed: bool) -> WorkflowReplay:
+    async def report(self) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
         self.begin()
         quiet, called = 0.0, 0
@@ -4951,8 +4955,8 @@ class ReplayRun(Replay):
         if self._damage is not None:
             raise Unreadable(self._damage)
         found = self._found | {"unreached": [step_label(key) for key in self._unreached]}
-        disturbed = found["unreached"] or found["early"]
-        safe = not (disturbed or (outcome == "errored" and not has_failed))
+        fails = outcome == "errored" and not self._has_failed
+        safe = not (found["unreached"] or found["early"] or fails)
         return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
 
     def _patience(self) -> float:
@@ -4977,29 +4981,38 @@ def warn_about_calls(run: Run) -> None:
 
 async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
     loaded = await workflow.engine.call(on_instance, workflow.name, id, load_for_replay)
-    inst = loaded.instance
-    ended_by_error = inst.rollback is not None and not inst.termination
-    run = ReplayRun(workflow.engine, workflow, loaded)
-    return await run.report(has_failed=inst.status == "errored" or ended_by_error)
+    return await ReplayRun(workflow.engine, workflow, loaded).report()
 
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
-    for status in (*LIVE, "paused"):
-        async for page in pages(workflow, status):
-            reports = (report_on(workflow, id) for id in page)
-            found = await asyncio.gather(*reports, return_exceptions=True)
-            for id, report in zip(page, found, strict=True):
-                if isinstance(report, WorkflowReplay):
-                    yield report
-                elif isinstance(report, Unreadable):
-                    problem = {"name": "Unreadable", "message": str(report)}
-                    yield WorkflowReplay(id, [], [], [], [], "errored", problem, False)
-                elif not isinstance(report, WorkflowError):  # of one that was deleted meanwhile
-                    raise report
+    before = 2**62
+    while page := await workflow.engine.call(load_unfinished, workflow.name, before):
+        for report in await asyncio.gather(*(report_or_damage(workflow, each) for each in page)):
+            yield report
+        before = page[-1].instance.key
+
+
+async def report_or_damage(workflow: Workflow, loaded: Loaded) -> WorkflowReplay:
+    """One that can't be read back says so, and spares the others."""
+    try:
+        return await ReplayRun(workflow.engine, workflow, loaded).report()
+    except Unreadable as damage:
+        error = {"name": "Unreadable", "message": str(damage)}
+        return WorkflowReplay(loaded.instance.id or "", [], [], [], [], "errored", error, False)
 
 
 def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
-    return Loaded(inst.copy(), tx.journal(inst))
+    try:
+        return Loaded(inst.copy(), tx.journal(inst))
+    except Unreadable as damage:
+        return Loaded(inst.copy(), [], damage)
+
+
+def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]:
+    """Up to a hundred instances with a key below `before`, newest first."""
+    where = "key < ? AND ended IS NULL AND id IS NOT NULL ORDER BY key DESC LIMIT 100"
+    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before)  # by key: see `list_instances`
+    return [load_for_replay(tx, inst) for inst in found]
 
 
 # --------------------------------------------------------------------------------------------------
