@@ -2174,12 +2174,12 @@ def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) ->
     `run` never saw, goes back to its place in the buffer."""
     inst = tx.mine(lease)
     newest = [row for step in steps for row in tx.journal(inst, "step = ?", step)[-1:]]
-    for row in newest:
-        if row.type == "event":
-            was = read_back(row.extra or "null", f"row {row.seq}")
-            event = (inst.key, was["type"], was["seq"], was["at"], row.data)
-            tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
-            tx.call_on(inst)
+    given = [row for row in newest if row.type == "event"]
+    sent = [read_back(row.extra or "null", f"row {row.seq}") for row in given]
+    for row, was in zip(given, sent, strict=True):
+        event = (inst.key, was["type"], was["seq"], was["at"], row.data)
+        tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
+        tx.call_on(inst)
     for step in steps:
         tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
         tx.append(inst, Row(type, step))
@@ -4100,8 +4100,9 @@ def list_instances(
 ) -> list[tuple[int, str | None]]:
     """Key and id of a workflow's instances with a key below `before`, newest first; None instead
     of the id of one that has expired."""
+    # (By key, not by an index of the workflow: with `+` SQLite looks at no more than a page.)
     where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
-    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
+    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before, status, most)
     return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
 
 
@@ -4226,15 +4227,17 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     if steps and not kept:
         what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
         raise refusal("instance.cannot_restart", what)
-    if not steps:
+    texts = [rows[0].data]
+    if steps:
+        payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
+        texts += [payload for (payload,) in payloads]
+    else:
         tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         inst.started = None
     for table in ("journal", "waits"):
         sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
         tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
     unpause(tx, inst)
-    payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
-    texts = [rows[0].data, *(payload for (payload,) in payloads)]
     for step in fold(kept)[0].values():
         if step.state == "done":
             texts.append(step.data)
@@ -4830,8 +4833,7 @@ def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay
     handlers = {} if previous is None else previous.handlers
     wanted = [step.key for step in undoable(fold(loaded.rows)[0])]
     searched = isinstance(previous, SearchRun) or all(key in handlers for key in wanted)
-    kind = UndoRun if searched else SearchRun
-    run: Replay = kind(engine, workflow, loaded)
+    run: Replay = (UndoRun if searched else SearchRun)(engine, workflow, loaded)
     run.handlers |= handlers
     return run
 
@@ -4844,22 +4846,14 @@ class SearchRun(Replay):
         super().__init__(engine, workflow, loaded)
         self.successor = loaded.instance
         self._wanted = {step.key for step in undoable(self.steps)}
-        self._timer_of_search: Any = None
         for key in [key for key in self.inbox if self.steps[key].state == "cancelled"]:
             del self.inbox[key]  # no result need wait for that here
-
-    def begin(self) -> None:
-        super().begin()
-        self._look_for_more()
+        self._silence = self.engine.clock.call_later(SEARCH, self.unload)
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        self._look_for_more()
-
-    def _look_for_more(self) -> None:
-        if self._timer_of_search is not None:
-            self._timer_of_search.cancel()
-        self._timer_of_search = self.engine.clock.call_later(SEARCH, self.unload)
+        self._silence.cancel()
+        self._silence = self.engine.clock.call_later(SEARCH, self.unload)
         if self._wanted <= self.handlers.keys():
             self.unload()
 
@@ -4876,8 +4870,11 @@ class UndoRun(Run):
     async def main(self) -> str:
         """Runs them; returns the record of what failed, or "null"."""
         for step in reversed(undoable(self.steps)):
+            *_, name, count = step.key.split(SEPARATOR)
+            call = StepCall(self, "rollback", functools.partial(self._plan, step), name, (), {})
+            call.key, call.count = ROLLBACK + step.key, int(count)
             try:
-                await UndoCall(self, step, self._cause)
+                await call
             except Exception as failure:
                 log.warning("%s: a rollback handler failed", self, exc_info=failure)
                 return encode_error(failure)
@@ -4889,28 +4886,17 @@ class UndoRun(Run):
     def is_idle(self) -> bool:
         return False
 
-
-class UndoCall(StepCall):
-    """A rollback handler, as a step call."""
-
-    def __init__(self, run: UndoRun, undone: Step, error: Exception) -> None:
-        *_, name, count = undone.key.split(SEPARATOR)
-        super().__init__(run, "rollback", plan_undo, name, (), {})
-        self.key, self.count = ROLLBACK + undone.key, int(count)
-        self.undone, self.error = undone, error
-
-
-def plan_undo(call: UndoCall) -> DoPlan:
-    """The handler of a step, with its argument."""
-    step, (handler, given) = call.undone, call.run.handlers.get(call.undone.key, (None, None))
-    if handler is None:
-        what = f"the rollback handler of step {call.name!r} was not found by replay"
-        raise fatal("workflow.fatal", what)
-    last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
-    output = read_back(step.data, "its result") if step.state == "done" and step.data else None
-    info = WorkflowRollbackContext(last, call.error, output, step_label(step.key))
-    config = StepConfig.load(step.config or "", given, "rollback")
-    return DoPlan(config, lambda attempt: functools.partial(handler, info), not is_async(handler))
+    def _plan(self, step: Step, call: StepCall) -> DoPlan:
+        """The handler of a step, with its argument."""
+        handler, given = self.handlers.get(step.key, (None, None))
+        if handler is None:
+            what = f"the rollback handler of step {call.name!r} was not found by replay"
+            raise fatal("workflow.fatal", what)
+        last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
+        output = read_back(step.data, "its result") if step.state == "done" and step.data else None
+        info = WorkflowRollbackContext(last, self._cause, output, step_label(step.key))
+        config = StepConfig.load(step.config or "", given, "rollback")
+        return DoPlan(config, lambda _: functools.partial(handler, info), not is_async(handler))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4919,6 +4905,7 @@ def plan_undo(call: UndoCall) -> DoPlan:
 # runs.
 
 SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
+PAUSE = 0.005  # seconds between two looks at it, within which it takes two turns of the loop
 
 
 class WorkflowReplay(_Record):
@@ -4944,32 +4931,34 @@ class ReplayRun(Replay):
     def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
         self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
-        self._reached: list[str] = []
-        self._new: list[str] = []
-        self._early: list[str] = []
+        self._found: dict[str, list[str]] = {"reached": [], "new": [], "early": []}
         self._damage: str | None = None
-        self._moved = self.loop.time()
+        inst = loaded.instance
+        undone = inst.rollback is not None and not inst.termination
+        self._has_failed = inst.status == "errored" or undone
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        self._moved = self.loop.time()
         label = step_label(call.key)
         if call.key in self._unreached:
             del self._unreached[call.key]
-            self._reached.append(label)
+            self._found["reached"].append(label)
         else:
-            self._new.append(label)
-            self._early += [label] if self._unreached else []
+            self._found["new"].append(label)
+            self._found["early"] += [label] if self._unreached else []
 
     def stop_in_place(self, damage: str) -> None:
         self._damage = damage
         self.unload()
 
-    async def report(self, has_failed: bool) -> WorkflowReplay:
+    async def report(self) -> WorkflowReplay:
         """Replays `run`, as far as it comes by itself."""
         self.begin()
-        while not self.task.done() and self.loop.time() < self._moved + self._patience():
-            await asyncio.sleep(0.005)
+        quiet, called = 0.0, 0
+        while not self.task.done() and quiet < self._patience():
+            moves = self.busy() or len(self.called) > called
+            quiet, called = 0 if moves else quiet + PAUSE, len(self.called)
+            await asyncio.sleep(PAUSE)
         outcome, error = "waiting", None
         if self.task.done():
             result: Any = None if self.task.cancelled() else self.task.result()
@@ -4982,17 +4971,16 @@ class ReplayRun(Replay):
         await asyncio.shield(self.ended)
         if self._damage is not None:
             raise Unreadable(self._damage)
-        unreached = [step_label(key) for key in self._unreached]
-        safe = not (unreached or self._early or (outcome == "errored" and not has_failed))
-        found = (self._reached, unreached, self._new, self._early)
-        return WorkflowReplay(self.id, *found, outcome, error, safe)
+        found = self._found | {"unreached": [step_label(key) for key in self._unreached]}
+        fails = outcome == "errored" and not self._has_failed
+        safe = not (found["unreached"] or found["early"] or fails)
+        return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
 
     def _patience(self) -> float:
-        """How long without a step call it may be, in seconds: not long if it waits for a step."""
+        """How long it may be without a step call or a result: not long if it waits for a step. (In
+        pauses, not by the clock, because a busy loop may need seconds for what it has to do.)"""
         timers = tokens_with_timers(self.loop) or ()
-        if not self.active or self.token in timers:
-            return SILENCE
-        return 0.1 if self._unreached else 0.02
+        return SILENCE if not self.active or self.token in timers else 20 * PAUSE
 
 
 def warn_about_calls(run: Run) -> None:
@@ -5010,29 +4998,38 @@ def warn_about_calls(run: Run) -> None:
 
 async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
     loaded = await workflow.engine.call(on_instance, workflow.name, id, load_for_replay)
-    inst = loaded.instance
-    ended_by_error = inst.rollback is not None and not inst.termination
-    run = ReplayRun(workflow.engine, workflow, loaded)
-    return await run.report(has_failed=inst.status == "errored" or ended_by_error)
+    return await ReplayRun(workflow.engine, workflow, loaded).report()
 
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
-    for status in (*LIVE, "paused"):
-        async for page in pages(workflow, status):
-            reports = (report_on(workflow, id) for id in page)
-            found = await asyncio.gather(*reports, return_exceptions=True)
-            for id, report in zip(page, found, strict=True):
-                if isinstance(report, WorkflowReplay):
-                    yield report
-                elif isinstance(report, Unreadable):
-                    problem = {"name": "Unreadable", "message": str(report)}
-                    yield WorkflowReplay(id, [], [], [], [], "errored", problem, False)
-                elif not isinstance(report, WorkflowError):  # of one that was deleted meanwhile
-                    raise report
+    before = 2**62
+    while page := await workflow.engine.call(load_unfinished, workflow.name, before):
+        for report in await asyncio.gather(*(report_or_damage(workflow, each) for each in page)):
+            yield report
+        before = page[-1].instance.key
+
+
+async def report_or_damage(workflow: Workflow, loaded: Loaded) -> WorkflowReplay:
+    """One that can't be read back says so, and spares the others."""
+    try:
+        return await ReplayRun(workflow.engine, workflow, loaded).report()
+    except Unreadable as damage:
+        error = {"name": "Unreadable", "message": str(damage)}
+        return WorkflowReplay(loaded.instance.id or "", [], [], [], [], "errored", error, False)
 
 
 def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
-    return Loaded(inst.copy(), tx.journal(inst))
+    try:
+        return Loaded(inst.copy(), tx.journal(inst))
+    except Unreadable as damage:
+        return Loaded(inst.copy(), [], damage)
+
+
+def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]:
+    """Up to a hundred instances with a key below `before`, newest first."""
+    where = "key < ? AND ended IS NULL AND id IS NOT NULL ORDER BY key DESC LIMIT 100"
+    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before)  # by key: see `list_instances`
+    return [load_for_replay(tx, inst) for inst in found]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5159,28 +5156,33 @@ class StepDecorator(StepCall):
             what = "step.do needs a name or parentheses: to call a function, write"
             forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
             raise fatal("step.invalid_callback", f"{what} {forms}")
-        self.run, self._coroutine = step._run, None  # nothing more, or it would count as a call
-        self._given = step, name, args, options
+        if args and not isinstance(args[0], Mapping):  # the SDK's first form
+            options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
+            args = args[3:]
+        # `StepCall.__init__` is left out: it would count this as a call.
+        self.run, self._coroutine, self.declared = step._run, None, step.declared
+        self.name, self.args, self.options = name, args, dict(options)
+        self.depends = self.options.pop("depends", None)
+        self.concurrent = self.options.pop("concurrent", False)
 
     @overload
     def __call__(self, function: AsyncFunction[Result]) -> StepFunction[Result]: ...
     @overload
     def __call__(self, function: Callable[..., Result]) -> StepFunction[Result]: ...
     def __call__(self, function: Any) -> Any:
-        return StepFunction(function, *self._given)
+        return StepFunction(self, function)
 
     async def way(self) -> NoReturn:
-        what = f"step {self._given[1]!r}: the callback is missing"
-        raise fatal("step.invalid_callback", f"{what}: expected an async or plain function")
+        what = "the callback is missing: expected an async or plain function"
+        raise _bad_callback(self.name, what)
 
 
 class DecoratedCall(StepCall):
     """A call of a decorated function."""
 
-    results: dict[str, Any]  # of the steps that it depends on, by parameter
-
-    def __init__(self, function: StepFunction[Any], args: Any, options: dict[str, Any]) -> None:
-        super().__init__(function.run, "do", function.plan, function.__name__, args, options)
+    def __init__(self, function: StepFunction[Any]) -> None:
+        form, name = function.form, function.__name__
+        super().__init__(form.run, "do", plan_do, name, form.args, dict(form.options))
         self.function = function
 
     def way(self) -> Coroutine[Any, Any, Any]:
@@ -5192,40 +5194,31 @@ class StepFunction(Generic[Result]):
     step. A parameter named like another decorated step (or like its function) gets the last result
     of that one, which runs first if it has none yet."""
 
-    def __init__(
-        self, function: Any, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]
-    ) -> None:
-        self._function, self.run, self._declared = function, step._run, step.declared
+    def __init__(self, form: StepDecorator, function: Any) -> None:
+        self.form, self._function = form, function
         own = getattr(function, "__name__", "step")
-        self.__name__ = own if name is None else name
-        if args and not isinstance(args[0], Mapping):  # the SDK's first form
-            options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
-            args = args[3:]
-        self._args, self._options = args, dict(options)
-        self._depends = self._options.pop("depends", None)
-        self._concurrent = self._options.pop("concurrent", False)
+        self.__name__ = own if form.name is None else form.name
         self._signature = inspect.Signature()
         with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
             self._signature = inspect.signature(function)
         # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
         # or the last one that has succeeded.
         self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
-        self._declared["step", str(self.__name__)] = self._declared["function", own] = self
+        form.declared["step", str(self.__name__)] = form.declared["function", own] = self
 
     def __call__(self, *args: Any, **named: Any) -> Pending[Result]:
         if args or named:
             what = "is called without arguments: it gets its dependencies' results"
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
-        return DecoratedCall(self, self._args, dict(self._options))
+        return DecoratedCall(self)
 
     async def after_dependencies(self, call: DecoratedCall) -> Any:
         """The dependencies, then the step itself."""
-        outcomes, outcome = self._outcomes, self.run.loop.create_future()
+        outcomes, outcome = self._outcomes, call.run.loop.create_future()
         outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
         try:
-            call.results = await self._results_for(call)
-            call.options["callback"] = self._with_copies(call.results)
-            value = await self.run.perform(call)
+            call.options["callback"] = await self._with_dependencies(call)
+            value = await call.run.perform(call)
             outcome.set_result(copy.deepcopy(value))
         except BaseException as error:
             if outcomes.get(call.outer) is outcome:
@@ -5239,21 +5232,8 @@ class StepFunction(Generic[Result]):
         outcomes[call.outer] = outcome
         return value
 
-    def plan(self, call: DecoratedCall) -> DoPlan:
-        """Reads a call that has no result yet: each attempt gets copies of its own."""
-        name, copied = call.name, functools.partial(self._with_copies, call.results)
-        return plan_do(call)._replace(bind=lambda attempt: bind_context(name, copied())(attempt))
-
-    def _with_copies(self, results: dict[str, Any]) -> Any:
-        """The function, given copies of the results."""
-        if not results:
-            return self._function
-        bound = self._signature.bind_partial()
-        bound.arguments.update({name: copy.deepcopy(value) for name, value in results.items()})
-        return functools.partial(self._function, *bound.args, **bound.kwargs)
-
-    async def _results_for(self, call: DecoratedCall) -> dict[str, Any]:
-        """The results of the steps that it depends on, by parameter."""
+    async def _with_dependencies(self, call: DecoratedCall) -> Any:
+        """The function, given the results of the steps that it depends on."""
         found = self._dependencies()
         needed = [*found.values()]
         for step in needed:  # this list grows
@@ -5261,15 +5241,19 @@ class StepFunction(Generic[Result]):
         if self in needed:  # it would wait for ever
             raise fatal("step.invalid_config", f"step {self.__name__!r} depends on itself")
         asked = (step._result_for(call) for step in found.values())
-        results = await asyncio.gather(*asked) if self._concurrent else [await r for r in asked]
-        return dict(zip(found, results, strict=True))
+        results = await asyncio.gather(*asked) if self.form.concurrent else [await r for r in asked]
+        if not results:
+            return self._function
+        given = self._signature.bind_partial()
+        given.arguments.update(zip(found, results, strict=True))
+        return functools.partial(self._function, *given.args, **given.kwargs)
 
     async def _result_for(self, dependent: DecoratedCall) -> Any:
-        """The result of this step for a call that depends on it."""
+        """A copy of the result of this step, for a call that depends on it."""
         while (outcome := self._recall(dependent.outer)) is not None:
             await asyncio.wait({outcome})
             if not outcome.cancelled():  # else it must be called again
-                return outcome.result()
+                return copy.deepcopy(outcome.result())
         return await self()
 
     def _recall(self, scope: Attempt | None) -> asyncio.Future[Any] | None:
@@ -5281,7 +5265,7 @@ class StepFunction(Generic[Result]):
 
     def _dependencies(self) -> dict[str, StepFunction[Any]]:
         """The steps that it depends on, by parameter, as of now."""
-        known, depends, name = self._declared, self._depends, self.__name__
+        known, depends = self.form.declared, self.form.depends
         parameters = self._signature.parameters
         found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
         if ("step", "ctx") not in known:
@@ -5290,12 +5274,12 @@ class StepFunction(Generic[Result]):
             legal = isinstance(depends, (list, tuple)) and len(depends) <= len(found)
             if not legal or not all(isinstance(step, StepFunction) for step in depends):
                 what = f"depends is {show(depends)}: expected up to {len(found)} steps, decorated"
-                raise fatal("step.invalid_config", f"step {name!r}: {what} with step.do")
+                raise fatal("step.invalid_config", f"step {self.__name__!r}: {what} with step.do")
             found = dict.fromkeys(found) | dict(zip(found, depends, strict=False))
         for parameter, step in found.items():
             if step is None and parameters[parameter].default is inspect.Parameter.empty:
                 what = f"the parameter {parameter!r} is neither `ctx` nor a decorated step"
-                raise fatal("step.invalid_callback", f"step {name!r}: {what}")
+                raise _bad_callback(self.__name__, what)
         return {parameter: step for parameter, step in found.items() if step is not None}
 
 
@@ -5319,8 +5303,8 @@ async def fetch(
     url: str, *, method: str = "GET", headers: Any = (), body: Any = None, **_: Any
 ) -> FetchResponse:
     """`from workers import fetch`: makes an HTTP request, in a thread. Whatever its status, an
-    answer is a response; without an answer, there is an `OSError`. `body` is text or bytes. What
-    else the SDK's `fetch` takes has no effect here."""
+    answer is a response; without an answer, there is an `OSError`, or what `urllib` says of a URL
+    that is none. `body` is text or bytes. What else the SDK's `fetch` takes has no effect here."""
     threads = Threads(asyncio.get_running_loop())
     request = functools.partial(_request, str(url), method.upper(), dict(headers or ()), body)
     reply = threads.execute(request)
@@ -5337,13 +5321,11 @@ def _request(url: str, method: str, headers: dict[str, str], body: Any) -> Fetch
     kind = "text/plain;charset=UTF-8" if isinstance(body, str) else "application/octet-stream"
     headers = headers if body is None else {"Content-Type": kind, **headers}
     data = body.encode() if isinstance(body, str) else body
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
-        request = urllib.request.Request(url, data, headers, method=method)
         answer = urllib.request.urlopen(request)
     except urllib.error.HTTPError as error:
         answer = error
-    except (ValueError, http.client.HTTPException) as error:
-        raise OSError(f"fetch: {show_error(error)}") from error
     with answer:
         return FetchResponse(answer.status, answer.headers, answer.read())
 
@@ -5398,13 +5380,11 @@ def install_workers_shim() -> None:
     """Makes `from workers import WorkflowEntrypoint` and `from workers.workflows import
     NonRetryableError` find this module, also where Cloudflare's SDK is installed, which works only
     in its own runtime. `fetch` works, too; any other name imports, and has no meaning."""
-    if sys.platform == "emscripten":  # that runtime
+    if sys.platform == "emscripten" or _importer in sys.meta_path:  # that runtime; done already
         return
     with contextlib.suppress(Exception):  # which is what the installed SDK gives
         importlib.import_module("workers")
     other = sys.modules.get("workers")
-    if getattr(other, "__loader__", None) is _importer:
-        return
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
@@ -5425,9 +5405,9 @@ def install_workers_shim() -> None:
 
 
 class WorkflowInstanceModifier:
-    """What `modify` hands to its function. A method acts at once, on all that begins from then on,
-    and may also be awaited. A step is its name, or `{"name": …, "index": 2}` for the second of that
-    name.
+    """A block of a test, and what its `modify` hands to a function. A method acts at once, on all
+    that begins from then on, and may also be awaited. A step is its name, or `{"name": …, "index":
+    2}` for the second of that name.
 
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
@@ -5436,11 +5416,32 @@ class WorkflowInstanceModifier:
         self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
         # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
-        self._skipped: set[tuple[Any, ...]] = set()
+        self.skipped: set[tuple[Any, ...]] = set()
         # By step: how its attempts end, each with the number of attempts that end like this.
-        self._ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
+        self.ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
+
+    async def __aenter__(self) -> Self:
+        self.workflow.engine.check_open()
+        self.workflow.engine.scheduler.blocks.append(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        scheduler, ended = self.workflow.engine.scheduler, (self, *self._parts.values())
+        # A new list, because the writer thread may be in the middle of the old one.
+        scheduler.blocks = [block for block in scheduler.blocks if block not in ended]
+
+    async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
+        """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
+        restarts and hibernation, and ends with the block. Blocks add up; where two set different
+        ends of a step, the inner one counts."""
+        self._check_open()
+        result = function(self)
+        if inspect.isawaitable(result):
+            await result
+        await self
+        return self
 
     def __await__(self) -> Any:
         yield from asyncio.gather(*self._sending).__await__()
@@ -5489,11 +5490,11 @@ class WorkflowInstanceModifier:
     def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
         if isinstance(steps, (str, Mapping)):
             raise TypeError(f"steps is {show(steps)}: expected a list of steps, or None for all")
-        self._skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
+        self.skipped |= {(kind, *step_named(s)) for s in steps} if steps is not None else {(kind,)}
         return self._check_open()
 
     def _mock(self, step: Any, times: int | None, end: Callable[[Attempt], Any]) -> Self:
-        ends = self._ends.setdefault(step_named(step), [])
+        ends = self.ends.setdefault(step_named(step), [])
         if times is None and ends and ends[-1][0] == math.inf:
             twice = "has a result already, or an error or timeout without `times`"
             raise ValueError(f"a contradiction: step {show(step)} {twice}")
@@ -5519,24 +5520,6 @@ class WorkflowInstanceModifier:
             for event in self.events:
                 tx.buffer(inst, *event)
 
-    def _is_about(self, call: StepCall) -> bool:
-        return self.covers(call.run.workflow.name, call.run.lease.key, call.run.id)
-
-    def skips(self, kind: str, call: StepCall) -> bool:
-        """Whether this wait or retry delay is over at once."""
-        asked = {(kind,), (kind, call.name, call.count)}
-        return bool(asked & self._skipped) and self._is_about(call)
-
-    def substitute(self, attempt: Attempt) -> Callable[[], Coroutine[Any, Any, Any]] | None:
-        """What runs instead of the callback, if anything does."""
-        call, number = attempt.call, attempt.number
-        if call.kind == "do" and self._is_about(call):
-            for times, end in self._ends.get((call.name, call.count), ()):
-                if number <= times:
-                    return functools.partial(_give, end(attempt))
-                number -= int(times)
-        return None
-
 
 def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, payload: str) -> None:
     """Buffers an event for each instance of a block: now if it has started, else when it does."""
@@ -5547,44 +5530,13 @@ def _mock_event(tx: Transaction, block: WorkflowInstanceModifier, type: str, pay
             tx.buffer(inst, type, payload)
 
 
-def _created(tx: Transaction, workflow: str, after: int) -> list[Instance]:
-    """A workflow's instances with a key above `after`, oldest first."""
-    return tx.select(f"{_OF_NAMED} AND key > ? ORDER BY key", workflow, after)
+def _created(tx: Transaction, workflow: str, after: int) -> Ids:
+    """The ids of a workflow's instances with a key above `after`, oldest first."""
+    made = tx.select(f"{_OF_NAMED} AND key > ? ORDER BY key", workflow, after)
+    return [inst.id for inst in made if inst.id is not None]
 
 
-async def _give(result: Any) -> Any:
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-class _Introspector(WorkflowInstanceModifier):
-    """A block of a test. It is the modifier that it hands out."""
-
-    async def __aenter__(self) -> Self:
-        self.workflow.engine.check_open()
-        self.workflow.engine.scheduler.blocks.append(self)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        blocks = self.workflow.engine.scheduler.blocks
-        blocks[:] = [block for block in blocks if block not in (self, *self._parts.values())]
-        for rules in (self.events, self._skipped, self._ends, self._parts):
-            rules.clear()
-
-    async def modify(self, function: Callable[[WorkflowInstanceModifier], Any]) -> Self:
-        """Calls a function (sync or async) with a `WorkflowInstanceModifier`. What it sets survives
-        restarts and hibernation, and ends with the block. Blocks add up; where two set different
-        ends of a step, the inner one counts."""
-        self._check_open()
-        result = function(self)
-        if inspect.isawaitable(result):
-            await result
-        await self
-        return self
-
-
-class WorkflowInstanceIntrospector(_Introspector):
+class WorkflowInstanceIntrospector(WorkflowInstanceModifier):
     """One instance, for a test: `async with workflow.introspect_instance(id) as one`. The waits
     also wait for its creation.
 
@@ -5634,7 +5586,7 @@ class WorkflowInstanceIntrospector(_Introspector):
         raise AssertionError  # it is followed until we go
 
 
-class WorkflowIntrospector(_Introspector):
+class WorkflowIntrospector(WorkflowInstanceModifier):
     """All instances of a workflow that are created inside the block, for a test:
     `async with workflow.introspect() as all_instances`.
 
@@ -5648,8 +5600,7 @@ class WorkflowIntrospector(_Introspector):
         """An introspector for each instance, oldest first; what they modify ends with this
         block."""
         self._check_open()
-        made = await self.workflow.engine.call(_created, self.workflow.name, self.after)
-        ids = [inst.id for inst in made if inst.id is not None]
+        ids = await self.workflow.engine.call(_created, self.workflow.name, self.after)
         for id in ids:
             if id not in self._parts:
                 one = WorkflowInstanceIntrospector(self.workflow, id)
@@ -5657,17 +5608,36 @@ class WorkflowIntrospector(_Introspector):
         return [self._parts[id] for id in ids]
 
 
+def _blocks_about(call: StepCall) -> Iterator[WorkflowInstanceModifier]:
+    """The blocks that are about the instance of a call, the inner ones first."""
+    run = call.run
+    for block in reversed(run.engine.scheduler.blocks):
+        if block.covers(run.workflow.name, run.lease.key, run.id):
+            yield block
+
+
 def is_skipped(kind: str, call: StepCall) -> bool:
     """Whether a test wants a sleep, an event wait or a retry delay to be over at once."""
-    return any(block.skips(kind, call) for block in call.run.engine.scheduler.blocks)
+    asked = {(kind,), (kind, call.name, call.count)}
+    return any(asked & block.skipped for block in _blocks_about(call))
 
 
 def mocked(attempt: Attempt) -> Callable[[], Any] | None:
     """What a test has put in the place of an attempt's callback."""
-    for block in reversed(attempt.run.engine.scheduler.blocks):
-        if (mock := block.substitute(attempt)) is not None:
-            return mock
+    call = attempt.call
+    for block in _blocks_about(call) if call.kind == "do" else ():
+        number = attempt.number
+        for times, end in block.ends.get((call.name, call.count), ()):
+            if number <= times:
+                return functools.partial(_give, end, attempt)
+            number -= int(times)
     return None
+
+
+async def _give(end: Callable[[Attempt], Any], attempt: Attempt) -> Any:
+    if isinstance(result := end(attempt), Exception):
+        raise result
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
