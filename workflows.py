@@ -75,7 +75,6 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import json
-import keyword
 import logging
 import math
 import operator
@@ -115,6 +114,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, date, datetime, timedelta
+from keyword import iskeyword
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -2550,18 +2550,33 @@ ENDLESS = 2**62  # no duration is longer: SQLite's numbers have 64 bits
 Duration = float | str | timedelta  # see `parse_duration`
 
 
+def safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives, or `otherwise` if it fails: a user's class may raise anything."""
+    try:
+        return function(*args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return otherwise
+
+
 def show(value: Any) -> str:
     """A value in an error message: never too long, and never another error."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__name__}>"
+    text: str = safely(f"<{type(value).__name__}>", repr, value)
     return text if len(text) <= 100 else text[:100] + "…"
 
 
 def show_error(error: BaseException) -> str:
     """An error in a log line, or in the message of another one."""
     return f"{type(error).__name__}: {message_of(error)}"
+
+
+def expect(
+    legal: bool, what: str, value: Any, expected: str, error: type[Exception] = ValueError
+) -> None:
+    """Refuses an argument that is not legal."""
+    if not legal:
+        raise error(f"{what} is {show(value)}: expected {expected}")
 
 
 def parse_duration(value: Duration) -> int:
@@ -2983,27 +2998,17 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives, or `otherwise` if it fails: a user's class may raise anything."""
-    try:
-        return function(*args)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        return otherwise
-
-
 def message_of(error: BaseException) -> str:
-    return _utf8(_safely("<exception str() failed>", str, error))
+    return _utf8(safely("<exception str() failed>", str, error))
 
 
 def encode_error(error: BaseException, **more: Any) -> str:
     """The record of an error, and `more`, as JSON."""
-    text: str | None = _safely(None, lambda: encode(_describe(error) | more, True)[0])
+    text: str | None = safely(None, lambda: encode(_describe(error) | more, True)[0])
     if text is not None:
         return text
     # Its class lets us have no more than its text and name, or it is nested too deep as a whole.
-    bare = WorkflowError(message_of(error), name=_safely("", getattr, type(error), "__name__"))
+    bare = WorkflowError(message_of(error), name=safely("", getattr, type(error), "__name__"))
     return encode(_describe(bare) | more)[0]
 
 
@@ -3016,14 +3021,14 @@ def _describe(error: BaseException, inner: bool = False) -> dict[str, Any]:
         args, members = [_utf8(state.pop("message"))], state.pop("exceptions")
     label = state.get("_recorded_name") or (issubclass(cls, WorkflowError) and state.get("name"))
     classes = [each for each in cls.__mro__ if issubclass(each, Exception)]
-    kept = {name: _safely(None, encode, value, True) for name, value in state.items()}
+    kept = {name: safely(None, encode, value, True) for name, value in state.items()}
     lost = [name for name, pair in kept.items() if pair is None]
     errors = [n for n in lost if issubclass(type(state[n]), BaseException) and not inner]
     return {
         "classes": [[str(each.__module__), each.__qualname__] for each in classes[:-1] or classes],
         "name": _utf8(label) if isinstance(label, str) else cls.__name__,
         "message": message,
-        "args": _safely(("", [message]), encode, list(args), True)[1],
+        "args": safely(("", [message]), encode, list(args), True)[1],
         "attributes": {name: pair[1] for name, pair in kept.items() if pair is not None},
         "errors": {name: _describe(state[name], inner=True) for name in errors},
         "lost": lost,
@@ -3034,12 +3039,12 @@ def _describe(error: BaseException, inner: bool = False) -> dict[str, Any]:
 def _state(error: BaseException) -> dict[str, Any]:
     """The args and attributes of an error, also those in slots (`OSError.filename`), which are read
     past whatever the class has put before them."""
-    state = {**_safely({}, vars, error)}
+    state = {**safely({}, vars, error)}
     for base in type(error).__mro__:
         for name, slot in vars(base).items():
             if not isinstance(slot, _SLOTS) or name.startswith("__") or slot is AttributeError.obj:
                 continue
-            value = _safely(None, slot.__get__, error)
+            value = safely(None, slot.__get__, error)
             if value is not None or "__slots__" in vars(base):  # one of CPython's is None if unset
                 state[name] = value
     return state
@@ -3060,7 +3065,7 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
     parts = {"attributes": record["attributes"] | inner}
     parts["args"] = [*record["args"], members] if members else record["args"]
     for module, qualname in record["classes"]:
-        error: Exception | None = _safely(None, _rebuild_as, module, qualname, record | parts)
+        error: Exception | None = safely(None, _rebuild_as, module, qualname, record | parts)
         if error is not None:
             return error
     return WorkflowError(brief(record)["message"], name=record["name"])
@@ -3077,7 +3082,7 @@ def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception
         known = dict.fromkeys(record["lost"]) | known
     if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
         known = known | {"_recorded_name": record["name"]}
-    make = functools.partial(_safely, None, _make, cls, text)
+    make = functools.partial(safely, None, _make, cls, text)
     error: Exception | None = make(record["args"], known)
     if error is not None:
         return error
@@ -3094,9 +3099,9 @@ def _make(cls: Any, text: str, args: list[Any], attributes: dict[str, Any]) -> E
     (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
     native = _native(cls)
     error = native.__new__(cls, *args)
-    _safely(None, native.__init__, error, *args)
+    safely(None, native.__init__, error, *args)
     for name, value in attributes.items():
-        _safely(None, object.__setattr__, error, name, value)
+        safely(None, object.__setattr__, error, name, value)
     seen = str(error), repr(error), [hasattr(error, name) for name in _LOGGED]
     ordinary = issubclass(cls, Exception) and not issubclass(cls, _STEERING)
     return error if ordinary and type(error) is cls and seen[0] == text else None
@@ -3214,20 +3219,11 @@ def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
         return parse_duration(part[key])
 
 
-def read_count(value: Any, most: int | None = None) -> int:
+def read_count(value: Any, most: float = math.inf, what: str = "the value") -> int:
     """A whole number from 1 (to `most`). Anything else is a `ValueError`."""
-    if type(value) is int and value > 0 and (most is None or value <= most):
-        return value
-    expected = "a whole number from 1" + (f" to {most:,}" if most is not None else "")
-    raise ValueError(f"{show(value)} is not legal: expected {expected}")
-
-
-def _read_retention(value: Any, longest: int | None) -> int | None:
-    """A duration up to the plan's, which is also the default."""
-    ms = longest if value is None else parse_duration(value)
-    if ms is not None and longest is not None and ms > longest:
-        raise ValueError(f"{show(value)} is too long: expected {longest} ms at most")
-    return ms
+    expected = "a whole number from 1" + (f" to {most:,}" if most < math.inf else "")
+    expect(type(value) is int and 0 < value <= most, what, value, expected)
+    return int(value)
 
 
 @contextlib.contextmanager
@@ -3235,7 +3231,7 @@ def naming(what: object) -> Iterator[None]:
     """Makes an error about an argument or a configuration say which one it is about."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, WorkflowError) as error:
         raise ValueError(f"{what}: {error}") from error.__cause__
 
 
@@ -3261,12 +3257,11 @@ def check_event_type(type: Any, refuse: ErrorMaker) -> str:
 def step_named(step: Any, index: str = "index") -> tuple[str, int]:
     """The name and the count of a step, from its name, or a dict with both."""
     given = step if isinstance(step, Mapping) else {"name": step}
-    options_of(given, ("name", index), "step")
-    name, count = given.get("name"), given.get(index, 1)
-    if isinstance(name, str) and type(count) is int and count > 0:
-        return name, count
-    expected = f'its name, or {{"name": …, "{index}": …}} with a number from 1'
-    raise ValueError(f"{show(step)} is not a step: expected {expected}")
+    given = {"name": None, index: 1} | options_of(given, ("name", index), "step")
+    name, count = given["name"], given[index]
+    legal = isinstance(name, str) and type(count) is int and count > 0
+    expect(legal, "step", step, f'its name, or {{"name": …, "{index}": …}} with a number from 1')
+    return name, count
 
 
 def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
@@ -3339,8 +3334,8 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
     if options is not None:
         undo |= options_of(options, [*undo], "options")
     handler, undo_config = undo.values()
-    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
-        raise ValueError(f"rollback is {show(handler)}: expected a function")
+    unused = options is handler is undo_config is None
+    expect(unused or callable(handler), "rollback", handler, "a function")
     if undo_config is not None:
         options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
     return given.get("config"), given.get("callback"), handler, undo_config
@@ -3348,9 +3343,7 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
 
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    given = _arguments(call, ["duration"])
-    if "duration" not in given:
-        raise TypeError("the duration is missing")
+    given: dict[str, Any] = {"duration": None} | _arguments(call, ["duration"])
     ms = parse_duration(given["duration"])
     return Wait("sleep", call.key, None, _due(call, ms)), str(ms)
 
@@ -3465,14 +3458,14 @@ class StepConfig:
             self.delay = duration_of(retries, "delay", what)
         self.timeout = duration_of(merged, "timeout", what)
         is_number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
-        if not is_number or self.limit < 0 or self.limit not in (math.inf, self.limit // 1):
-            raise _bad_key(what, "limit", self.limit, "0, 1, 2, … or inf")
-        if not isinstance(retries["backoff"], str) or retries["backoff"] not in _BACKOFF:
-            raise _bad_key(what, "backoff", retries["backoff"], f"one of {', '.join(_BACKOFF)}")
-        if not 0 < self.timeout <= max_sleep:
-            raise _bad_key(what, "timeout", merged["timeout"], f"over 0 and up to {max_sleep} ms")
-        if merged.get("sensitive", "output") != "output":
-            raise _bad_key(what, "sensitive", merged["sensitive"], "'output'")
+        whole = is_number and self.limit in (math.inf, self.limit // 1)
+        expect(whole and self.limit >= 0, f"{what} key 'limit'", self.limit, "0, 1, 2, … or inf")
+        known = retries["backoff"] in [*_BACKOFF]
+        expect(known, f"{what} key 'backoff'", retries["backoff"], f"one of {', '.join(_BACKOFF)}")
+        legal, up_to = 0 < self.timeout <= max_sleep, f"over 0 and up to {max_sleep} ms"
+        expect(legal, f"{what} key 'timeout'", merged["timeout"], up_to)
+        sensitive = merged.get("sensitive", "output")
+        expect(sensitive == "output", f"{what} key 'sensitive'", sensitive, "'output'")
         self.backoff = _BACKOFF[retries["backoff"]]
         self.raw = json.loads(_config_to_json(merged), object_hook=_Attributes)
         self.undo: StepConfig | None = None  # that of the rollback handler, if there is one
@@ -3495,10 +3488,6 @@ class StepConfig:
         if "delay" not in raw["retries"]:
             raw["retries"]["delay"] = _gone if given is None else cls(given).delay
         return cls(raw)
-
-
-def _bad_key(what: str, key: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{what} key {key!r}: {show(value)}: expected {expected}")
 
 
 def _gone(_: WorkflowDelayContext) -> NoReturn:
@@ -3781,13 +3770,12 @@ class Engine(Core):
         drain: Duration = 0,
     ) -> None:
         super().__init__()
-        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {show(database)}: expected a path")
+        path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
+        expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
         kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
         for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+            legal = given is None or isinstance(given, kind)
+            expect(legal, name, given, f"a {kind.__name__}", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
@@ -3813,7 +3801,12 @@ class Engine(Core):
         cls: type[WorkflowEntrypoint[Any]],
         name: str | None = None,
         binding: str | None = None,
-        **settings: Any,
+        *,
+        steps: int | None = None,
+        running: int | None = None,
+        schedules: str | Iterable[str] = (),
+        success_retention: Duration | None = None,
+        error_retention: Duration | None = None,
     ) -> Workflow:
         """Makes a workflow known, before entering the engine or later. `name` defaults to the
         class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
@@ -3822,11 +3815,29 @@ class Engine(Core):
         this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
         `success_retention` and `error_retention` how long an instance is kept when it has ended,
         unless `create` says something else. The defaults are the engine's limits."""
-        workflow = bind(self, cls, name, binding, **settings)
-        if workflow.name in self._workflows:
-            raise ValueError(f"workflow {workflow.name!r} is bound already")
-        if workflow.binding in self.env:
-            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
+        extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
+        legal = extends and callable(cls.run) and cls.run is not WorkflowEntrypoint.run
+        what = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
+        expect(legal, "the class", cls, what, TypeError)
+        name = _kebab(cls.__name__) if name is None else name
+        legal = isinstance(name, str) and len(name) <= 64 and _NAME.fullmatch(name) is not None
+        expect(legal, "name", name, f"1 to 64 {_NAME_RULE}")
+        expect(name not in self._workflows, "name", name, "one that is not bound already")
+        binding = name.upper().replace("-", "_") if binding is None else binding
+        legal = isinstance(binding, str) and binding.isidentifier() and not iskeyword(binding)
+        expect(legal, "binding", binding, "one like MY_WORKFLOW")
+        expect(binding not in self.env, "binding", binding, "one that env doesn't have already")
+        workflow = Workflow(self, name, binding, self.limits.steps)
+        workflow.cls = cls
+        if steps is not None:
+            workflow.steps = read_count(steps, 25_000, "steps")
+        if running is not None:
+            workflow.running = read_count(running, what="running")
+        with naming("schedules"):
+            workflow.schedules = read_schedules(schedules)
+        kept = {"success_retention": success_retention, "error_retention": error_retention}
+        with naming("bind"):
+            workflow.retention = workflow.read_retention(kept, [*kept], "retention")
         if self._state != "not open yet":
             self.check_open()
             self.writer.post(define, workflow)
@@ -3837,8 +3848,7 @@ class Engine(Core):
     async def workflow(self, name: str) -> Workflow:
         """The workflow of a name that some process has bound, for one that has not its class: to
         create instances and to steer them. Error: `workflow.not_found`."""
-        if not isinstance(name, str):
-            raise TypeError(f"name is {show(name)}: expected a str")
+        expect(isinstance(name, str), "name", name, "a str", TypeError)
         if name in self._workflows:
             return self._workflows[name]
         binding, steps = await self.call(find_workflow, name)
@@ -3846,8 +3856,7 @@ class Engine(Core):
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        usage: Usage = await self.call(read_usage)
-        return usage
+        return cast(Usage, await self.call(read_usage))
 
 
 def warn_about_unbound_work(scheduler: Scheduler) -> None:
@@ -4176,14 +4185,12 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     if inst.status in FINISHED:
         what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
         raise refusal("instance.cannot_terminate", what)
-    if rollback and inst.rollback == "begun":  # the one that is under way will do
-        tx.change(inst, termination=inst.termination or source)
-        return
     if rollback:
         message = f"instance {inst.id!r} was terminated"
         error = WorkflowError(message, code="instance.terminated", name="Terminated")
-        if begin_rollback(tx, inst, encode_error(error)):
-            tx.change(inst, termination=source)
+        under_way = inst.rollback == "begun"  # then that one will do
+        if under_way or begin_rollback(tx, inst, encode_error(error)):
+            tx.change(inst, termination=inst.termination or source)
             return
     if inst.rollback == "begun":
         inst.rollback = "failed"
@@ -4303,8 +4310,7 @@ class Workflow:
             given = options_of(batch, ["instances"], "batch")["instances"]
         else:
             options = options_of(batch, ("count", *_CREATE), "batch")
-            with naming("batch: count"):
-                count = read_count(options.pop("count", None))
+            count = read_count(options.pop("count", None), what="batch: count")
             given = [options] * min(count, self.engine.limits.batch + 1)
         entries = self._batch(given, "batch", self._entry)
         created = await self._create(entries)
@@ -4324,7 +4330,8 @@ class Workflow:
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Error: `instance.not_found`."""
-        await self.engine.call(on_instance, self.name, _any_id(id), read_end)
+        expect(isinstance(id, str), "id", id, "a str", TypeError)
+        await self.engine.call(on_instance, self.name, id, read_end)
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -4345,8 +4352,8 @@ class Workflow:
         first."""
         if status is not None:
             check_status(status)
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
+        legal = limit is None or (type(limit) is int and limit >= 0)
+        expect(legal, "limit", limit, "a whole number from 0")
         left = math.inf if limit is None else limit
         async for page in pages(self, status):
             for id in page:
@@ -4363,7 +4370,8 @@ class Workflow:
         command `check` never does.)
 
         Error: `instance.not_found`."""
-        return await report_on(self, _any_id(id))
+        expect(isinstance(id, str), "id", id, "a str", TypeError)
+        return await report_on(self, id)
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
@@ -4398,21 +4406,25 @@ class Workflow:
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
         text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        return id, text, *self._retention(options["retention"], where)
+        kept = {} if options["retention"] is None else options["retention"]
+        kept = options_of(kept, _KEPT_FOR, f"{where}: retention")
+        return id, text, *self.read_retention(kept, _KEPT_FOR, f"{where}: retention")
 
-    def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
-        """How long an instance is kept whose `create` is given this."""
-        limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+    def read_retention(
+        self, given: Mapping[str, Any], names: Sequence[str], where: str
+    ) -> tuple[int | None, int | None]:
+        """How long an instance is kept that has succeeded or was terminated, or that has failed:
+        what is given by these names, or else what holds for all of the workflow."""
+        limits, kept = self.engine.limits, []
         plan = limits.success_retention, limits.error_retention
-        longest = dict(zip(_KEPT_FOR, plan, strict=True))
-        given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
-        for name in given:
-            kept[name] = ms = duration_of(given, name, f"{where}: retention")
-            most = longest[name]
-            if most is not None and ms > most:
-                what = f"{where}: {name} is longer than {most} ms (limit retention)"
-                raise refusal("limit.retention", what)
-        return kept["successRetention"], kept["errorRetention"]
+        for name, ms, most in zip(names, self.retention, plan, strict=True):
+            if given.get(name) is not None:
+                ms = duration_of(given, name, where)
+            if ms is not None and most is not None and ms > most:
+                what = f"{where}: {name} is {show(given[name])}"
+                raise refusal("limit.retention", f"{what}: at most {most} ms (limit retention)")
+            kept.append(ms)
+        return kept[0], kept[1]
 
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
         """Refuses what is no instance id. (A new one can't have one of those
@@ -4447,57 +4459,9 @@ async def pages(
         progress(done)
 
 
-def bind(
-    engine: Engine,
-    cls: Any,
-    name: Any,
-    binding: Any,
-    *,
-    steps: int | None = None,
-    running: int | None = None,
-    schedules: str | Iterable[str] = (),
-    success_retention: Duration | None = None,
-    error_retention: Duration | None = None,
-) -> Workflow:
-    """What `Engine.bind` is given, checked. (It has its name because Python's own errors about
-    arguments say it.)"""
-    extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
-    if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-        expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
-        raise TypeError(f"{show(cls)} can't be bound: expected {expected}")
-    name = _kebab(cls.__name__) if name is None else name
-    if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-        raise ValueError(f"{show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
-    binding = name.upper().replace("-", "_") if binding is None else binding
-    if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
-        raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
-    limits = engine.limits
-    workflow = Workflow(engine, name, binding, limits.steps)
-    workflow.cls = cls
-    with naming("steps"):
-        workflow.steps = limits.steps if steps is None else read_count(steps, 25_000)
-    with naming("running"):
-        workflow.running = None if running is None else read_count(running)
-    with naming("schedules"):
-        workflow.schedules = read_schedules(schedules)
-    with naming("success_retention"):
-        kept = _read_retention(success_retention, limits.success_retention)
-    with naming("error_retention"):
-        workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
-    return workflow
-
-
-def _any_id(id: Any) -> str:
-    """An id to look for, which need not be legal."""
-    if not isinstance(id, str):
-        raise TypeError(f"id is {show(id)}: expected a str")
-    return id
-
-
 def check_status(status: Any) -> None:
     """Refuses what is no status of an instance."""
-    if status not in STATUSES:
-        raise ValueError(f"{show(status)} is not a status: expected one of {', '.join(STATUSES)}")
+    expect(status in STATUSES, "status", status, f"one of {', '.join(STATUSES)}")
 
 
 def _kebab(name: str) -> str:
@@ -4594,8 +4558,7 @@ class WorkflowInstance:
 
         Error: `instance.cannot_terminate` if it has finished."""
         rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
-        if not isinstance(rollback, bool):
-            raise TypeError(f"rollback is {show(rollback)}: expected True or False")
+        expect(isinstance(rollback, bool), "rollback", rollback, "True or False", TypeError)
         await self._call(_terminate, self.workflow.source, rollback)
 
     async def restart(self, options: Options = None, /, **given: Any) -> None:
@@ -4661,12 +4624,11 @@ class WorkflowInstance:
         list of the types to show. Each event comes once, in order.
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
-        if cursor is not None and type(cursor) is not int:
-            raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
+        legal = cursor is None or type(cursor) is int
+        expect(legal, "cursor", cursor, "an event_id or None", TypeError)
         shown = EVENT_TYPES if filter is None else {*filter}
-        if unknown := shown - EVENT_TYPES:
-            known = ", ".join(sorted(EVENT_TYPES))
-            raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
+        known = f"some of {', '.join(sorted(EVENT_TYPES))}"
+        expect(shown <= EVENT_TYPES, "filter", shown - EVENT_TYPES, known)
         return WorkflowSubscription(self._events(cursor or -1, shown))
 
     async def _events(
@@ -4727,8 +4689,7 @@ def _keys_of(given: Any) -> Ids:
     kind is given."""
     step = options_of(given, ("name", "count", "type"), "from")
     kind = step.pop("type", None)
-    if kind not in (None, *_KINDS):
-        raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
+    expect(kind in (None, *_KINDS), "from: the type", kind, f"one of {', '.join(_KINDS)}")
     name, count = step_named(step, "count")
     kinds = STEP_KINDS if kind is None else [_KINDS[kind]]
     return [SEPARATOR.join((kind, name, str(count))) for kind in kinds]
