@@ -2571,14 +2571,6 @@ def show_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message_of(error)}"
 
 
-def expect(
-    legal: bool, what: str, value: Any, expected: str, error: type[Exception] = ValueError
-) -> None:
-    """Refuses an argument that is not legal."""
-    if not legal:
-        raise error(f"{what} is {show(value)}: expected {expected}")
-
-
 def parse_duration(value: Duration) -> int:
     """Milliseconds of a duration as Cloudflare writes it: a number of milliseconds, a `timedelta`,
     or `"<number> <unit>"` with second, minute, hour, day, week, month (30 d) or year (365 d),
@@ -3193,6 +3185,26 @@ def checked(
 
 _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
 _NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
+_STEP_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,256}")
+
+
+def expect(
+    legal: object, what: str, value: Any, expected: str, error: type[Exception] = ValueError
+) -> None:
+    """Refuses an argument that is not legal."""
+    if not legal:
+        raise error(f"{what} is {show(value)}: expected {expected}")
+
+
+def require(legal: object, code: str, message: str, refuse: ErrorMaker = refusal) -> None:
+    """Refuses what is against a rule that has a code."""
+    if not legal:
+        raise refuse(code, message)
+
+
+def is_name(value: Any, longest: int) -> bool:
+    """Whether it may be an id, a workflow's name, or an event's type."""
+    return isinstance(value, str) and len(value) <= longest and _NAME.fullmatch(value) is not None
 
 
 def options_of(given: Any, known: Sequence[str], what: str) -> dict[str, Any]:
@@ -3237,21 +3249,16 @@ def naming(what: object) -> Iterator[None]:
 
 def check_name(name: Any) -> None:
     """Refuses what is no name of a step."""
-    if not isinstance(name, str):
-        raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected a str")
-    if len(name) > 256:
-        raise fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
-    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        what = "holds a control character or a lone surrogate"
-        raise fatal("step.invalid_name", f"the step name {show(name)} {what}")
+    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name):
+        expected = "at most 256 characters, no control characters, no lone surrogates"
+        raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected {expected}")
 
 
 def check_event_type(type: Any, refuse: ErrorMaker) -> str:
     """Refuses what is no type of an event."""
-    if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
-        return type
     what = f"{show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
-    raise refuse("event.invalid_type", what)
+    require(is_name(type, 100), "event.invalid_type", what, refuse)
+    return str(type)
 
 
 def step_named(step: Any, index: str = "index") -> tuple[str, int]:
@@ -3372,9 +3379,8 @@ def plan_wait_for_event(call: StepCall) -> WaitPlan:
 def _due(call: StepCall, ms: int) -> int:
     """When a wait of that length ends."""
     longest = call.run.engine.limits.max_sleep
-    if ms > longest:
-        message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
-        raise fatal("limit.sleep", message)
+    message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
+    require(ms <= longest, "limit.sleep", message, fatal)
     return call.run.engine.clock.now() + ms
 
 
@@ -3820,8 +3826,7 @@ class Engine(Core):
         what = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
         expect(legal, "the class", cls, what, TypeError)
         name = _kebab(cls.__name__) if name is None else name
-        legal = isinstance(name, str) and len(name) <= 64 and _NAME.fullmatch(name) is not None
-        expect(legal, "name", name, f"1 to 64 {_NAME_RULE}")
+        expect(is_name(name, 64), "name", name, f"1 to 64 {_NAME_RULE}")
         expect(name not in self._workflows, "name", name, "one that is not bound already")
         binding = name.upper().replace("-", "_") if binding is None else binding
         legal = isinstance(binding, str) and binding.isidentifier() and not iskeyword(binding)
@@ -3875,9 +3880,8 @@ def warn_about_unbound_work(scheduler: Scheduler) -> None:
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
     """Binding and limit of steps of a name that some process has bound."""
     sql = "SELECT binding, steps FROM workflows WHERE name = ?"
-    found = tx.db.rows(sql, name) if _NAME.fullmatch(name) else []  # SQLite takes no surrogates
-    if not found:
-        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
+    found = tx.db.rows(sql, name) if is_name(name, 64) else []  # SQLite takes no surrogates
+    require(found, "workflow.not_found", f"no process has bound a workflow {name!r}")
     return tuple(found[0])
 
 
@@ -3968,8 +3972,7 @@ class WorkflowStep:
 
         developers.cloudflare.com/workflows/build/events-and-parameters/
         Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
-        plan = plan_wait_for_event
-        return StepCall(self._run, "wait_for_event", plan, name, args, options)
+        return StepCall(self._run, "wait_for_event", plan_wait_for_event, name, args, options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4003,11 +4006,8 @@ class Files:
         """Whether every page is there, as a new connection sees it."""
         if os.path.getsize(self._path) == 0:  # SQLite would now delete the log
             return False
-        try:
-            with contextlib.closing(sqlite3.connect(self._path)) as db:
-                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        except sqlite3.DatabaseError:
-            return False
+        with contextlib.closing(sqlite3.connect(self._path)) as db:
+            return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
 
 
 def refuse_what_is_not_ours(path: str) -> None:
@@ -4041,8 +4041,6 @@ def schema_version(db: sqlite3.Connection) -> int:
 def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
     if isinstance(error, WorkflowInternalError):
         return WorkflowInternalError(f"{path}: {error}")
-    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-        return WorkflowInternalError(f"{path}: not a database")
     return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
 
 
@@ -4052,7 +4050,8 @@ def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
 #
 # Whatever raises an instance's generation ends the lease of its run.
 
-Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
+Retention = tuple[int | None, int | None]  # after a success or a termination, and after an error
+Entry = tuple[str, str, int | None, int | None]  # id, params, and retention
 Ids = list[str]
 
 
@@ -4137,19 +4136,19 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     return operation(tx, inst, *args)
 
 
-def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
-    """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
-    that has the error of the rollback handler that has failed."""
+def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Any, Any]:
+    """The instance as it is now; and if it has finished, its output or (the record of) its error,
+    and that of the rollback handler that has failed."""
     if inst.status not in FINISHED:
-        return inst.copy(), Row(inst.status)
+        return inst.copy(), None, None
     (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return inst.copy(), last
+    what = f"the end of instance {inst.id!r} (row {inst.seq})"
+    return inst.copy(), read_back(last.data or "null", what), read_back(last.extra or "null", what)
 
 
 def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
-        raise refusal("instance.not_running", what)
+    what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
+    require(inst.status not in FINISHED, "instance.not_running", what)
     check_state(tx, inst.bytes, size_of(payload), refusal)
     tx.buffer(inst, type, payload)
 
@@ -4182,9 +4181,8 @@ def unpause(tx: Transaction, inst: Instance) -> None:
 
 def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> None:
     """At once; or, with a rollback that has anything to undo, at the end of that."""
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
-        raise refusal("instance.cannot_terminate", what)
+    what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
+    require(inst.status not in FINISHED, "instance.cannot_terminate", what)
     if rollback:
         message = f"instance {inst.id!r} was terminated"
         error = WorkflowError(message, code="instance.terminated", name="Terminated")
@@ -4213,10 +4211,10 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     is kept. Without any keys from the top."""
     rows = tx.journal(inst)
     kept = cut(rows, steps)
-    if steps and not kept:
+    if steps:
         what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
-        raise refusal("instance.cannot_restart", what)
-    if not steps:
+        require(kept, "instance.cannot_restart", what)
+    else:
         tx.db.execute("DELETE FROM events WHERE instance = ?", (inst.key,))
         inst.started = None
     for table in ("journal", "waits"):
@@ -4287,9 +4285,8 @@ class Workflow:
         `limit.queued_instances`, `limit.retention`."""
         entry = self._entry(merge(options, given, ("id", *_CREATE), "create"), "create")
         created = await self._create([entry])
-        if not created:
-            what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
-            raise refusal("instance.already_exists", what)
+        what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
+        require(created, "instance.already_exists", what)
         return created[0]
 
     @overload
@@ -4331,7 +4328,7 @@ class Workflow:
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Error: `instance.not_found`."""
         expect(isinstance(id, str), "id", id, "a str", TypeError)
-        await self.engine.call(on_instance, self.name, id, read_end)
+        await self.engine.call(on_instance, self.name, id, ignore)
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -4396,9 +4393,8 @@ class Workflow:
             raise TypeError(f"{what} is {type(given).__name__}: expected a list")
         entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
-        if not 0 < len(entries) <= limit:
-            what = f"{what}: expected 1 to {limit} entries (limit batch)"
-            raise refusal("limit.batch_size", what)
+        what = f"{what}: expected 1 to {limit} entries (limit batch)"
+        require(0 < len(entries) <= limit, "limit.batch_size", what)
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
@@ -4406,23 +4402,21 @@ class Workflow:
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
         text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        kept = {} if options["retention"] is None else options["retention"]
-        kept = options_of(kept, _KEPT_FOR, f"{where}: retention")
-        return id, text, *self.read_retention(kept, _KEPT_FOR, f"{where}: retention")
+        kept = self.retention
+        if options["retention"] is not None:
+            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        return id, text, *kept
 
-    def read_retention(
-        self, given: Mapping[str, Any], names: Sequence[str], where: str
-    ) -> tuple[int | None, int | None]:
+    def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
         """How long an instance is kept that has succeeded or was terminated, or that has failed:
         what is given by these names, or else what holds for all of the workflow."""
-        limits, kept = self.engine.limits, []
+        given, limits, kept = options_of(given, names, where), self.engine.limits, []
         plan = limits.success_retention, limits.error_retention
         for name, ms, most in zip(names, self.retention, plan, strict=True):
             if given.get(name) is not None:
                 ms = duration_of(given, name, where)
-            if ms is not None and most is not None and ms > most:
-                what = f"{where}: {name} is {show(given[name])}"
-                raise refusal("limit.retention", f"{what}: at most {most} ms (limit retention)")
+            what = f"{where}: {name} is {ms} ms: expected at most {most} ms (limit retention)"
+            require(ms is None or most is None or ms <= most, "limit.retention", what)
             kept.append(ms)
         return kept[0], kept[1]
 
@@ -4430,12 +4424,11 @@ class Workflow:
         """Refuses what is no instance id. (A new one can't have one of those
         that schedules give.)"""
         limit = self.engine.limits.id_length
-        if isinstance(id, str):
-            short = len(id) <= limit and _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
-            if short or (_SCHEDULED.fullmatch(id) and not new):
-                return id
+        scheduled = not new and isinstance(id, str) and _SCHEDULED.fullmatch(id)
+        legal = scheduled or (is_name(id, limit) and not _RESERVED.fullmatch(id))
         what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
-        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+        require(legal, "instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+        return str(id)
 
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
@@ -4480,9 +4473,8 @@ class Rate:
         """Counts a call, or refuses it."""
         now = self._clock.now()
         recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
-        if len(recent) == self._limit:
-            what = f"more than {self._limit} creations within a second"
-            raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
+        what = f"more than {self._limit} creations within a second (limit creations_per_second)"
+        require(len(recent) != self._limit, "limit.creation_rate", what)
         self._calls.append(now)
 
 
@@ -4499,9 +4491,8 @@ class QueueLimit:
             queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
             (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
             room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
-            if new > room:
-                what = f"more than {limit} instances would be queued (limit queued)"
-                raise refusal("limit.queued_instances", what)
+            what = f"more than {limit} instances would be queued (limit queued)"
+            require(new <= room, "limit.queued_instances", what)
             self._room = (room - new) // 10 + new
         self._room -= new
 
@@ -4524,14 +4515,11 @@ class WorkflowInstance:
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now, and how a rollback went."""
-        inst, last = await self._call(read_end)
-        output = error = rollback = None
-        if inst.status == "complete":
-            output = read_back(last.data or "", f"the output of {self}")
-        elif inst.status == "errored":
-            error = _Attributes(brief(read_back(last.data or "", f"the error of {self}")))
+        inst, end, failure = await self._call(read_end)
+        output = end if inst.status == "complete" else None
+        error = _Attributes(brief(end)) if inst.status == "errored" else None
+        rollback = None
         if inst.status in FINISHED and inst.rollback is not None:
-            failure = read_back(last.extra or "null", f"the rollback of {self}")
             failure = failure and _Attributes(brief(failure))
             rollback = _Attributes(outcome=inst.rollback, error=failure)
         return InstanceStatus(inst.status, output, error, rollback)
@@ -4594,11 +4582,11 @@ class WorkflowInstance:
         if patience is not None:
             timer = engine.clock.call_later(patience, functools.partial(resolve, late))
         try:
-            inst, last = await self._call(read_end)
+            inst, end, _ = await self._call(read_end)
             key = inst.key
             while inst.status not in FINISHED:
                 ended = engine.watchers.watch(key)  # before it is read, so that nothing is missed
-                inst, last = await self._call(read_end)
+                inst, end, _ = await self._call(read_end)
                 if inst.key != key:  # deleted, and its id is used again
                     raise not_found(self.workflow.name, self.id)
                 if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
@@ -4611,9 +4599,9 @@ class WorkflowInstance:
             if timer is not None:
                 timer.cancel()
         if inst.status == "complete":
-            return read_back(last.data or "", f"the output of {self}")
+            return end
         if inst.status == "errored":
-            raise rebuild_error(read_back(last.data or "", f"the error of {self}"))
+            raise rebuild_error(end)
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     def subscribe(
