@@ -7021,7 +7021,7 @@ class BadInput(Introspected):
                 ),
                 (ValueError, "times: .* '2': exp", lambda m: m.force_step_timeout("s", times="2")),
                 (WorkflowError, "event type", lambda m: m.mock_event({"type": "no good"})),
-                (TypeError, "mock_event needs a type", lambda m: m.mock_event(payload=1)),
+                (TypeError, "mock_event is .*: expected a type", lambda m: m.mock_event(payload=1)),
                 (ValueError, "unknown key 'kind'", lambda m: m.mock_event(kind="go")),
                 (TypeError, "unexpected keyword", lambda m: m.disable_sleeps(step="s")),
                 (TypeError, "callable", 5),  # type: ignore[list-item]

@@ -3336,15 +3336,12 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
     if args and callable(args[0]):
         names.remove("config")
     given = _arguments(call, names, ("config", "rollback", "rollback_config"))
-    options = given.get("options")
-    undo = {"rollback": given.get("rollback"), "rollbackConfig": given.get("rollback_config")}
-    if options is not None:
-        undo |= options_of(options, [*undo], "options")
-    handler, undo_config = undo.values()
+    if (options := given.get("options")) is not None:
+        given |= options_of(options, ("rollback", "rollbackConfig"), "options")
+    handler = given.get("rollback")
+    undo_config = given.get("rollbackConfig", given.get("rollback_config"))
     unused = options is handler is undo_config is None
     expect(unused or callable(handler), "rollback", handler, "a function")
-    if undo_config is not None:
-        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
     return given.get("config"), given.get("callback"), handler, undo_config
 
 
@@ -3435,6 +3432,7 @@ def bind_context(name: str, callback: Any) -> Bind:
 
 _RETRIES: dict[str, Any] = {"limit": 5, "delay": 10_000, "backoff": "exponential"}
 DEFAULT_CONFIG: dict[str, Any] = {"retries": _RETRIES, "timeout": "10 minutes"}
+_CONFIG_KEYS = {"config": [*DEFAULT_CONFIG, "sensitive"], "rollbackConfig": [*DEFAULT_CONFIG]}
 _BACKOFF: dict[Any, Callable[[int], int]] = {
     "constant": lambda attempts: 1,
     "linear": lambda attempts: attempts,
@@ -3453,7 +3451,7 @@ class StepConfig:
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
     def __init__(self, given: Any = None, max_sleep: int = YEAR, what: str = "config") -> None:
-        given = options_of({} if given is None else given, (*DEFAULT_CONFIG, "sensitive"), what)
+        given = options_of({} if given is None else given, _CONFIG_KEYS[what], what)
         retries = _RETRIES | options_of(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
         merged = DEFAULT_CONFIG | given | {"retries": retries}
         self.limit: float = retries["limit"]
@@ -3786,7 +3784,8 @@ class Engine(Core):
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
         self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
-        self.creations = Rate(self.limits.creations_per_second, self.clock)
+        # When the last calls were made that create instances.
+        self.creations: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
@@ -3832,12 +3831,10 @@ class Engine(Core):
         legal = isinstance(binding, str) and binding.isidentifier() and not iskeyword(binding)
         expect(legal, "binding", binding, "one like MY_WORKFLOW")
         expect(binding not in self.env, "binding", binding, "one that env doesn't have already")
-        workflow = Workflow(self, name, binding, self.limits.steps)
+        steps = self.limits.steps if steps is None else read_count(steps, 25_000, "steps")
+        workflow = Workflow(self, name, binding, steps)
         workflow.cls = cls
-        if steps is not None:
-            workflow.steps = read_count(steps, 25_000, "steps")
-        if running is not None:
-            workflow.running = read_count(running, what="running")
+        workflow.running = None if running is None else read_count(running, what="running")
         with naming("schedules"):
             workflow.schedules = read_schedules(schedules)
         kept = {"success_retention": success_retention, "error_retention": error_retention}
@@ -4321,7 +4318,7 @@ class Workflow:
         return {"created": created, "errors": errors}
 
     async def _create(self, entries: Sequence[Entry]) -> list[WorkflowInstance]:
-        self.engine.creations.count()
+        count_creation(self.engine)
         made = await self.engine.call(create_instances, self.name, entries, self.source)
         return [WorkflowInstance(self, id) for id in made]
 
@@ -4337,8 +4334,7 @@ class Workflow:
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
         legal = self._batch(ids, "ids", self.check_id)
-        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
-        return answer
+        return cast(dict[str, Any], await self.engine.call(delete_instances, self.name, legal))
 
     # (From here on, `list` is this method in the class, and the built-in one inside of methods.)
 
@@ -4433,8 +4429,7 @@ class Workflow:
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
         event = {"payload": None} | merge(options, given, ("type", "payload"), what)
-        if "type" not in event:
-            raise TypeError(f"{what} needs a type")
+        expect("type" in event, what, event, "a type", TypeError)
         type = check_event_type(event["type"], refusal)
         code, most = "event.not_serializable", self.engine.limits.payload_bytes
         return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
@@ -4462,20 +4457,14 @@ def _kebab(name: str) -> str:
     return words.replace("_", "-").strip("-").lower()
 
 
-class Rate:
-    """How many calls may be made within a second: an account's quota, of this process."""
-
-    def __init__(self, limit: int | None, clock: Clock) -> None:
-        self._clock, self._limit = clock, limit
-        self._calls: deque[int] = deque(maxlen=limit or 0)  # when
-
-    def count(self) -> None:
-        """Counts a call, or refuses it."""
-        now = self._clock.now()
-        recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
-        what = f"more than {self._limit} creations within a second (limit creations_per_second)"
-        require(len(recent) != self._limit, "limit.creation_rate", what)
-        self._calls.append(now)
+def count_creation(engine: Engine) -> None:
+    """Counts a call that creates instances, or refuses it: so many may be made within a second by
+    this process. (That is an account's quota.)"""
+    limit, now = engine.limits.creations_per_second, engine.clock.now()
+    recent = [at for at in engine.creations if now - 1000 < at <= now]  # a clock may be set back
+    what = f"more than {limit} creations within a second (limit creations_per_second)"
+    require(len(recent) != limit, "limit.creation_rate", what)
+    engine.creations.append(now)
 
 
 class QueueLimit:
@@ -4996,7 +4985,7 @@ class History:
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
         types, what = [], f"{self._instance_id!r}: row {row.seq}"
-        data = None if row.data is None else read_back(row.data, what)
+        data = read_back(row.data or "null", what)
         if row.type == "queued" and row.data is not None:
             self._params = data
         if row.attempt is not None and row.extra is not None:
