@@ -2594,8 +2594,7 @@ def parse_moment(value: Any) -> int:
     there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973. A naive `datetime`
     is local time, as everywhere in Python."""
     if isinstance(value, datetime):
-        aware = value.astimezone() if value.utcoffset() is None else value
-        return (aware - _EPOCH) // timedelta(milliseconds=1)
+        return round(value.timestamp() * 1000)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return max(0, round(value * 1000 if abs(value) < 1e11 else value))
     expected = "a datetime, or seconds or milliseconds since 1970"
@@ -4567,9 +4566,7 @@ class WorkflowInstance:
         patience = None if timeout is None else parse_duration(timeout)
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
-        timer = None
-        if patience is not None:
-            timer = engine.clock.call_later(patience, functools.partial(resolve, late))
+        timer = None if patience is None else engine.clock.call_later(patience, late.cancel)
         try:
             inst, end, _ = await self._call(read_end)
             key = inst.key
