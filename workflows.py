@@ -4049,6 +4049,7 @@ def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
 Retention = tuple[int | None, int | None]  # after a success or a termination, and after an error
 Entry = tuple[str, str, int | None, int | None]  # id, params, and retention
 Ids = list[str]
+Snapshot = tuple[Instance | None, list[Row]]  # an instance, if there is one, and rows of it
 
 
 def not_found(workflow: str, id: str) -> WorkflowError:
@@ -4082,13 +4083,11 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     return [*new]
 
 
-def list_instances(
-    tx: Transaction, workflow: str, status: str | None, before: int, most: int
-) -> list[tuple[int, str | None]]:
-    """Key and id of a workflow's instances with a key below `before`, newest first; None instead
-    of the id of one that has expired."""
-    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
-    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status, most)
+def list_instances(tx: Transaction, workflow: str, status: str | None, before: int) -> list[Any]:
+    """Key and id of up to a hundred of a workflow's instances with a key below `before`, newest
+    first; None instead of the id of one that has expired."""
+    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT 100"
+    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status)
     return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
 
 
@@ -4104,9 +4103,7 @@ def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list
     }
 
 
-def read_journal(
-    tx: Transaction, workflow: str, id: str, known: Instance | None
-) -> tuple[Instance | None, list[Row]]:
+def read_journal(tx: Transaction, workflow: str, id: str, known: Instance | None) -> Snapshot:
     """The instance with that id, if there is one, and its rows: only the new ones, if it is still
     the one that is known."""
     inst = tx.find(workflow, [id]).get(id)
@@ -4244,6 +4241,7 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 # Binding: the objects that callers hold, and how what they are given is checked.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+HistoryEvents = AsyncGenerator[WorkflowHistoryEvent, None]
 # What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
 _CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
@@ -4440,7 +4438,7 @@ async def pages(
     """The ids of a workflow's instances, newest first, up to a hundred at a time; `progress` is
     told how many that were."""
     before, done = 2**62, 0
-    while page := await workflow.engine.call(list_instances, workflow.name, status, before, 100):
+    while page := await workflow.engine.call(list_instances, workflow.name, status, before):
         yield [id for _, id in page if id is not None]
         before, done = page[-1][0], done + len(page)
         progress(done)
@@ -4605,9 +4603,7 @@ class WorkflowInstance:
         expect(shown <= EVENT_TYPES, "filter", shown - EVENT_TYPES, known)
         return WorkflowSubscription(self._events(cursor or -1, shown))
 
-    async def _events(
-        self, cursor: int, shown: Collection[str]
-    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+    async def _events(self, cursor: int, shown: Collection[str]) -> HistoryEvents:
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -4621,7 +4617,7 @@ class WorkflowInstance:
                 if inst.status in FINISHED:
                     return
 
-    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+    async def follow(self) -> AsyncGenerator[Snapshot, None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
         engine, inst = self.workflow.engine, None
@@ -4636,10 +4632,10 @@ class WorkflowSubscription:
     """What `subscribe` returns: to go through with `async for`; or, as Cloudflare writes it, to be
     awaited, and asked for one event after the other."""
 
-    def __init__(self, events: AsyncGenerator[WorkflowHistoryEvent, None]) -> None:
+    def __init__(self, events: HistoryEvents) -> None:
         self._events = events
 
-    def __aiter__(self) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+    def __aiter__(self) -> HistoryEvents:
         return self._events
 
     def __await__(self) -> Generator[None, None, Self]:
