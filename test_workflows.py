@@ -6042,6 +6042,29 @@ class Time(Real):
             del engine.call_from_thread
             self.assertEqual(calls, [])
 
+    async def test_a_run_of_quick_steps_lets_the_loop_turn(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for _ in range(500):
+                await step.do("quick", returns(None))
+
+        async with Engine(":memory:") as engine:
+            instance = await engine.bind(workflow(run)).create()
+            result, turns = asyncio.ensure_future(instance.result()), 0
+            while not result.done():
+                await asyncio.sleep(0.001)
+                turns += 1
+            self.assertGreater(turns, 5)
+
+    async def test_a_timer_of_the_engine_does_not_count_as_one_of_the_run(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            for _ in range(10):  # after some quick commits the loop does them itself
+                await step.do("quick", returns(None))
+            await step.sleep("long", "1 hour")
+
+        async with Engine(":memory:", hibernate_after=0) as engine:
+            await reach(await engine.bind(workflow(run)).create(), "waiting")
+            await until(lambda: not engine.lives.runs)
+
     async def test_sleeps_that_ended_while_nobody_ran_end_in_their_order(self) -> None:
         async def run(event: Any, step: Any) -> Any:
             naps = {asyncio.ensure_future(step.sleep(f"{ms}", ms)): ms for ms in (300, 100, 200)}

@@ -234,6 +234,7 @@ class LeaseLost(WorkflowError):
     """What a run wanted to write is not written, because it may not write any more: see `Lease`."""
 
 
+NOT_RETRIED = (NonRetryableError, WorkflowFatalError)
 ErrorMaker = Callable[[str, str], WorkflowError]  # of a code and a message
 
 
@@ -377,7 +378,7 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     if step.ended or step.state == "cancelled":
         return None  # the first end counts
     step.state = state
-    if not step.ended:
+    if state == "pending":
         return None
     step.data, step.extra = row.data, row.extra
     return step
@@ -591,9 +592,10 @@ class Database:
 
     def refresh(self) -> None:
         """Forgets what it knows, if another connection has written, or if that is too much."""
-        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
-        self._others_wrote |= self._data_version != before
-        if self._data_version != before or len(self.known) > KNOWN:
+        (version,) = self.one("PRAGMA data_version")
+        if version != self._data_version or len(self.known) > KNOWN:
+            self._others_wrote |= version != self._data_version
+            self._data_version = version
             self.known.clear()
 
     def others_wrote(self) -> bool:
@@ -721,6 +723,7 @@ class Transaction:
         self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
         self.written = 0  # rows
         self._instances = database.known
+        self._reports = changes.isEnabledFor(logging.DEBUG)
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
 
@@ -753,10 +756,11 @@ class Transaction:
         except Unreadable as damage:
             raise Unreadable(f"a row of instance {inst.id!r}: {damage}") from None
 
-    def next_number(self) -> int:
-        """Keys and places in the queue are numbers of one sequence, and never given twice."""
-        (number,) = self.db.one("UPDATE numbers SET last = last + 1 RETURNING last")
-        return int(number)
+    def take_numbers(self, count: int = 1) -> int:
+        """Keys and places in the queue are numbers of one sequence, and never given twice. Returns
+        the last of those that are taken."""
+        (last,) = self.db.one("UPDATE numbers SET last = last + ? RETURNING last", count)
+        return int(last)
 
     def append(self, inst: Instance, row: Row, size: int = 0) -> None:
         """Appends a row to an instance's journal, which grows by so many bytes that count."""
@@ -764,9 +768,8 @@ class Transaction:
         inst.bytes += size
         self.storage += size
         self.touched.add(inst.id or "")
-        self._instances[inst.key] = inst
         self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
-        if row.step is None and changes.isEnabledFor(logging.DEBUG):
+        if row.step is None and self._reports:
             report_change(self, inst, row)
 
     def change(self, inst: Instance, **columns: Any) -> None:
@@ -850,7 +853,8 @@ class Transaction:
 # Writing: who runs a transaction, and when.
 #
 # On the loop itself, at the end of the turn in which something was posted, as long as a commit
-# takes about a millisecond at most: so a step needs no hand-over between threads. On a slow disk,
+# takes about a millisecond at most: so a step needs no hand-over between threads. (If a run waits,
+# and nothing else happens in that turn, it need not even wait for the end of it.) On a slow disk,
 # or while another process holds the write lock, in the writer thread: so the loop never waits for
 # either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
 # Both take the same `_transact`, one at a time. What was posted first is committed first, so that
@@ -862,6 +866,7 @@ class Transaction:
 
 TICK = 0.05  # seconds
 QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
+LONG_TURN = 0.002  # seconds; a turn of the loop is not drawn out for longer
 TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
 BATCH = 256  # at most so many operations, and so many due instances, are taken at once
 
@@ -904,6 +909,7 @@ class Writer:
         self.failure: WorkflowInternalError | None = None
         self.flushing = False  # the loop is about to run what was posted
         self._posted: list[Posted] = []
+        self._turn_began: float = 0  # the turn in which something was posted first
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
         self._lock = threading.RLock()  # whoever uses the database holds it
@@ -926,10 +932,14 @@ class Writer:
     def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
         """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
         committed."""
-        if not self.flushing:
-            self.flushing = True
-            self.engine.call_soon(self._flush)
         self._posted.append((operation, args, then))
+        self._flush_later()
+
+    def hurry(self) -> None:
+        """Does now what would be done at the end of this turn: for a run that waits, when nothing
+        else is left to do in this turn. But soon the loop must look at its timers and sockets."""
+        if time.monotonic() < self._turn_began + LONG_TURN:
+            self.engine.context.run(self._carry_out)
 
     def close(self) -> None:
         """Runs what is posted, and lets the thread close the database."""
@@ -947,13 +957,21 @@ class Writer:
 
     # -- on the loop
 
+    def _flush_later(self) -> None:
+        if not self.flushing:
+            self.flushing = True
+            self._turn_began = time.monotonic()
+            self.engine.call_soon(self._flush)
+
     def _flush(self) -> None:
         self.flushing = False
+        self._carry_out()
+
+    def _carry_out(self) -> None:
         batch, self._posted = self._posted[:BATCH], self._posted[BATCH:]
         if self._posted:
-            self.flushing = True
-            self.engine.call_soon(self._flush)
-        if self._closed or self._process != os.getpid():
+            self._flush_later()
+        if not batch or self._closed or self._process != os.getpid():
             return  # (a forked child must not write over our connection)
         answer = None
         if self.exact or (self._distrust == 0 and self._handed == 0):
@@ -1531,6 +1549,7 @@ class Replay(Life):
         self.unawaited: set[StepCall] = set()  # those calls that were not awaited yet
         self.called: set[str] = set()  # the keys of those that were
         self.active: dict[str, StepCall] = {}  # the calls that are under way, nested ones, too
+        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
         self.handlers: dict[str, Any] = {}  # see "Rollback"
         self.last_move = 0  # the turn of the loop in which it last did something
         self._dos_left = workflow.steps
@@ -1616,6 +1635,8 @@ class Replay(Life):
         call.waiter = self.loop.create_future()
         call.alone = self._is_alone(call)
         self.move_on()
+        if call.alone:
+            self.engine.writer.hurry()
         try:
             await call.waiter
         finally:
@@ -1649,7 +1670,9 @@ class Replay(Life):
     def move_on(self) -> None:
         """Hands over the next result: at once, if that can disturb nothing, else when the run has
         settled. Called after whatever has happened."""
-        if self.dead or self._settling or not self.has_next():
+        if self.dead or self._settling or not self.active:
+            return
+        if not (self.inbox or self.cancelled or self.is_idle()):
             return
         call = self.active.get(next(iter(self.inbox), ""))
         if call and call.waiter and call.alone and len(self.active) == 1:
@@ -1659,9 +1682,9 @@ class Replay(Life):
             self.last_move = self.engine.turns.now
             self.engine.turns.when_settled(self)
 
-    def has_next(self) -> bool:
-        """Whether there is anything to do when it has settled."""
-        return bool(self.inbox)
+    def is_idle(self) -> bool:
+        """Whether all that is under way are sleeps, event waits and retry delays."""
+        return False
 
     def settled(self) -> None:
         """Ten turns of the loop went by without a step call or a result."""
@@ -1721,7 +1744,6 @@ class Run(Replay):
         self.status = loaded.instance.status  # as recorded, as far as it knows
         self.asked: str | None = None
         self.seq = loaded.instance.seq  # of the newest row that it knows of
-        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
         self._writing = 0  # operations that have no answer yet
 
     def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
@@ -1780,10 +1802,14 @@ class Run(Replay):
         else:
             call.outer.post_start()  # comes first in the history
         plan = plan_of(call)
-        if isinstance(plan, DoPlan):
-            await self._attempts(call, plan)
-        else:
+        if not isinstance(plan, DoPlan):
             self._begin_wait(call, plan)
+            return
+        again = True
+        if call.step.open:  # the process died during this attempt
+            again = await Attempt(self, call, plan.config).end_as_dead()
+        while again:
+            again = await Attempt(self, call, plan.config).make(plan)
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1796,14 +1822,6 @@ class Run(Replay):
             row = Row(wait.kind, call.key, None, data)
             apply(self.steps, row)
             self.post(record, row, 0, wait)
-
-    async def _attempts(self, call: StepCall, plan: DoPlan) -> None:
-        """The attempts of a step, until the end of the last one is posted."""
-        again = True
-        if call.step.open:  # the process died during this one
-            again = await Attempt(self, call, plan.config).end_as_dead()
-        while again:
-            again = await Attempt(self, call, plan.config).make(plan)
 
     def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
@@ -1857,9 +1875,6 @@ class Run(Replay):
         elif self.status == "waiting" and not self.still_waits():
             self._ask("wake", wake_up)  # `run` has gone on by itself
 
-    def has_next(self) -> bool:
-        return bool(self.inbox or self.cancelled or self._is_idle())
-
     def hand_over(self) -> bool:
         if self.asked or self.status not in ("running", "waitingForPause"):
             return False
@@ -1867,7 +1882,7 @@ class Run(Replay):
             self._record_cancelled()
         if super().hand_over():
             return True
-        if self._is_idle():
+        if self.is_idle():
             self._ask("idle", go_idle, self.seq, then=self._idled)
         return False
 
@@ -1875,8 +1890,7 @@ class Run(Replay):
         self.asked = what
         self.post(operation, *args, then=then)
 
-    def _is_idle(self) -> bool:
-        """Whether all that is under way are sleeps, event waits and retry delays."""
+    def is_idle(self) -> bool:
         if self.status != "running" or self._writing or not self.active:
             return False
         return all(call.step.asleep for call in self.active.values())
@@ -1948,7 +1962,8 @@ class Attempt:
         self.execution = Execution(run, config.timeout, self)
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
-        self.again = True  # another attempt follows
+        self._unanswered: BaseException | None = None  # the delay function must be asked
+        self._again = False  # another attempt follows
         self.counts: dict[str, int] = {}
 
     def __str__(self) -> str:
@@ -1966,7 +1981,9 @@ class Attempt:
             await self.execution.execute(mocked(self) or plan.bind(self))
         finally:
             self.execution.free_thread()
-        return self.again
+        if self._unanswered is not None:
+            await self._ask(self._unanswered)
+        return self._again
 
     def _row(self, type: str, data: str | None = None) -> Row:
         """A row about it. Its first one says when it has begun, and the first one of the step has
@@ -2024,12 +2041,15 @@ class Attempt:
         """Ends one whose process has died. Returns whether another one follows."""
         self.call.attempt, self.recorded = self, True
         self.number = self.call.step.attempts
-        await self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return self.again
+        self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        if self._unanswered is not None:
+            await self._ask(self._unanswered)
+        return self._again
 
-    async def ends(self, value: Any, error: BaseException | None) -> None:
-        """Posts its end, and decides whether another one follows."""
-        text, fresh, delay = None, None, None
+    def ends(self, value: Any, error: BaseException | None) -> None:
+        """Posts its end; but a failure, if a delay function has to be asked, when that has been
+        done."""
+        text, fresh, config = None, None, self.config
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
@@ -2038,32 +2058,16 @@ class Attempt:
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is None:
-            self.again = False
             self._post(self._row("done", text), fresh, size_of(text or ""))
-            return
-        try:
-            delay = await self._retry_delay(error)
-        except WorkflowFatalError as failure:
-            log.warning("%s: %s: %s, after %s", self.run, self, failure, show_error(error))
-            error = failure
-        self._post_failure(error, delay)
+        elif isinstance(error, NOT_RETRIED) or self.number > config.limit:
+            self._fail(error)
+        elif callable(config.delay):
+            self._unanswered = error
+        else:
+            self._retry(error, config.delay)
 
-    async def _retry_delay(self, error: BaseException) -> int | None:
-        """How long to wait before the next attempt, or None if there is none."""
-        run, config = self.run, self.config
-        if isinstance(error, (NonRetryableError, WorkflowFatalError)) or self.number > config.limit:
-            return None
-        delay = await self._ask(error) if callable(config.delay) else config.delay
-        delay *= config.backoff(self.number)
-        delay = min(delay, 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep)
-        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
-        log.debug("%s", what, exc_info=error)
-        return delay
-
-    async def _ask(self, error: BaseException) -> int:
-        """What the delay function says, within five seconds; the backoff applies to that. If it
-        fails, so does the step."""
+    async def _ask(self, error: BaseException) -> None:
+        """Asks the delay function, which has five seconds. If it fails, so does the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
         asked = Execution(self.run, ASKING, self)
         if not is_async(function):
@@ -2071,20 +2075,31 @@ class Attempt:
         answer, failure = await asked.execute(functools.partial(function, info))
         try:
             if failure is None:
-                return parse_duration(answer)
+                self._retry(error, parse_duration(answer))
+                return
         except ValueError as wrong:
             failure = wrong
         message = f"the delay function of {self} failed: {show_error(failure)}"
-        raise WorkflowFatalError(message, name="NonRetryableDelayError")
+        log.warning("%s: %s: %s, after %s", self.run, self, message, show_error(error))
+        self._fail(WorkflowFatalError(message, name="NonRetryableDelayError"))
 
-    def _post_failure(self, error: BaseException, delay: int | None) -> None:
-        self.again = self.call.step.asleep = delay is not None
-        if delay is None:
-            self._post(self._row("error", encode_error(error)), error)
-        else:
-            row = self._row("failed", encode_error(error, retry_delay_ms=delay))
-            due = self.run.engine.clock.now() + delay
-            self._post(row, error, 0, Wait("retry", self.call.step.key, None, due))
+    def _retry(self, error: BaseException, delay: int) -> None:
+        """Posts that it has failed, and that another one follows after a delay, to which the
+        backoff applies."""
+        run, config, step = self.run, self.config, self.call.step
+        longest = 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep
+        delay = min(delay * config.backoff(self.number), longest)
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
+        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        log.debug("%s", what, exc_info=error)
+        self._again = step.asleep = True
+        wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
+        self._post(self._row("failed", encode_error(error, retry_delay_ms=delay)), None, 0, wait)
+
+    def _fail(self, error: BaseException) -> None:
+        """Posts that the step has failed for good."""
+        self._again = self.call.step.asleep = False
+        self._post(self._row("error", encode_error(error)), error)
 
     def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
         self.call.step.open = False
@@ -2094,12 +2109,12 @@ class Attempt:
         """Its end is committed; or refused, because the result is beyond a limit."""
         run, call = self.run, self.call
         if refused is not None:
-            self._post_failure(refused, None)
+            self._fail(refused)
             return
         run.saw(seq)
         if call.attempt is self:
             call.attempt = None
-        call.fresh = None if row.type == "failed" else fresh
+        call.fresh = fresh
         run.careful = run.careful and row.type == "failed"
         run.take(row)
 
@@ -2403,7 +2418,7 @@ class Core:
             what = "a timer that `run` sets (asyncio.timeout) is lost when an instance hibernates"
             log.info("%r does not show its timers: %s", type(self.loop), what)
         # What the engine does it does in this context, not in that of whoever caused it.
-        self._context = contextvars.copy_context()
+        self.context = contextvars.copy_context()
         self.threads, self.watchers = Threads(self.loop), Watchers(self.loop)
         self.turns, self.lives = Turns(self.call_soon), Lives(self)
         database = Database(self.path)
@@ -2472,12 +2487,12 @@ class Core:
 
     def call_soon(self, callback: Callable[..., object]) -> None:
         """Calls back in the next turn of the loop."""
-        self.loop.call_soon(callback, context=self._context)
+        self.loop.call_soon(callback, context=self.context)
 
     def call_from_thread(self, callback: Callable[..., object], *args: Any) -> None:
         """Calls back on the loop."""
         with contextlib.suppress(RuntimeError):  # it was closed, and the engine forgotten
-            self.loop.call_soon_threadsafe(callback, *args, context=self._context)
+            self.loop.call_soon_threadsafe(callback, *args, context=self.context)
 
     def nothing_else_ready(self) -> bool:
         """Whether the loop has nothing to do but what the engine itself has asked for. (A loop that
@@ -3629,9 +3644,7 @@ class Execution:
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
                 self._attempt.abandoned()
-            await self._tell()
-        elif not task.done():
-            await asyncio.wait({task})
+            self._tell()
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
@@ -3643,7 +3656,7 @@ class Execution:
         _scope.set(self._attempt)
         outcome = await self._drive(function)
         if self._decide(outcome):
-            await self._tell()
+            self._tell()
 
     def _decide(self, outcome: Outcome) -> bool:
         """The first outcome counts; returns whether this is it."""
@@ -3658,9 +3671,9 @@ class Execution:
         for the outcome cancels that of the function.)"""
         self._failed = self._decide((None, failure)) or self._failed
 
-    async def _tell(self) -> None:
+    def _tell(self) -> None:
         if self._attempt.execution is self:
-            await self._attempt.ends(*cast(Outcome, self._outcome))
+            self._attempt.ends(*cast(Outcome, self._outcome))
 
     @types.coroutine
     def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
@@ -4069,14 +4082,16 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     for entry in entries:
         if entry[0] not in taken:
             new.setdefault(entry[0], entry)
+    if not new:
+        return []
     if trigger != "cron":  # nobody would hear of the refusal
         for _, params, *_ in entries:
             check_state(tx, 0, size_of(params), refusal)
         tx.scheduler.queue_limit.check(tx, len(new))
     for inst in over:
         tx.purge(inst)
-    for id, params, success, error in new.values():
-        number = tx.next_number()
+    first = tx.take_numbers(len(new)) - len(new) + 1
+    for number, (id, params, success, error) in enumerate(new.values(), first):
         inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
         tx.move(inst, Row("queued", data=params), size_of(params))
     tx.requests += len(new)
@@ -4224,7 +4239,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     size = sum(size_of(text or "") for text in texts) - inst.bytes
     inst.generation += 1
     inst.ended = inst.paused = inst.termination = inst.rollback = None
-    inst.careful, inst.place = 0, tx.next_number()
+    inst.careful, inst.place = 0, tx.take_numbers()
     tx.move(inst, Row("queued", data=None if kept else rows[0].data), size, wake=tx.now)
 
 
@@ -4800,7 +4815,7 @@ class UndoRun(Run):
     def conclude(self, result: Any) -> None:
         self.end(end_rollback, result)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         return False
 
 
@@ -5024,6 +5039,9 @@ class History:
 # Usage: what Cloudflare's pricing is based on, counted with each commit.
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
+_COUNT = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+    requests = requests + excluded.requests, steps = steps + excluded.steps,
+    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
 
 
 def begins_step(row: Row) -> bool:
@@ -5037,11 +5055,7 @@ def count_usage(tx: Transaction) -> None:
     """Writes what a transaction has used."""
     used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
     if any(used):
-        sql = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
-                  requests = requests + excluded.requests, steps = steps + excluded.steps,
-                  cpu_ms = cpu_ms + excluded.cpu_ms,
-                  storage_bytes = storage_bytes + excluded.storage_bytes"""
-        tx.db.execute(sql, (tx.now, *used))
+        tx.db.execute(_COUNT, (tx.now, *used))
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
@@ -5556,7 +5570,7 @@ class WorkflowIntrospector(_Introspector):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        self.after = await self.workflow.engine.call(Transaction.next_number)
+        self.after = await self.workflow.engine.call(Transaction.take_numbers)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
