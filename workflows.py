@@ -3469,11 +3469,8 @@ class StepConfig:
         retries = _RETRIES | options_of(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
         merged = DEFAULT_CONFIG | given | {"retries": retries}
         self.limit: float = retries["limit"]
-        self.delay: Any = retries["delay"]
-        if callable(self.delay):
-            del retries["delay"]
-        else:
-            self.delay = duration_of(retries, "delay", what)
+        asked = callable(retries["delay"])
+        self.delay: Any = retries.pop("delay") if asked else duration_of(retries, "delay", what)
         self.timeout = duration_of(merged, "timeout", what)
         is_number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
         whole = is_number and self.limit in (math.inf, self.limit // 1)
