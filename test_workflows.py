@@ -41,6 +41,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import statistics
 import subprocess
@@ -89,6 +90,8 @@ FOREVER = dataclasses.replace(Limits(), success_retention=None, error_retention=
 def setUpModule() -> None:
     # A shell starts in the background what ignores SIGINT, and so would our child processes.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Where each callback comes from is what costs most in asyncio's debug mode, and nobody asks.
+    asyncio.constants.DEBUG_STACK_DEPTH = 1
 
 
 def workflow(run: Callable[..., Any], name: str = "Test") -> type[WorkflowEntrypoint[Any]]:
@@ -3349,6 +3352,8 @@ class Test(WorkflowEntrypoint):
 async def get(w, id="i", params=None):
     await w.create_batch([{"id": id, "params": params}])
     return await w.get(id)
+def complain_in_a_file():
+    sys.stderr = open(f"{PATH}.stderr-{os.getpid()}", "w", buffering=1)
 def go(**options):
     async def inner():
         async with Engine(PATH, **options) as engine:
@@ -3383,8 +3388,15 @@ async def reach(instance: Any, *wanted: str, seconds: float = 5) -> float:
     return await until(there, seconds)
 
 
-# A child is forked from a process that has imported the module already. This saves it a fifth of a
-# second of CPU, and it is as real, and after SIGKILL as dead, as any other.
+def quicker(factor: float) -> Any:
+    """The engine looks around so many times as often, and its patience ends so much earlier."""
+    faster = types.SimpleNamespace(**vars(time))
+    faster.monotonic = lambda: time.monotonic() * factor
+    return unittest.mock.patch.object(workflows, "time", faster)
+
+
+# A child is forked from a process that has imported the module already. This saves it a third of a
+# second, and it is as real, and after SIGKILL as dead, as any other.
 NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload(["workflows"])
 
@@ -3456,21 +3468,38 @@ class Real(Case):
 
     where = None
 
-    def child(self, script: str, *args: str, fresh: bool = False) -> Child:
+    def child(self, script: str, *args: str, path: str | None = None, fresh: bool = False) -> Child:
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
             file.write(PRELUDE + textwrap.dedent(script))
         self.addCleanup(os.unlink, file.name)
-        child = Child(self.path, Path(file.name), *args, fresh=fresh)
+        child = Child(path or self.path, Path(file.name), *args, fresh=fresh)
         self.addCleanup(child.kill)
         return child
+
+    def command(self, *args: str, terminal: str | None = None, **environ: str) -> Child:
+        """A command of workflows.py, as a process in the test's folder."""
+        return self.child(f"""
+            logging.getLogger("workflows").setLevel(logging.NOTSET)
+            complain_in_a_file()
+            if {terminal!r}:
+                screen = open({terminal!r}, "w")
+                say("there")
+                sys.stdout = sys.stderr = screen
+            os.chdir(os.path.dirname(PATH))
+            os.environ.update({environ})
+            sys.exit(workflows.main({args}))
+            """)
+
+    def complaints(self, child: Child) -> str:
+        return Path(f"{self.path}.stderr-{child.pid}").read_text()
 
     @contextlib.asynccontextmanager
     async def engine(self, **options: Any) -> Any:
         async with Engine(self.path, **options) as engine:
             yield engine
 
-    def log(self) -> list[str]:
-        path = Path(self.path + ".log")
+    def log(self, path: str | None = None) -> list[str]:
+        path = Path((path or self.path) + ".log")
         return path.read_text().split() if path.exists() else []
 
     def runs_until_it_ends(self, script: str, most: int = 20) -> int:
@@ -4622,7 +4651,7 @@ class Queue(Case):
 
 CAMPAIGN = """
 import itertools
-ROUNDS = 75
+ROUNDS = 20
 async def run(event, step):
     got = []
     async def acknowledged(id, name, config, work):
@@ -4668,17 +4697,23 @@ go()
 
 class Sigkill(Real):
     async def test_nothing_acknowledged_is_lost_or_repeated_in_twenty_sigkills(self) -> None:
-        chance = random.Random(1)
-        for _ in range(20):
-            child = self.child(CAMPAIGN)
+        await asyncio.gather(*map(self.survive, range(4)))
+
+    async def survive(self, seed: int) -> None:
+        """A database of its own survives five of them."""
+        path, chance = f"{self.path}-{seed}", random.Random(seed)
+        for _ in range(5):
+            child = self.child(CAMPAIGN, path=path)
             await child.wait_for("up")
             await asyncio.sleep(chance.uniform(0, 0.12))
             child.kill()
-        self.assertEqual(self.rows("SELECT count(*) FROM instances WHERE ended IS NULL"), [(3,)])
-        self.assertEqual(await asyncio.to_thread(self.child(CAMPAIGN).end), ("up", 0))
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            (unfinished,) = db.execute("SELECT count(*) FROM instances WHERE ended IS NULL")
+        self.assertEqual(unfinished, (3,))
+        self.assertEqual(await asyncio.to_thread(self.child(CAMPAIGN, path=path).end), ("up", 0))
         acknowledged: dict[str, str] = {}
         sent: dict[str, list[int]] = {"x": [], "y": [], "z": []}
-        for line in self.log():
+        for line in self.log(path):
             what, id, name, *rest = line.split(":")
             if what == "begin":
                 self.assertNotIn(f"{id}:{name}", acknowledged, "it ran again")
@@ -4686,8 +4721,8 @@ class Sigkill(Real):
                 self.assertEqual(acknowledged.setdefault(f"{id}:{name}", *rest), *rest)
             elif what == "sent":
                 sent[id].append(int(name))
-        self.assertEqual(len(acknowledged), 3 * 75 * 5)
-        async with self.engine() as engine:
+        self.assertEqual(len(acknowledged), 3 * 20 * 5)
+        async with Engine(path) as engine:
             bound = engine.bind(workflow(one_step))
             for id, stored in sent.items():
                 got = await (await bound.get(id)).result()
@@ -5347,7 +5382,7 @@ class Storage(Real):
                 instance = await engine.bind(workflow(gate.run)).get("i")
                 self.assertEqual(await instance.result("2 seconds"), "i")
 
-        with self.assertLogs("workflows", logging.CRITICAL):
+        with self.assertLogs("workflows", logging.CRITICAL), quicker(5):
             await asyncio.gather(lose("a.db", False), lose("b.db", True))
 
     async def test_an_empty_file_and_odd_names_are_fine(self) -> None:
@@ -5533,6 +5568,7 @@ class Processes(Real):
 
     async def test_a_client_stops_too_when_the_file_of_the_owners_lock_was_replaced(self) -> None:
         """Or it would soon hold a lock that the next process doesn't see."""
+        self.enterContext(quicker(5))
         async with self.client() as bound:
             instance = await bound.create(params=0)
             os.rename(self.path + "-owner", self.path + "-owner.old")
@@ -5604,13 +5640,13 @@ class Processes(Real):
 
     def is_owned(self) -> bool:
         """Whether another process (!) would find the file owned."""
-        attempt = (
-            "import sqlite3, sys\n"
-            "db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
-            "db.execute('BEGIN EXCLUSIVE')"
-        )
-        command = [sys.executable, "-c", attempt, self.path + "-owner"]
-        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0
+        said, _ = self.child("""
+            import sqlite3
+            db = sqlite3.connect(PATH + "-owner", timeout=0, isolation_level=None)
+            try: db.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error: say(error)
+            """).end()
+        return said == "database is locked"
 
     async def test_a_second_engine_in_the_process_is_a_client_and_takes_over(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -5655,10 +5691,10 @@ class Processes(Real):
         logger = logging.getLogger("workflows")
         logger.setLevel(logging.WARNING)
         self.addCleanup(logger.setLevel, logging.CRITICAL)
-        with self.assertLogs(logger) as logs:
+        with self.assertLogs(logger) as logs, quicker(20):
             async with self.engine() as engine:
                 engine.bind(workflow(one_step, "Other"))
-                await asyncio.sleep(2.1)
+                await asyncio.sleep(0.3)  # long enough for several
         self.assertEqual(["'test'" in line for line in logs.output], [True])
         self.assertEqual(self.rows("SELECT status FROM instances"), [("queued",)])
 
@@ -6022,7 +6058,7 @@ class Time(Real):
             for _ in range(5):
                 await step.sleep("nap", 10)
 
-        for hibernate in ("1 hour", 0):
+        async def wake_in_time(hibernate: Any) -> None:
             async with Engine(":memory:", hibernate_after=hibernate) as engine:
                 bound, took = engine.bind(workflow(run)), []
                 for _ in range(5):  # a busy machine may be late some of the time
@@ -6030,6 +6066,8 @@ class Time(Real):
                     await (await bound.create()).result()
                     took.append(time.monotonic() - began)
                 self.assertLess(min(took), 0.2)
+
+        await asyncio.gather(wake_in_time("1 hour"), wake_in_time(0))
 
     async def test_an_idle_engine_leaves_the_loop_alone(self) -> None:
         async with self.engine() as engine:
@@ -11675,8 +11713,12 @@ class Replaying(Case):
         async with self.engine() as engine:
             bound = await engine.workflow("test")
             bound.cls = workflow(new)
-            report = await bound.replay("i")
-            self.assertEqual([each.safe async for each in bound.replay_all()], [report.safe])
+
+            async def replay_all() -> list[bool]:
+                return [each.safe async for each in bound.replay_all()]
+
+            report, safe = await asyncio.gather(bound.replay("i"), replay_all())
+            self.assertEqual(safe, [report.safe])
         after = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM instances")
         self.assertEqual(before, after)
         return report
@@ -12390,15 +12432,24 @@ class Outside(Case):
         "steps": one_step, "events": one_event, "naps": one_sleep, "retries": retries_once,
         "fails": fails_after_a_step, "long": all_but_endless,
     }  # fmt: skip
+    pace = 0.0  # the server spares no engine, but for the test that is about this
 
     @contextlib.asynccontextmanager
     async def served(self, token: str | None = None, **more: Callable[..., Any]) -> Any:
+        def look_often(server: Any, _: float) -> None:
+            """Whether the server is to stop: in each test, somebody waits for that."""
+            socketserver.TCPServer.serve_forever(server, 0.002)
+
+        patch = unittest.mock.patch.object
+        quick = patch(workflows, "PACE", self.pace)
+        quicker_to_stop = patch(workflows.Server, "serve_forever", look_often)
         async with self.engine() as engine:
             for name, run in (self.bound | more).items():
                 engine.bind(workflow(run, name), name)
-            async with workflows.serve(engine, token=token) as server:
-                self.server, self.port = server, server.server_address[1]
-                yield engine
+            with quick, quicker_to_stop:
+                async with workflows.serve(engine, token=token) as server:
+                    self.server, self.port = server, server.server_address[1]
+                    yield engine
 
     async def exchange(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         return await asyncio.to_thread(exchange, self.port, method, path, body, **headers)
@@ -13386,6 +13437,7 @@ class Wire(Outside):
             f"POST {REST}/naps/instances HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
             "GET " + "x" * 70_000,
         ]  # fmt: skip
+        self.pace = workflows.PACE
         async with self.served(busy=busy) as engine:
             await self.create("naps")
             running = await engine.env.BUSY.create()
@@ -13495,6 +13547,8 @@ class Page(Outside):
 
 
 class CommandLine(Outside):
+    out = io.StringIO()  # what the last command has printed so far
+
     async def asyncSetUp(self) -> None:
         # What asyncio says of a slow machine would stand among what a command prints.
         asyncio.get_running_loop().slow_callback_duration = 60
@@ -13503,17 +13557,17 @@ class CommandLine(Outside):
         """Exit code, stdout and stderr of a command."""
 
         def run() -> tuple[int, str, str]:
-            out, err = io.StringIO(), io.StringIO()
+            self.out, err = io.StringIO(), io.StringIO()
             changed = {"NO_COLOR": "", "COLUMNS": "120"} | environ
             with (
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+                contextlib.redirect_stdout(self.out), contextlib.redirect_stderr(err),
                 unittest.mock.patch.dict(os.environ, changed),
             ):  # fmt: skip
                 try:
                     code = workflows.main([*args, *(["--db", self.path] if db else [])])
                 except SystemExit as exit:
                     code = exit.code
-            return code, out.getvalue(), err.getvalue()
+            return code, self.out.getvalue(), err.getvalue()
 
         return await asyncio.to_thread(run)
 
@@ -13650,7 +13704,8 @@ class CommandLine(Outside):
             path = await self.create("events")
             command = ("instances", "describe", "events", "--follow", *args)
             task = asyncio.create_task(self.cli(*command))
-            await asyncio.sleep(0.5)
+            await until(lambda: "w-1" in self.out.getvalue())
+            await asyncio.sleep(0.1)
             await self.ask("POST", path + "/events/t", {"y": 1})
             await self.clock.settle()
             code, out, _ = await task
@@ -13788,7 +13843,7 @@ class CommandLine(Outside):
 class AtATerminal(Real):
     """Commands as real processes."""
 
-    def command(self, *args: str) -> list[str]:
+    def arguments(self, *args: str) -> list[str]:
         return [sys.executable, workflows.__file__, *args, "--db", self.path]
 
     async def asyncSetUp(self) -> None:
@@ -13801,30 +13856,32 @@ class AtATerminal(Real):
     def on_terminal(self, *args: str, **environ: str) -> str:
         """What a command prints when a person is looking."""
         master, slave = os.openpty()
-        with subprocess.Popen(
-            self.command(*args), stdout=slave, stderr=slave, env=os.environ | environ
-        ) as child:
-            os.close(slave)
-            printed = b""
-            with contextlib.suppress(OSError):  # the end, on Linux
-                while part := os.read(master, 2**16):
-                    printed += part
+        child = self.command(*args, "--db", self.path, terminal=os.ttyname(slave), **environ)
+        self.assertEqual(child.hear(), "there")
+        os.close(slave)
+        printed = b""
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while part := os.read(master, 2**16):
+                printed += part
         os.close(master)
-        self.assertEqual(child.returncode, 0)
+        self.assertEqual(child.wait(), 0)
         return printed.decode()
 
     def test_colours_are_for_people_who_want_them(self) -> None:
         command = ("instances", "describe", "steps", "i")
         self.assertIn("\x1b[32m", self.on_terminal(*command, NO_COLOR="", TERM="xterm"))
         self.assertNotIn("\x1b", self.on_terminal(*command, NO_COLOR="1", TERM="xterm"))
-        piped = subprocess.run(self.command(*command), capture_output=True, check=True)
-        self.assertNotIn(b"\x1b", piped.stdout)
+        piped = self.command(*command, "--db", self.path)
+        said, code = piped.end()
+        self.assertIn("complete", said)
+        self.assertNotIn("\x1b", said)
+        self.assertEqual(code, 0)
 
     def test_a_long_deletion_shows_progress(self) -> None:
         self.assertIn("101 …", self.on_terminal("delete", "steps"))
 
     def test_a_broken_pipe_is_quiet(self) -> None:
-        command = self.command("instances", "list", "steps", "--per-page", "100")
+        command = self.arguments("instances", "list", "steps", "--per-page", "100")
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             child.stdout.close()
             self.assertEqual(child.stderr.read(), b"")
@@ -13833,7 +13890,7 @@ class AtATerminal(Real):
     async def test_ctrl_c_is_quiet(self) -> None:
         async with self.engine() as engine:
             await engine.bind(workflow(one_event, "Events")).create(id="i")
-            command = self.command("instances", "describe", "events", "--follow")
+            command = self.arguments("instances", "describe", "events", "--follow")
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
                 while b"w-1" not in await asyncio.to_thread(child.stdout.readline):
                     pass
@@ -13864,7 +13921,8 @@ class Bad(WorkflowEntrypoint):
 class DevProcess(Real):
     """`dev` as a real process."""
 
-    async def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
+    def setUp(self) -> None:
+        super().setUp()
         (self.folder / "app.py").write_text(APP)
         bound = [
             {"name": name.lower(), "binding": name.upper(), "class_name": name}
@@ -13872,26 +13930,21 @@ class DevProcess(Real):
         ]
         text = json.dumps({"main": "app.py", "workflows": bound})
         (self.folder / "wrangler.jsonc").write_text(text)
-        command = [sys.executable, workflows.__file__, "dev", "--port", "0", "--db", self.path]
-        child = subprocess.Popen(
-            [*command, *args], cwd=self.folder, text=True, env=os.environ | environ,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        self.addCleanup(self.forget, child)
-        line = await asyncio.to_thread(child.stdout.readline)
-        self.port = int(line.rpartition(":")[2].strip("/\n") or 0)
+
+    async def start(self, *args: str, **environ: str) -> Child:
+        child = self.command("dev", "--port", "0", "--db", self.path, *args, **environ)
+        self.meet(await asyncio.to_thread(child.hear))
         return child
 
-    def forget(self, child: Any) -> None:
-        child.kill()
-        child.communicate()
+    def meet(self, line: str) -> None:
+        """Takes note of where it is, as it says."""
+        self.port = int(line.rpartition(":")[2].strip("/\n") or 0)
 
-    async def stop(self, child: Any, number: int = signal.SIGTERM) -> str:
+    async def stop(self, child: Child, number: int = signal.SIGTERM) -> str:
         """Ends it; returns its log."""
-        child.send_signal(number)
-        out, err = await asyncio.to_thread(child.communicate, timeout=10)
-        self.assertEqual((child.returncode, out), (0, ""))
-        return err
+        os.kill(child.pid, number)
+        self.assertEqual(await asyncio.to_thread(child.end), ("", 0))
+        return self.complaints(child)
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         _, text = await asyncio.to_thread(exchange, self.port, method, REST + path, body)
@@ -13899,6 +13952,11 @@ class DevProcess(Real):
 
 
 class Dev(DevProcess):
+    async def works(self) -> bool:
+        """Whether the callback of the slow instance is in its first attempt."""
+        found = await self.ask("GET", "/slow/instances/i")
+        return [len(step["attempts"]) for step in found["steps"]] == [1]
+
     async def test_it_stops_cleanly_at_either_signal_and_logs_each_change(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number):
@@ -13907,7 +13965,7 @@ class Dev(DevProcess):
                 await self.ask("POST", "/naps/instances", {"id": id})
                 await self.ask("POST", "/bad/instances", {"id": id})
                 await self.ask("PATCH", f"/naps/instances/{id}/status", {"status": "pause"})
-                await asyncio.sleep(0.2)
+                await until(lambda child=child: "errored" in self.complaints(child))
                 log = await self.stop(child, number)
                 lines = [
                     line.split(" ", 2)[2].strip() for line in log.splitlines() if line[:2] == "20"
@@ -13923,22 +13981,20 @@ class Dev(DevProcess):
     async def test_the_next_one_goes_on(self) -> None:
         child = await self.start()
         await self.ask("POST", "/slow/instances", {"id": "i", "params": 3600})
-        await asyncio.sleep(0.2)
+        await until(self.works)
         await self.stop(child)
         await self.start()
 
         async def goes_on() -> bool:
             found = await self.ask("GET", "/slow/instances/i")
-            (step,) = found["steps"]
-            # A clean stop counts no attempt.
-            return (found["status"], len(step["attempts"])) == ("running", 1)
+            return found["status"] == "running" and await self.works()
 
-        await until(goes_on)
+        await until(goes_on)  # a clean stop counts no attempt
 
     async def test_drain_lets_attempts_end(self) -> None:
         child = await self.start("--drain", "5 seconds")
-        await self.ask("POST", "/slow/instances", {"id": "i", "params": 0.5})
-        await asyncio.sleep(0.2)
+        await self.ask("POST", "/slow/instances", {"id": "i", "params": 0.3})
+        await until(self.works)
         await self.stop(child)
         rows = self.rows("SELECT type FROM journal WHERE step IS NOT NULL ORDER BY seq DESC")
         self.assertEqual(rows[0], ("done",))
@@ -13952,17 +14008,23 @@ class Dev(DevProcess):
         self.assertEqual(answer.status, 200)
 
     async def test_there_is_one_copy_of_the_module(self) -> None:
-        await self.start()
-        await self.ask("POST", "/naps/instances", {"id": "i"})
-        found = await self.ask("GET", "/naps")
+        command = [sys.executable, workflows.__file__, "dev", "--port", "0", "--db", self.path]
+        options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command, cwd=self.folder, **options) as child:
+            try:
+                self.meet(await asyncio.to_thread(child.stdout.readline))
+                await self.ask("POST", "/naps/instances", {"id": "i"})
+                found = await self.ask("GET", "/naps")
+            finally:
+                child.terminate()
         self.assertEqual(found["class_name"], "Naps")  # a class of the module that it runs as
+        self.assertEqual(child.returncode, 0)
 
     async def test_a_port_that_is_taken_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             child = await self.start("--port", str(taken.getsockname()[1]))
-            out, err = await asyncio.to_thread(child.communicate, timeout=10)
-        self.assertEqual((child.returncode, out), (2, ""))
-        self.assertEqual(len(err.splitlines()), 1)
+            self.assertEqual(await asyncio.to_thread(child.end), ("", 2))
+        self.assertEqual(len(self.complaints(child).splitlines()), 1)
 
     async def test_wrangler_and_a_browser_reach_it_by_the_name_localhost(self) -> None:
         await self.start()
@@ -13976,13 +14038,11 @@ class Dev(DevProcess):
 class Checking(DevProcess):
     """`check`: real processes, with code that changes."""
 
-    async def check(self, *args: str) -> tuple[int, str, str]:
-        command = [sys.executable, workflows.__file__, "check", *args]
-        if "--db" not in args:
-            command += ["--db", self.path]
-        options: Any = {"cwd": self.folder, "capture_output": True, "text": True}
-        done = await asyncio.to_thread(subprocess.run, command, **options)
-        return done.returncode, done.stdout, done.stderr
+    async def check(self, *args: str) -> tuple[int | None, str, str]:
+        database = () if "--db" in args else ("--db", self.path)
+        child = self.command("check", *args, *database)
+        out = await asyncio.to_thread(child.talk.read)
+        return child.wait(), out, self.complaints(child)
 
     def change(self, old: str, new: str) -> None:
         file = self.folder / "app.py"
@@ -14101,12 +14161,26 @@ class Readme(unittest.TestCase):
     module = Path(workflows.__file__).resolve()
     text: str
     files: dict[str, str]
+    compiled: str
+    demo: subprocess.Popen[str]
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.text = (cls.module.parent / "README.md").read_text(encoding="utf-8")
         named = (re.match(r"\S+ (\S+)\n", block) for block in cls.blocks())
         cls.files = {match[1]: match.string for match in named if match and "." in match[1]}
+        # The demo takes seconds, which the other tests use.
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory(dir=Case.where))
+        cls.compiled = cls.enterClassContext(tempfile.TemporaryDirectory())  # once for all
+        cls.demo = cls.start_python(folder, str(cls.module), "demo")
+        cls.addClassCleanup(cls.demo.communicate)
+        cls.addClassCleanup(cls.interrupt_the_demo)
+
+    @classmethod
+    def interrupt_the_demo(cls) -> None:
+        """If nobody has waited for its end. (It does not leave its own child behind.)"""
+        if cls.demo.poll() is None:
+            cls.demo.send_signal(signal.SIGINT)
 
     @classmethod
     def blocks(cls, language: str = r"\w+") -> list[str]:
@@ -14121,16 +14195,21 @@ class Readme(unittest.TestCase):
             Path(folder.name, name).write_text(hasty, encoding="utf-8")
         return Path(folder.name)
 
-    def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
+    @classmethod
+    def start_python(cls, folder: Path | str, *args: str) -> subprocess.Popen[str]:
         """Runs Python in a folder, with workflows.py to import."""
-        process = subprocess.Popen(
+        paths = {"PYTHONPATH": str(cls.module.parent), "PYTHONPYCACHEPREFIX": cls.compiled}
+        return subprocess.Popen(
             [sys.executable, "-W", "default", *args],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(self.module.parent)},
+            env=os.environ | paths | {"PYTHONDONTWRITEBYTECODE": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
+
+    def start(self, folder: Path, *args: str) -> subprocess.Popen[str]:
+        process = self.start_python(folder, *args)
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
@@ -14193,10 +14272,11 @@ class Readme(unittest.TestCase):
                     self.assertEqual((ended[0], said), (0, ""), ended[2])
                     self.assertRegex(ended[2], rf"\A{report}\Z")
 
-    def test_the_first_workflow_survives_a_kill_and_a_renamed_step_is_caught(self) -> None:
+    def test_an_order_survives_a_kill_and_a_renamed_step_is_caught(self) -> None:
         folder = self.folder()
         path = folder / "order.py"
-        path.write_text(self.files["order.py"])  # it is to die in its sleep
+        # It is to die in its sleep.
+        path.write_text(self.files["order.py"].replace('"2 seconds"', '"0.5 seconds"'))
         order = self.start(folder, "order.py")
         self.wait_for_row(folder / "orders.db", "SELECT 1 FROM journal WHERE type = 'sleep'")
         order.kill()
@@ -14237,8 +14317,8 @@ class Readme(unittest.TestCase):
 
     def test_the_demo_shows_that_no_finished_step_ran_twice(self) -> None:
         self.assertIn("python3 workflows.py demo", self.text)
-        code, said, complained = self.run_python(self.folder(), str(self.module), "demo")
-        self.assertEqual((code, complained), (0, ""))
+        said, complained = self.demo.communicate(timeout=60)
+        self.assertEqual((self.demo.returncode, complained), (0, ""))
         before, after = said.split("was killed (SIGKILL)")
         self.assertNotIn("workflow_completed", before)
         self.assertIn("workflow_completed", after)
@@ -14375,17 +14455,18 @@ class Files(Real):
 
     async def test_a_long_log_is_cut_off_when_its_last_reader_is_gone(self) -> None:
         size = functools.partial(os.path.getsize, self.path + "-wal")
+        self.enterContext(unittest.mock.patch.object(workflows, "LONG_LOG", 2**22))
         async with self.engine() as engine:
             bound = engine.bind(workflow(one_event))
             with contextlib.closing(sqlite3.connect(self.path)) as reader:
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM instances").fetchall()
                 for _ in range(3):
-                    await bound.create_batch([{"params": "x" * 100_000}] * 80)
-                self.assertGreater(size(), 24_000_000)
+                    await bound.create_batch([{"params": "x" * 100_000}] * 20)
+                self.assertGreater(size(), 6_000_000)
             for _ in range(3):
-                await bound.create_batch([{"params": "x" * 100_000}] * 50)
-            self.assertLess(size(), 18_000_000)
+                await bound.create_batch([{"params": "x" * 100_000}] * 12)
+            self.assertLess(size(), 4_500_000)
 
     def test_a_read_only_file_is_refused_on_entering_and_nothing_is_left_beside_it(self) -> None:
         for name in ("test.db", "test.db-owner"):
@@ -14646,13 +14727,6 @@ def ways() -> Any:
             yield way
 
 
-def quicker(factor: float) -> Any:
-    """The engine's patience ends so many times as early."""
-    faster = types.SimpleNamespace(**vars(time))
-    faster.monotonic = lambda: time.monotonic() * factor
-    return unittest.mock.patch.object(workflows, "time", faster)
-
-
 class Counter:
     """An instance that counts, step by step, on a database of its own."""
 
@@ -14795,7 +14869,7 @@ class Faults(Real):
                     with contextlib.closing(db), self.assertLogs("workflows") as logs:
                         db.execute("BEGIN IMMEDIATE")
                         asking = asyncio.create_task(instance.status())
-                        await asyncio.sleep(0.3)
+                        await until(lambda logs=logs: logs.output)
                         self.assertFalse(asking.done())
                         db.execute("COMMIT")
                         await asking
@@ -15545,20 +15619,20 @@ def crashes(arguments: list[str]) -> None:
     logging.getLogger("workflows").setLevel(logging.CRITICAL + 1)
     began, quick, cases = time.monotonic(), bool(arguments), []
     failed = killed = 0
-    for way in ("loop", "thread", "takeover"):
-        wrong, commits, _ = Crash(way).run()
-        print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
-        failed += bool(wrong)
-        numbers = range(1, 100 if way == "takeover" else commits + 1)
-        cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
-        if way != "takeover":
-            cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
-        if way != "takeover" and not quick:  # the next process dies, too
-            first = itertools.product(numbers, ("before", "interrupt"))
-            again = (1, "before"), (3, "error"), (8, "after")
-            cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
-    cases = random.Random(1).sample(cases, 10) if quick else cases
     with multiprocessing.get_context("fork").Pool(2 * (os.cpu_count() or 1)) as pool:
+        ways = [Crash(way) for way in ("loop", "thread", "takeover")]
+        for (way, _), (wrong, commits, _) in zip(ways, pool.imap(Crash.run, ways), strict=True):
+            print(f"{way}: {commits} commits without a crash {'; '.join(wrong)}", flush=True)
+            failed += bool(wrong)
+            numbers = range(1, 100 if way == "takeover" else commits + 1)
+            cases += [Crash(way, (death,)) for death in itertools.product(numbers, Fate.WAYS)]
+            if way != "takeover":
+                cases += [Crash(way, ((ms, "moment"),)) for ms in range(0, 300, 3)]
+            if way != "takeover" and not quick:  # the next process dies, too
+                first = itertools.product(numbers, ("before", "interrupt"))
+                again = (1, "before"), (3, "error"), (8, "after")
+                cases += [Crash(way, deaths) for deaths in itertools.product(first, again)]
+        cases = random.Random(1).sample(cases, 10) if quick else cases
         for case, (wrong, _, died) in zip(cases, pool.imap(Crash.run, cases), strict=True):
             killed += died
             failed += bool(wrong)
@@ -15567,13 +15641,6 @@ def crashes(arguments: list[str]) -> None:
     took = f"{time.monotonic() - began:.0f} s"
     print(f"{len(cases)} cases, {killed} processes killed, {failed} failed; {took}")
     raise SystemExit(failed > 0)
-
-
-class Crashes(unittest.TestCase):
-    def test_a_share_of_the_campaign(self) -> None:
-        command = [sys.executable, __file__, "crashes", "--quick"]
-        run = subprocess.run(command, check=False, capture_output=True, text=True)
-        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15637,7 +15704,9 @@ async def live_through(path: str, hours: float, programs: int) -> list[Held]:
                     await each.delete_batch(
                         [instance.id async for instance in each.list(limit=100)]
                     )
-                await asyncio.sleep(0.1)  # until nothing is going on
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(AssertionError):  # until nothing is going on
+                    await until(lambda: len(asyncio.all_tasks()) == held[0].tasks)
                 held.append(Held.now(path))
     await asyncio.sleep(0.1)
     return [*held, Held.now(path)]
@@ -15674,10 +15743,24 @@ def load(arguments: list[str]) -> None:
     raise SystemExit(bool(grew))
 
 
-class Load(Case):
-    def test_a_share_of_the_campaign(self) -> None:
+class Shares(Case):
+    """A share of these two campaigns. The first is about processes: while they die, the second
+    goes on."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        command = [sys.executable, __file__, "crashes", "--quick"]
+        ends: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        cls.crashes = subprocess.Popen(command, **ends)
+        cls.addClassCleanup(cls.crashes.communicate)
+
+    def test_load(self) -> None:
         held = asyncio.run(live_through(self.path, 0, 2))
         self.assertEqual(what_grew(held), [], held)
+
+    def test_the_crashes(self) -> None:
+        said, complained = self.crashes.communicate(timeout=300)
+        self.assertEqual((self.crashes.returncode, complained), (0, ""), said)
 
 
 # --------------------------------------------------------------------------------------------------

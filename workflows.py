@@ -1388,7 +1388,7 @@ class Life:
         if task.cancelled() or task.exception() is not None:
             self.orphan = True  # usually the loop is being torn down
             self.unload()
-            self.loop.call_later(1, self.engine.lives.adopt, self)
+            self.loop.call_later(GRACE, self.engine.lives.adopt, self)
         else:
             self.conclude(task.result())
 
@@ -3556,8 +3556,10 @@ class Threads:
         except BaseException as raised:
             error = raised
         outcome = (value, error, time.thread_time_ns() - began)
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+        try:
             self._loop.call_soon_threadsafe(self._done, reply, outcome)
+        except RuntimeError:  # the loop is gone, and so is whoever asked
+            _discard(value)
 
     def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
         del self._began[reply]
