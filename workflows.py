@@ -75,7 +75,6 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import json
-import keyword
 import logging
 import math
 import operator
@@ -115,6 +114,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, date, datetime, timedelta
+from keyword import iskeyword
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -471,6 +471,7 @@ CREATE TABLE instances (
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
+CREATE INDEX listing ON instances (workflow, key);
 CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     bytes INTEGER NOT NULL,        -- of params, outputs and buffered events, as of this row
@@ -2565,12 +2566,19 @@ ENDLESS = 2**62  # no duration is longer: SQLite's numbers have 64 bits
 Duration = float | str | timedelta  # see `parse_duration`
 
 
+def safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives, or `otherwise` if it fails: a user's class may raise anything."""
+    try:
+        return function(*args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return otherwise
+
+
 def show(value: Any) -> str:
     """A value in an error message: never too long, and never another error."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__name__}>"
+    text: str = safely(f"<{type(value).__name__}>", repr, value)
     return text if len(text) <= 100 else text[:100] + "…"
 
 
@@ -2602,8 +2610,7 @@ def parse_moment(value: Any) -> int:
     there on milliseconds (its engine): 1e11 s is the year 5138, 1e11 ms is 1973. A naive `datetime`
     is local time, as everywhere in Python."""
     if isinstance(value, datetime):
-        aware = value.astimezone() if value.utcoffset() is None else value
-        return (aware - _EPOCH) // timedelta(milliseconds=1)
+        return round(value.timestamp() * 1000)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return max(0, round(value * 1000 if abs(value) < 1e11 else value))
     expected = "a datetime, or seconds or milliseconds since 1970"
@@ -2998,27 +3005,17 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives, or `otherwise` if it fails: a user's class may raise anything."""
-    try:
-        return function(*args)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        return otherwise
-
-
 def message_of(error: BaseException) -> str:
-    return _utf8(_safely("<exception str() failed>", str, error))
+    return _utf8(safely("<exception str() failed>", str, error))
 
 
 def encode_error(error: BaseException, **more: Any) -> str:
     """The record of an error, and `more`, as JSON."""
-    text: str | None = _safely(None, lambda: encode(_describe(error) | more, True)[0])
+    text: str | None = safely(None, lambda: encode(_describe(error) | more, True)[0])
     if text is not None:
         return text
     # Its class lets us have no more than its text and name, or it is nested too deep as a whole.
-    bare = WorkflowError(message_of(error), name=_safely("", getattr, type(error), "__name__"))
+    bare = WorkflowError(message_of(error), name=safely("", getattr, type(error), "__name__"))
     return encode(_describe(bare) | more)[0]
 
 
@@ -3031,14 +3028,14 @@ def _describe(error: BaseException, inner: bool = False) -> dict[str, Any]:
         args, members = [_utf8(state.pop("message"))], state.pop("exceptions")
     label = state.get("_recorded_name") or (issubclass(cls, WorkflowError) and state.get("name"))
     classes = [each for each in cls.__mro__ if issubclass(each, Exception)]
-    kept = {name: _safely(None, encode, value, True) for name, value in state.items()}
+    kept = {name: safely(None, encode, value, True) for name, value in state.items()}
     lost = [name for name, pair in kept.items() if pair is None]
     errors = [n for n in lost if issubclass(type(state[n]), BaseException) and not inner]
     return {
         "classes": [[str(each.__module__), each.__qualname__] for each in classes[:-1] or classes],
         "name": _utf8(label) if isinstance(label, str) else cls.__name__,
         "message": message,
-        "args": _safely(("", [message]), encode, list(args), True)[1],
+        "args": safely(("", [message]), encode, list(args), True)[1],
         "attributes": {name: pair[1] for name, pair in kept.items() if pair is not None},
         "errors": {name: _describe(state[name], inner=True) for name in errors},
         "lost": lost,
@@ -3049,12 +3046,12 @@ def _describe(error: BaseException, inner: bool = False) -> dict[str, Any]:
 def _state(error: BaseException) -> dict[str, Any]:
     """The args and attributes of an error, also those in slots (`OSError.filename`), which are read
     past whatever the class has put before them."""
-    state = {**_safely({}, vars, error)}
+    state = {**safely({}, vars, error)}
     for base in type(error).__mro__:
         for name, slot in vars(base).items():
             if not isinstance(slot, _SLOTS) or name.startswith("__") or slot is AttributeError.obj:
                 continue
-            value = _safely(None, slot.__get__, error)
+            value = safely(None, slot.__get__, error)
             if value is not None or "__slots__" in vars(base):  # one of CPython's is None if unset
                 state[name] = value
     return state
@@ -3075,7 +3072,7 @@ def rebuild_error(record: dict[str, Any]) -> Exception:
     parts = {"attributes": record["attributes"] | inner}
     parts["args"] = [*record["args"], members] if members else record["args"]
     for module, qualname in record["classes"]:
-        error: Exception | None = _safely(None, _rebuild_as, module, qualname, record | parts)
+        error: Exception | None = safely(None, _rebuild_as, module, qualname, record | parts)
         if error is not None:
             return error
     return WorkflowError(brief(record)["message"], name=record["name"])
@@ -3092,7 +3089,7 @@ def _rebuild_as(module: str, qualname: str, record: dict[str, Any]) -> Exception
         known = dict.fromkeys(record["lost"]) | known
     if [module, qualname] != record["classes"][0]:  # the status shows it, if it leaves `run`
         known = known | {"_recorded_name": record["name"]}
-    make = functools.partial(_safely, None, _make, cls, text)
+    make = functools.partial(safely, None, _make, cls, text)
     error: Exception | None = make(record["args"], known)
     if error is not None:
         return error
@@ -3109,9 +3106,9 @@ def _make(cls: Any, text: str, args: list[Any], attributes: dict[str, Any]) -> E
     (Fails if it can't be logged: a half-made object may raise when asked for any attribute.)"""
     native = _native(cls)
     error = native.__new__(cls, *args)
-    _safely(None, native.__init__, error, *args)
+    safely(None, native.__init__, error, *args)
     for name, value in attributes.items():
-        _safely(None, object.__setattr__, error, name, value)
+        safely(None, object.__setattr__, error, name, value)
     seen = str(error), repr(error), [hasattr(error, name) for name in _LOGGED]
     ordinary = issubclass(cls, Exception) and not issubclass(cls, _STEERING)
     return error if ordinary and type(error) is cls and seen[0] == text else None
@@ -3203,6 +3200,26 @@ def checked(
 
 _NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9-_]*")
 _NAME_RULE = "letters, digits, '_' and '-', not beginning with '-'"
+_STEP_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,256}")
+
+
+def expect(
+    legal: object, what: str, value: Any, expected: str, error: type[Exception] = ValueError
+) -> None:
+    """Refuses an argument that is not legal."""
+    if not legal:
+        raise error(f"{what} is {show(value)}: expected {expected}")
+
+
+def require(legal: object, code: str, message: str, refuse: ErrorMaker = refusal) -> None:
+    """Refuses what is against a rule that has a code."""
+    if not legal:
+        raise refuse(code, message)
+
+
+def is_name(value: Any, longest: int) -> bool:
+    """Whether it may be an id, a workflow's name, or an event's type."""
+    return isinstance(value, str) and len(value) <= longest and _NAME.fullmatch(value) is not None
 
 
 def options_of(given: Any, known: Sequence[str], what: str) -> dict[str, Any]:
@@ -3229,20 +3246,11 @@ def duration_of(part: Mapping[str, Any], key: str, what: str) -> int:
         return parse_duration(part[key])
 
 
-def read_count(value: Any, most: int | None = None) -> int:
+def read_count(value: Any, most: float = math.inf, what: str = "the value") -> int:
     """A whole number from 1 (to `most`). Anything else is a `ValueError`."""
-    if type(value) is int and value > 0 and (most is None or value <= most):
-        return value
-    expected = "a whole number from 1" + (f" to {most:,}" if most is not None else "")
-    raise ValueError(f"{show(value)} is not legal: expected {expected}")
-
-
-def _read_retention(value: Any, longest: int | None) -> int | None:
-    """A duration up to the plan's, which is also the default."""
-    ms = longest if value is None else parse_duration(value)
-    if ms is not None and longest is not None and ms > longest:
-        raise ValueError(f"{show(value)} is too long: expected {longest} ms at most")
-    return ms
+    expected = "a whole number from 1" + (f" to {most:,}" if most < math.inf else "")
+    expect(type(value) is int and 0 < value <= most, what, value, expected)
+    return int(value)
 
 
 @contextlib.contextmanager
@@ -3250,38 +3258,32 @@ def naming(what: object) -> Iterator[None]:
     """Makes an error about an argument or a configuration say which one it is about."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, WorkflowError) as error:
         raise ValueError(f"{what}: {error}") from error.__cause__
 
 
 def check_name(name: Any) -> None:
     """Refuses what is no name of a step."""
-    if not isinstance(name, str):
-        raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected a str")
-    if len(name) > 256:
-        raise fatal("step.invalid_name", f"a step's name has {len(name)} characters: at most 256")
-    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        what = "holds a control character or a lone surrogate"
-        raise fatal("step.invalid_name", f"the step name {show(name)} {what}")
+    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name):
+        expected = "at most 256 characters, no control characters, no lone surrogates"
+        raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected {expected}")
 
 
 def check_event_type(type: Any, refuse: ErrorMaker) -> str:
     """Refuses what is no type of an event."""
-    if isinstance(type, str) and len(type) <= 100 and _NAME.fullmatch(type):
-        return type
     what = f"{show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
-    raise refuse("event.invalid_type", what)
+    require(is_name(type, 100), "event.invalid_type", what, refuse)
+    return str(type)
 
 
 def step_named(step: Any, index: str = "index") -> tuple[str, int]:
     """The name and the count of a step, from its name, or a dict with both."""
     given = step if isinstance(step, Mapping) else {"name": step}
-    options_of(given, ("name", index), "step")
-    name, count = given.get("name"), given.get(index, 1)
-    if isinstance(name, str) and type(count) is int and count > 0:
-        return name, count
-    expected = f'its name, or {{"name": …, "{index}": …}} with a number from 1'
-    raise ValueError(f"{show(step)} is not a step: expected {expected}")
+    given = {"name": None, index: 1} | options_of(given, ("name", index), "step")
+    name, count = given["name"], given[index]
+    legal = isinstance(name, str) and type(count) is int and count > 0
+    expect(legal, "step", step, f'its name, or {{"name": …, "{index}": …}} with a number from 1')
+    return name, count
 
 
 def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
@@ -3349,23 +3351,18 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
     if args and callable(args[0]):
         names.remove("config")
     given = _arguments(call, names, ("config", "rollback", "rollback_config"))
-    options = given.get("options")
-    undo = {"rollback": given.get("rollback"), "rollbackConfig": given.get("rollback_config")}
-    if options is not None:
-        undo |= options_of(options, [*undo], "options")
-    handler, undo_config = undo.values()
-    if not callable(handler) and (options, handler, undo_config) != (None, None, None):
-        raise ValueError(f"rollback is {show(handler)}: expected a function")
-    if undo_config is not None:
-        options_of(undo_config, ("retries", "timeout"), "rollbackConfig")
+    if (options := given.get("options")) is not None:
+        given |= options_of(options, ("rollback", "rollbackConfig"), "options")
+    handler = given.get("rollback")
+    undo_config = given.get("rollbackConfig", given.get("rollback_config"))
+    unused = options is handler is undo_config is None
+    expect(unused or callable(handler), "rollback", handler, "a function")
     return given.get("config"), given.get("callback"), handler, undo_config
 
 
 def plan_sleep(call: StepCall) -> WaitPlan:
     """Reads `sleep(name, duration)`."""
-    given = _arguments(call, ["duration"])
-    if "duration" not in given:
-        raise TypeError("the duration is missing")
+    given: dict[str, Any] = {"duration": None} | _arguments(call, ["duration"])
     ms = parse_duration(given["duration"])
     return Wait("sleep", call.key, None, _due(call, ms)), str(ms)
 
@@ -3394,9 +3391,8 @@ def plan_wait_for_event(call: StepCall) -> WaitPlan:
 def _due(call: StepCall, ms: int) -> int:
     """When a wait of that length ends."""
     longest = call.run.engine.limits.max_sleep
-    if ms > longest:
-        message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
-        raise fatal("limit.sleep", message)
+    message = f"{call.kind} {call.name!r} is longer than {longest} ms (limit max_sleep)"
+    require(ms <= longest, "limit.sleep", message, fatal)
     return call.run.engine.clock.now() + ms
 
 
@@ -3451,6 +3447,7 @@ def bind_context(name: str, callback: Any) -> Bind:
 
 _RETRIES: dict[str, Any] = {"limit": 5, "delay": 10_000, "backoff": "exponential"}
 DEFAULT_CONFIG: dict[str, Any] = {"retries": _RETRIES, "timeout": "10 minutes"}
+_CONFIG_KEYS = {"config": [*DEFAULT_CONFIG, "sensitive"], "rollbackConfig": [*DEFAULT_CONFIG]}
 _BACKOFF: dict[Any, Callable[[int], int]] = {
     "constant": lambda attempts: 1,
     "linear": lambda attempts: attempts,
@@ -3469,25 +3466,22 @@ class StepConfig:
     developers.cloudflare.com/workflows/build/sleeping-and-retrying/"""
 
     def __init__(self, given: Any = None, max_sleep: int = YEAR, what: str = "config") -> None:
-        given = options_of({} if given is None else given, (*DEFAULT_CONFIG, "sensitive"), what)
+        given = options_of({} if given is None else given, _CONFIG_KEYS[what], what)
         retries = _RETRIES | options_of(given.get("retries", {}), [*_RETRIES], f"{what}['retries']")
         merged = DEFAULT_CONFIG | given | {"retries": retries}
         self.limit: float = retries["limit"]
-        self.delay: Any = retries["delay"]
-        if callable(self.delay):
-            del retries["delay"]
-        else:
-            self.delay = duration_of(retries, "delay", what)
+        asked = callable(retries["delay"])
+        self.delay: Any = retries.pop("delay") if asked else duration_of(retries, "delay", what)
         self.timeout = duration_of(merged, "timeout", what)
         is_number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
-        if not is_number or self.limit < 0 or self.limit not in (math.inf, self.limit // 1):
-            raise _bad_key(what, "limit", self.limit, "0, 1, 2, … or inf")
-        if not isinstance(retries["backoff"], str) or retries["backoff"] not in _BACKOFF:
-            raise _bad_key(what, "backoff", retries["backoff"], f"one of {', '.join(_BACKOFF)}")
-        if not 0 < self.timeout <= max_sleep:
-            raise _bad_key(what, "timeout", merged["timeout"], f"over 0 and up to {max_sleep} ms")
-        if merged.get("sensitive", "output") != "output":
-            raise _bad_key(what, "sensitive", merged["sensitive"], "'output'")
+        whole = is_number and self.limit in (math.inf, self.limit // 1)
+        expect(whole and self.limit >= 0, f"{what} key 'limit'", self.limit, "0, 1, 2, … or inf")
+        known = retries["backoff"] in [*_BACKOFF]
+        expect(known, f"{what} key 'backoff'", retries["backoff"], f"one of {', '.join(_BACKOFF)}")
+        legal, up_to = 0 < self.timeout <= max_sleep, f"over 0 and up to {max_sleep} ms"
+        expect(legal, f"{what} key 'timeout'", merged["timeout"], up_to)
+        sensitive = merged.get("sensitive", "output")
+        expect(sensitive == "output", f"{what} key 'sensitive'", sensitive, "'output'")
         self.backoff = _BACKOFF[retries["backoff"]]
         self.raw = json.loads(_config_to_json(merged), object_hook=_Attributes)
         self.undo: StepConfig | None = None  # that of the rollback handler, if there is one
@@ -3510,10 +3504,6 @@ class StepConfig:
         if "delay" not in raw["retries"]:
             raw["retries"]["delay"] = _gone if given is None else cls(given).delay
         return cls(raw)
-
-
-def _bad_key(what: str, key: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{what} key {key!r}: {show(value)}: expected {expected}")
 
 
 def _gone(_: WorkflowDelayContext) -> NoReturn:
@@ -3796,18 +3786,18 @@ class Engine(Core):
         drain: Duration = 0,
     ) -> None:
         super().__init__()
-        path = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"database is {show(database)}: expected a path")
+        path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
+        expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
         kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
         for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+            legal = given is None or isinstance(given, kind)
+            expect(legal, name, given, f"a {kind.__name__}", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
         self.hibernate_after, self.drain = parse_duration(hibernate_after), parse_duration(drain)
-        self.creations = Rate(self.limits.creations_per_second, self.clock)
+        # When the last calls were made that create instances.
+        self.creations: deque[int] = deque(maxlen=self.limits.creations_per_second or 0)
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> Engine:
@@ -3828,7 +3818,12 @@ class Engine(Core):
         cls: type[WorkflowEntrypoint[Any]],
         name: str | None = None,
         binding: str | None = None,
-        **settings: Any,
+        *,
+        steps: int | None = None,
+        running: int | None = None,
+        schedules: str | Iterable[str] = (),
+        success_retention: Duration | None = None,
+        error_retention: Duration | None = None,
     ) -> Workflow:
         """Makes a workflow known, before entering the engine or later. `name` defaults to the
         class's in kebab-case, `binding` (its name in `env`) to that in upper snake case.
@@ -3837,11 +3832,26 @@ class Engine(Core):
         this workflow that run at once; `schedules` a cron expression or several (see `Cron`);
         `success_retention` and `error_retention` how long an instance is kept when it has ended,
         unless `create` says something else. The defaults are the engine's limits."""
-        workflow = bind(self, cls, name, binding, **settings)
-        if workflow.name in self._workflows:
-            raise ValueError(f"workflow {workflow.name!r} is bound already")
-        if workflow.binding in self.env:
-            raise ValueError(f"env has {workflow.binding!r} already: give another binding")
+        extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
+        legal = extends and callable(cls.run) and cls.run is not WorkflowEntrypoint.run
+        what = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
+        expect(legal, "the class", cls, what, TypeError)
+        name = _kebab(cls.__name__) if name is None else name
+        expect(is_name(name, 64), "name", name, f"1 to 64 {_NAME_RULE}")
+        expect(name not in self._workflows, "name", name, "one that is not bound already")
+        binding = name.upper().replace("-", "_") if binding is None else binding
+        legal = isinstance(binding, str) and binding.isidentifier() and not iskeyword(binding)
+        expect(legal, "binding", binding, "one like MY_WORKFLOW")
+        expect(binding not in self.env, "binding", binding, "one that env doesn't have already")
+        steps = self.limits.steps if steps is None else read_count(steps, 25_000, "steps")
+        workflow = Workflow(self, name, binding, steps)
+        workflow.cls = cls
+        workflow.running = None if running is None else read_count(running, what="running")
+        with naming("schedules"):
+            workflow.schedules = read_schedules(schedules)
+        kept = {"success_retention": success_retention, "error_retention": error_retention}
+        with naming("bind"):
+            workflow.retention = workflow.read_retention(kept, [*kept], "retention")
         if self._state != "not open yet":
             self.check_open()
             self.writer.post(define, workflow)
@@ -3852,8 +3862,7 @@ class Engine(Core):
     async def workflow(self, name: str) -> Workflow:
         """The workflow of a name that some process has bound, for one that has not its class: to
         create instances and to steer them. Error: `workflow.not_found`."""
-        if not isinstance(name, str):
-            raise TypeError(f"name is {show(name)}: expected a str")
+        expect(isinstance(name, str), "name", name, "a str", TypeError)
         if name in self._workflows:
             return self._workflows[name]
         binding, steps = await self.call(find_workflow, name)
@@ -3861,8 +3870,7 @@ class Engine(Core):
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
-        usage: Usage = await self.call(read_usage)
-        return usage
+        return cast(Usage, await self.call(read_usage))
 
 
 def warn_about_unbound_work(scheduler: Scheduler) -> None:
@@ -3881,9 +3889,8 @@ def warn_about_unbound_work(scheduler: Scheduler) -> None:
 def find_workflow(tx: Transaction, name: str) -> tuple[str, int]:
     """Binding and limit of steps of a name that some process has bound."""
     sql = "SELECT binding, steps FROM workflows WHERE name = ?"
-    found = tx.db.rows(sql, name) if _NAME.fullmatch(name) else []  # SQLite takes no surrogates
-    if not found:
-        raise refusal("workflow.not_found", f"no process has bound a workflow {name!r}")
+    found = tx.db.rows(sql, name) if is_name(name, 64) else []  # SQLite takes no surrogates
+    require(found, "workflow.not_found", f"no process has bound a workflow {name!r}")
     return tuple(found[0])
 
 
@@ -3974,8 +3981,7 @@ class WorkflowStep:
 
         developers.cloudflare.com/workflows/build/events-and-parameters/
         Errors: `step.invalid_name`, `step.invalid_config`, `event.invalid_type`, `limit.sleep`."""
-        plan = plan_wait_for_event
-        return StepCall(self._run, "wait_for_event", plan, name, args, options)
+        return StepCall(self._run, "wait_for_event", plan_wait_for_event, name, args, options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4009,11 +4015,8 @@ class Files:
         """Whether every page is there, as a new connection sees it."""
         if os.path.getsize(self._path) == 0:  # SQLite would now delete the log
             return False
-        try:
-            with contextlib.closing(sqlite3.connect(self._path)) as db:
-                return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        except sqlite3.DatabaseError:
-            return False
+        with contextlib.closing(sqlite3.connect(self._path)) as db:
+            return db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
 
 
 def refuse_what_is_not_ours(path: str) -> None:
@@ -4047,8 +4050,6 @@ def schema_version(db: sqlite3.Connection) -> int:
 def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
     if isinstance(error, WorkflowInternalError):
         return WorkflowInternalError(f"{path}: {error}")
-    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-        return WorkflowInternalError(f"{path}: not a database")
     return WorkflowInternalError(f"{path}: storage failed: {type(error).__name__}: {error}")
 
 
@@ -4058,8 +4059,10 @@ def storage_error(path: str, error: BaseException) -> WorkflowInternalError:
 #
 # Whatever raises an instance's generation ends the lease of its run.
 
-Entry = tuple[str, str, int | None, int | None]  # id, params, retention of success and of errors
+Retention = tuple[int | None, int | None]  # after a success or a termination, and after an error
+Entry = tuple[str, str, int | None, int | None]  # id, params, and retention
 Ids = list[str]
+Snapshot = tuple[Instance | None, list[Row]]  # an instance, if there is one, and rows of it
 
 
 def not_found(workflow: str, id: str) -> WorkflowError:
@@ -4095,14 +4098,11 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     return [*new]
 
 
-def list_instances(
-    tx: Transaction, workflow: str, status: str | None, before: int, most: int
-) -> list[tuple[int, str | None]]:
-    """Key and id of a workflow's instances with a key below `before`, newest first; None instead
-    of the id of one that has expired."""
-    # (By key, not by an index of the workflow: with `+` SQLite looks at no more than a page.)
-    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT ?"
-    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before, status, most)
+def list_instances(tx: Transaction, workflow: str, status: str | None, before: int) -> list[Any]:
+    """Key and id of up to a hundred of a workflow's instances with a key below `before`, newest
+    first; None instead of the id of one that has expired."""
+    where = "key < ? AND status = coalesce(?, status) ORDER BY key DESC LIMIT 100"
+    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before, status)
     return [(inst.key, None if inst.is_over(tx.now) else inst.id) for inst in found]
 
 
@@ -4118,9 +4118,7 @@ def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list
     }
 
 
-def read_journal(
-    tx: Transaction, workflow: str, id: str, known: Instance | None
-) -> tuple[Instance | None, list[Row]]:
+def read_journal(tx: Transaction, workflow: str, id: str, known: Instance | None) -> Snapshot:
     """The instance with that id, if there is one, and its rows: only the new ones, if it is still
     the one that is known."""
     inst = tx.find(workflow, [id]).get(id)
@@ -4146,19 +4144,19 @@ def on_instance(tx: Transaction, workflow: str, id: str, operation: Operation, *
     return operation(tx, inst, *args)
 
 
-def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Row]:
-    """The instance as it is now; and if it has finished, its last row, which says how. In `extra`
-    that has the error of the rollback handler that has failed."""
+def read_end(tx: Transaction, inst: Instance) -> tuple[Instance, Any, Any]:
+    """The instance as it is now; and if it has finished, its output or (the record of) its error,
+    and that of the rollback handler that has failed."""
     if inst.status not in FINISHED:
-        return inst.copy(), Row(inst.status)
+        return inst.copy(), None, None
     (last,) = tx.journal(inst, "seq = ?", inst.seq)
-    return inst.copy(), last
+    what = f"the end of instance {inst.id!r} (row {inst.seq})"
+    return inst.copy(), read_back(last.data or "null", what), read_back(last.extra or "null", what)
 
 
 def _send_event(tx: Transaction, inst: Instance, type: str, payload: str) -> None:
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
-        raise refusal("instance.not_running", what)
+    what = f"instance {inst.id!r} is {inst.status}: it takes no more events"
+    require(inst.status not in FINISHED, "instance.not_running", what)
     check_state(tx, inst.bytes, size_of(payload), refusal)
     tx.buffer(inst, type, payload)
 
@@ -4191,17 +4189,14 @@ def unpause(tx: Transaction, inst: Instance) -> None:
 
 def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> None:
     """At once; or, with a rollback that has anything to undo, at the end of that."""
-    if inst.status in FINISHED:
-        what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
-        raise refusal("instance.cannot_terminate", what)
-    if rollback and inst.rollback == "begun":  # the one that is under way will do
-        tx.change(inst, termination=inst.termination or source)
-        return
+    what = f"instance {inst.id!r} is {inst.status}: it can't be terminated any more"
+    require(inst.status not in FINISHED, "instance.cannot_terminate", what)
     if rollback:
         message = f"instance {inst.id!r} was terminated"
         error = WorkflowError(message, code="instance.terminated", name="Terminated")
-        if begin_rollback(tx, inst, encode_error(error)):
-            tx.change(inst, termination=source)
+        under_way = inst.rollback == "begun"  # then that one will do
+        if under_way or begin_rollback(tx, inst, encode_error(error)):
+            tx.change(inst, termination=inst.termination or source)
             return
     if inst.rollback == "begun":
         inst.rollback = "failed"
@@ -4223,12 +4218,10 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     """From the step with the first of these keys that there is: then what started before that step
     is kept. Without any keys from the top."""
     rows = tx.journal(inst)
-    kept = cut(rows, steps)
-    if steps and not kept:
-        what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
-        raise refusal("instance.cannot_restart", what)
-    texts = [rows[0].data]
+    kept, texts = cut(rows, steps), [rows[0].data]
     if steps:
+        what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
+        require(kept, "instance.cannot_restart", what)
         payloads = tx.db.rows("SELECT payload FROM events WHERE instance = ?", inst.key)
         texts += [payload for (payload,) in payloads]
     else:
@@ -4263,6 +4256,7 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 # Binding: the objects that callers hold, and how what they are given is checked.
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
+HistoryEvents = AsyncGenerator[WorkflowHistoryEvent, None]
 # What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
 _CREATE: dict[str, Any] = {"params": {}, "retention": None}
 _CREATE |= dict.fromkeys(("locationHint", "location_hint"))
@@ -4300,9 +4294,8 @@ class Workflow:
         `limit.queued_instances`, `limit.retention`."""
         entry = self._entry(merge(options, given, ("id", *_CREATE), "create"), "create")
         created = await self._create([entry])
-        if not created:
-            what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
-            raise refusal("instance.already_exists", what)
+        what = f"workflow {self.name!r} has an instance {entry[0]!r} already"
+        require(created, "instance.already_exists", what)
         return created[0]
 
     @overload
@@ -4323,8 +4316,7 @@ class Workflow:
             given = options_of(batch, ["instances"], "batch")["instances"]
         else:
             options = options_of(batch, ("count", *_CREATE), "batch")
-            with naming("batch: count"):
-                count = read_count(options.pop("count", None))
+            count = read_count(options.pop("count", None), what="batch: count")
             given = [options] * min(count, self.engine.limits.batch + 1)
         entries = self._batch(given, "batch", self._entry)
         created = await self._create(entries)
@@ -4338,13 +4330,14 @@ class Workflow:
         return {"created": created, "errors": errors}
 
     async def _create(self, entries: Sequence[Entry]) -> list[WorkflowInstance]:
-        self.engine.creations.count()
+        count_creation(self.engine)
         made = await self.engine.call(create_instances, self.name, entries, self.source)
         return [WorkflowInstance(self, id) for id in made]
 
     async def get(self, id: str) -> WorkflowInstance:
         """The instance with that id. Error: `instance.not_found`."""
-        await self.engine.call(on_instance, self.name, _any_id(id), read_end)
+        expect(isinstance(id, str), "id", id, "a str", TypeError)
+        await self.engine.call(on_instance, self.name, id, ignore)
         return WorkflowInstance(self, id)
 
     async def delete_batch(self, ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -4353,8 +4346,7 @@ class Workflow:
 
         Errors: `instance.invalid_id`, `limit.batch_size`; then none is deleted."""
         legal = self._batch(ids, "ids", self.check_id)
-        answer: dict[str, Any] = await self.engine.call(delete_instances, self.name, legal)
-        return answer
+        return cast(dict[str, Any], await self.engine.call(delete_instances, self.name, legal))
 
     # (From here on, `list` is this method in the class, and the built-in one inside of methods.)
 
@@ -4365,8 +4357,8 @@ class Workflow:
         first."""
         if status is not None:
             check_status(status)
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise ValueError(f"limit is {show(limit)}: expected a whole number from 0")
+        legal = limit is None or (type(limit) is int and limit >= 0)
+        expect(legal, "limit", limit, "a whole number from 0")
         left = math.inf if limit is None else limit
         async for page in pages(self, status):
             for id in page:
@@ -4383,7 +4375,8 @@ class Workflow:
         command `check` never does.)
 
         Error: `instance.not_found`."""
-        return await report_on(self, _any_id(id))
+        expect(isinstance(id, str), "id", id, "a str", TypeError)
+        return await report_on(self, id)
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
@@ -4408,9 +4401,8 @@ class Workflow:
             raise TypeError(f"{what} is {type(given).__name__}: expected a list")
         entries = [check(entry, f"{what}[{n}]") for n, entry in enumerate(given)]
         limit = self.engine.limits.batch
-        if not 0 < len(entries) <= limit:
-            what = f"{what}: expected 1 to {limit} entries (limit batch)"
-            raise refusal("limit.batch_size", what)
+        what = f"{what}: expected 1 to {limit} entries (limit batch)"
+        require(0 < len(entries) <= limit, "limit.batch_size", what)
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
@@ -4418,38 +4410,38 @@ class Workflow:
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
         text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        return id, text, *self._retention(options["retention"], where)
+        kept = self.retention
+        if options["retention"] is not None:
+            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        return id, text, *kept
 
-    def _retention(self, given: Any, where: str) -> tuple[int | None, int | None]:
-        """How long an instance is kept whose `create` is given this."""
-        limits, kept = self.engine.limits, dict(zip(_KEPT_FOR, self.retention, strict=True))
+    def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
+        """How long an instance is kept that has succeeded or was terminated, or that has failed:
+        what is given by these names, or else what holds for all of the workflow."""
+        given, limits, kept = options_of(given, names, where), self.engine.limits, []
         plan = limits.success_retention, limits.error_retention
-        longest = dict(zip(_KEPT_FOR, plan, strict=True))
-        given = options_of({} if given is None else given, _KEPT_FOR, f"{where}: retention")
-        for name in given:
-            kept[name] = ms = duration_of(given, name, f"{where}: retention")
-            most = longest[name]
-            if most is not None and ms > most:
-                what = f"{where}: {name} is longer than {most} ms (limit retention)"
-                raise refusal("limit.retention", what)
-        return kept["successRetention"], kept["errorRetention"]
+        for name, ms, most in zip(names, self.retention, plan, strict=True):
+            if given.get(name) is not None:
+                ms = duration_of(given, name, where)
+            what = f"{where}: {name} is {ms} ms: expected at most {most} ms (limit retention)"
+            require(ms is None or most is None or ms <= most, "limit.retention", what)
+            kept.append(ms)
+        return kept[0], kept[1]
 
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
         """Refuses what is no instance id. (A new one can't have one of those
         that schedules give.)"""
         limit = self.engine.limits.id_length
-        if isinstance(id, str):
-            short = len(id) <= limit and _NAME.fullmatch(id) and not _RESERVED.fullmatch(id)
-            if short or (_SCHEDULED.fullmatch(id) and not new):
-                return id
+        scheduled = not new and isinstance(id, str) and _SCHEDULED.fullmatch(id)
+        legal = scheduled or (is_name(id, limit) and not _RESERVED.fullmatch(id))
         what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
-        raise refusal("instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+        require(legal, "instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
+        return str(id)
 
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
         event = {"payload": None} | merge(options, given, ("type", "payload"), what)
-        if "type" not in event:
-            raise TypeError(f"{what} needs a type")
+        expect("type" in event, what, event, "a type", TypeError)
         type = check_event_type(event["type"], refusal)
         code, most = "event.not_serializable", self.engine.limits.payload_bytes
         return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
@@ -4461,63 +4453,15 @@ async def pages(
     """The ids of a workflow's instances, newest first, up to a hundred at a time; `progress` is
     told how many that were."""
     before, done = 2**62, 0
-    while page := await workflow.engine.call(list_instances, workflow.name, status, before, 100):
+    while page := await workflow.engine.call(list_instances, workflow.name, status, before):
         yield [id for _, id in page if id is not None]
         before, done = page[-1][0], done + len(page)
         progress(done)
 
 
-def bind(
-    engine: Engine,
-    cls: Any,
-    name: Any,
-    binding: Any,
-    *,
-    steps: int | None = None,
-    running: int | None = None,
-    schedules: str | Iterable[str] = (),
-    success_retention: Duration | None = None,
-    error_retention: Duration | None = None,
-) -> Workflow:
-    """What `Engine.bind` is given, checked. (It has its name because Python's own errors about
-    arguments say it.)"""
-    extends = isinstance(cls, type) and issubclass(cls, WorkflowEntrypoint)
-    if not extends or cls.run is WorkflowEntrypoint.run or not callable(cls.run):
-        expected = "a class that extends WorkflowEntrypoint and has run(self, event, step)"
-        raise TypeError(f"{show(cls)} can't be bound: expected {expected}")
-    name = _kebab(cls.__name__) if name is None else name
-    if not isinstance(name, str) or len(name) > 64 or not _NAME.fullmatch(name):
-        raise ValueError(f"{show(name)} is no workflow name: expected 1 to 64 {_NAME_RULE}")
-    binding = name.upper().replace("-", "_") if binding is None else binding
-    if not isinstance(binding, str) or not binding.isidentifier() or keyword.iskeyword(binding):
-        raise ValueError(f"{show(binding)} is not a binding: expected one like MY_WORKFLOW")
-    limits = engine.limits
-    workflow = Workflow(engine, name, binding, limits.steps)
-    workflow.cls = cls
-    with naming("steps"):
-        workflow.steps = limits.steps if steps is None else read_count(steps, 25_000)
-    with naming("running"):
-        workflow.running = None if running is None else read_count(running)
-    with naming("schedules"):
-        workflow.schedules = read_schedules(schedules)
-    with naming("success_retention"):
-        kept = _read_retention(success_retention, limits.success_retention)
-    with naming("error_retention"):
-        workflow.retention = kept, _read_retention(error_retention, limits.error_retention)
-    return workflow
-
-
-def _any_id(id: Any) -> str:
-    """An id to look for, which need not be legal."""
-    if not isinstance(id, str):
-        raise TypeError(f"id is {show(id)}: expected a str")
-    return id
-
-
 def check_status(status: Any) -> None:
     """Refuses what is no status of an instance."""
-    if status not in STATUSES:
-        raise ValueError(f"{show(status)} is not a status: expected one of {', '.join(STATUSES)}")
+    expect(status in STATUSES, "status", status, f"one of {', '.join(STATUSES)}")
 
 
 def _kebab(name: str) -> str:
@@ -4525,21 +4469,14 @@ def _kebab(name: str) -> str:
     return words.replace("_", "-").strip("-").lower()
 
 
-class Rate:
-    """How many calls may be made within a second: an account's quota, of this process."""
-
-    def __init__(self, limit: int | None, clock: Clock) -> None:
-        self._clock, self._limit = clock, limit
-        self._calls: deque[int] = deque(maxlen=limit or 0)  # when
-
-    def count(self) -> None:
-        """Counts a call, or refuses it."""
-        now = self._clock.now()
-        recent = [at for at in self._calls if now - 1000 < at <= now]  # a clock may be set back
-        if len(recent) == self._limit:
-            what = f"more than {self._limit} creations within a second"
-            raise refusal("limit.creation_rate", f"{what} (limit creations_per_second)")
-        self._calls.append(now)
+def count_creation(engine: Engine) -> None:
+    """Counts a call that creates instances, or refuses it: so many may be made within a second by
+    this process. (That is an account's quota.)"""
+    limit, now = engine.limits.creations_per_second, engine.clock.now()
+    recent = [at for at in engine.creations if now - 1000 < at <= now]  # a clock may be set back
+    what = f"more than {limit} creations within a second (limit creations_per_second)"
+    require(len(recent) != limit, "limit.creation_rate", what)
+    engine.creations.append(now)
 
 
 class QueueLimit:
@@ -4555,9 +4492,8 @@ class QueueLimit:
             queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
             (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
             room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
-            if new > room:
-                what = f"more than {limit} instances would be queued (limit queued)"
-                raise refusal("limit.queued_instances", what)
+            what = f"more than {limit} instances would be queued (limit queued)"
+            require(new <= room, "limit.queued_instances", what)
             self._room = (room - new) // 10 + new
         self._room -= new
 
@@ -4580,14 +4516,11 @@ class WorkflowInstance:
 
     async def status(self) -> InstanceStatus:
         """Status, output and error as they are now, and how a rollback went."""
-        inst, last = await self._call(read_end)
-        output = error = rollback = None
-        if inst.status == "complete":
-            output = read_back(last.data or "", f"the output of {self}")
-        elif inst.status == "errored":
-            error = _Attributes(brief(read_back(last.data or "", f"the error of {self}")))
+        inst, end, failure = await self._call(read_end)
+        output = end if inst.status == "complete" else None
+        error = _Attributes(brief(end)) if inst.status == "errored" else None
+        rollback = None
         if inst.status in FINISHED and inst.rollback is not None:
-            failure = read_back(last.extra or "null", f"the rollback of {self}")
             failure = failure and _Attributes(brief(failure))
             rollback = _Attributes(outcome=inst.rollback, error=failure)
         return InstanceStatus(inst.status, output, error, rollback)
@@ -4614,8 +4547,7 @@ class WorkflowInstance:
 
         Error: `instance.cannot_terminate` if it has finished."""
         rollback = merge(options, given, ("rollback",), "terminate").get("rollback", False)
-        if not isinstance(rollback, bool):
-            raise TypeError(f"rollback is {show(rollback)}: expected True or False")
+        expect(isinstance(rollback, bool), "rollback", rollback, "True or False", TypeError)
         await self._call(_terminate, self.workflow.source, rollback)
 
     async def restart(self, options: Options = None, /, **given: Any) -> None:
@@ -4647,15 +4579,13 @@ class WorkflowInstance:
         patience = None if timeout is None else parse_duration(timeout)
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
-        timer = None
-        if patience is not None:
-            timer = engine.clock.call_later(patience, functools.partial(resolve, late))
+        timer = None if patience is None else engine.clock.call_later(patience, late.cancel)
         try:
-            inst, last = await self._call(read_end)
+            inst, end, _ = await self._call(read_end)
             key = inst.key
             while inst.status not in FINISHED:
                 ended = engine.watchers.watch(key)  # before it is read, so that nothing is missed
-                inst, last = await self._call(read_end)
+                inst, end, _ = await self._call(read_end)
                 if inst.key != key:  # deleted, and its id is used again
                     raise not_found(self.workflow.name, self.id)
                 if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
@@ -4668,9 +4598,9 @@ class WorkflowInstance:
             if timer is not None:
                 timer.cancel()
         if inst.status == "complete":
-            return read_back(last.data or "", f"the output of {self}")
+            return end
         if inst.status == "errored":
-            raise rebuild_error(read_back(last.data or "", f"the error of {self}"))
+            raise rebuild_error(end)
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     def subscribe(
@@ -4681,17 +4611,14 @@ class WorkflowInstance:
         list of the types to show. Each event comes once, in order.
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
-        if cursor is not None and type(cursor) is not int:
-            raise TypeError(f"cursor is {show(cursor)}: expected an event_id or None")
+        legal = cursor is None or type(cursor) is int
+        expect(legal, "cursor", cursor, "an event_id or None", TypeError)
         shown = EVENT_TYPES if filter is None else {*filter}
-        if unknown := shown - EVENT_TYPES:
-            known = ", ".join(sorted(EVENT_TYPES))
-            raise ValueError(f"filter has {show(unknown)}: expected some of {known}")
+        known = f"some of {', '.join(sorted(EVENT_TYPES))}"
+        expect(shown <= EVENT_TYPES, "filter", shown - EVENT_TYPES, known)
         return WorkflowSubscription(self._events(cursor or -1, shown))
 
-    async def _events(
-        self, cursor: int, shown: Collection[str]
-    ) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+    async def _events(self, cursor: int, shown: Collection[str]) -> HistoryEvents:
         history, key = History(self.id), None
         async with contextlib.aclosing(self.follow()) as news:
             async for inst, rows in news:
@@ -4705,7 +4632,7 @@ class WorkflowInstance:
                 if inst.status in FINISHED:
                     return
 
-    async def follow(self) -> AsyncGenerator[tuple[Instance | None, list[Row]], None]:
+    async def follow(self) -> AsyncGenerator[Snapshot, None]:
         """The instance with this id, if there is one, and the rows that are new: now, and again
         whenever something has changed."""
         engine, inst = self.workflow.engine, None
@@ -4720,10 +4647,10 @@ class WorkflowSubscription:
     """What `subscribe` returns: to go through with `async for`; or, as Cloudflare writes it, to be
     awaited, and asked for one event after the other."""
 
-    def __init__(self, events: AsyncGenerator[WorkflowHistoryEvent, None]) -> None:
+    def __init__(self, events: HistoryEvents) -> None:
         self._events = events
 
-    def __aiter__(self) -> AsyncGenerator[WorkflowHistoryEvent, None]:
+    def __aiter__(self) -> HistoryEvents:
         return self._events
 
     def __await__(self) -> Generator[None, None, Self]:
@@ -4747,8 +4674,7 @@ def _keys_of(given: Any) -> Ids:
     kind is given."""
     step = options_of(given, ("name", "count", "type"), "from")
     kind = step.pop("type", None)
-    if kind not in (None, *_KINDS):
-        raise ValueError(f"from: the type is {show(kind)}: expected one of {', '.join(_KINDS)}")
+    expect(kind in (None, *_KINDS), "from: the type", kind, f"one of {', '.join(_KINDS)}")
     name, count = step_named(step, "count")
     kinds = STEP_KINDS if kind is None else [_KINDS[kind]]
     return [SEPARATOR.join((kind, name, str(count))) for kind in kinds]
@@ -5061,7 +4987,7 @@ class History:
     def events(self, row: Row) -> list[WorkflowHistoryEvent]:
         """What the next row is shown as."""
         types, what = [], f"{self._instance_id!r}: row {row.seq}"
-        data = None if row.data is None else read_back(row.data, what)
+        data = read_back(row.data or "null", what)
         if row.type == "queued" and row.data is not None:
             self._params = data
         if row.attempt is not None and row.extra is not None:
