@@ -831,6 +831,9 @@ class Values(Lives):
             lambda p: p["a"]["b"][1].__delitem__("c"),
             lambda p: p["a"].__ior__({}),
             lambda p: p.setdefault("x", 1),
+            lambda p: setattr(p, "a", 1),
+            lambda p: setattr(p["a"]["b"], "x", 1),
+            lambda p: delattr(p, "a"),
         )
 
         async def run(event, step):
@@ -1778,7 +1781,7 @@ class Attempts(Lives):
         async def run(event, step):
             with contextlib.suppress(ConnectionError):
                 linear = {"retries": {"limit": 2, "delay": "1 second", "backoff": "linear"}}
-                await step.do("charge", linear, raises(ConnectionError("no answer")))
+                await step.do("charge", linear, raises(ConnectionError("no\nanswer")))
             with contextlib.suppress(NonRetryableError):
                 await step.do("refuse", raises(NonRetryableError("no funds")))
 
@@ -2787,6 +2790,15 @@ class Nested(Lives):
                 self.assertEqual(await self.outcome(run), [["inner", 1], ["inner", 2]])
                 self.assertEqual(ran, [1, 2])
 
+    async def test_a_step_call_can_not_be_awaited_in_another_loop(self):
+        async def run(event, step):
+            try:
+                await step.do("outer", lambda: asyncio.run(step.do("inner", returns(1))))
+            except WorkflowFatalError as error:
+                return str(error)
+
+        self.assertIn("step 'inner' is awaited in another event loop", await self.outcome(run))
+
     async def test_a_step_has_started_before_those_that_its_callback_calls(self):
         async def run(event, step):
             async def outer():
@@ -3712,6 +3724,8 @@ class Creating(Case):
             with self.assertRaises(WorkflowTimeoutError):
                 await early
             with self.assertRaises(WorkflowTimeoutError):
+                await instance.result(timeout=0)
+            with self.assertRaises(WorkflowTimeoutError):
                 await self.finish(instance)
             self.assertEqual((await instance.status()).error["name"], "WorkflowTimeoutError")
 
@@ -4515,6 +4529,24 @@ class Queue(Case):
             gate.open.set()
             await self.clock.advance(0)
             self.assertEqual(gate.begun, ["new", "early", "late", "newer"])
+
+    async def test_first_woken_is_first_also_within_a_millisecond(self) -> None:
+        gate = Gate()
+
+        async def run(event: Any, step: Any) -> None:
+            if event.instance_id != "first":
+                await step.wait_for_event("w", "go")
+            await gate.run(event, step)
+
+        async with self.engine(limits=self.limits(1)) as engine:
+            bound = engine.bind(workflow(run))
+            await bound.create_batch([{"id": id} for id in (*"abcd", "first")])
+            await self.clock.advance(0)
+            for id in "dbca":
+                await (await bound.get(id)).send_event(type="go")
+            gate.open.set()
+            await self.clock.advance(0)
+        self.assertEqual(gate.begun, ["first", *"dbca"])
 
     async def test_woken_ones_are_queued_by_when_they_fell_due_however_late_it_is_noticed(self):
         gate = Gate()
@@ -5527,6 +5559,25 @@ class Processes(Real):
             self.assertEqual((await pausing.status()).status, "waitingForPause")
             await reach(pausing, "paused")
             self.assertEqual(self.log()[-1], "end")
+
+    async def test_what_a_client_pauses_begins_nothing_after_its_next_commit(self) -> None:
+        ends, begun = asyncio.Event(), []
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("last", ends.wait)
+            await step.do("more", lambda: begun.append(1))
+
+        async with self.engine() as owner, self.engine() as client:
+            instance = await owner.bind(workflow(run)).create(id="i")
+            await reach(instance, "running")
+            while not owner.lives.runs or not owner.lives.runs[1].attempts_in_flight():
+                await asyncio.sleep(0.001)
+            await (await (await client.workflow("test")).get("i")).pause()
+            ends.set()
+            await reach(instance, "paused")
+            self.assertEqual(begun, [])
+            await instance.resume()
+            await instance.result("5 seconds")
 
     async def test_a_busy_owner_sees_its_clients_too(self) -> None:
         script = """
@@ -9280,6 +9331,19 @@ class Subscribing(Undoing):
             self.assertEqual(await live, ["sleep_started nap-1"])
             self.assertEqual((await nothing, await beyond), ([], []))
 
+    async def test_cloudflares_options_are_a_dict(self) -> None:
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(one_sleep)).create()
+            await self.finish(instance)
+            whole = [event async for event in instance.subscribe({})]
+            cursor, types = whole[-3].event_id, ["workflow_running", "workflow_completed"]
+            given = {"cursor": cursor, "filter": types}
+            events = [event.type async for event in instance.subscribe(given)]
+            self.assertEqual(events, types)
+            for wrong in ({"cursors": 1}, {"cursor": "1"}, {"filter": ["x"]}):
+                with self.assertRaises((TypeError, ValueError)):
+                    instance.subscribe(wrong)
+
     async def test_a_live_subscription_can_go_on_from_any_cursor(self) -> None:
         async def run(event: Any, step: Any) -> None:
             await step.do("a", value)
@@ -11706,6 +11770,16 @@ class Replaying(Case):
         after = self.rows("SELECT * FROM journal"), self.rows("SELECT * FROM instances")
         self.assertEqual(before, after)
         return report
+
+    async def test_it_needs_the_class(self) -> None:
+        async with self.engine() as engine:
+            await engine.bind(workflow(one_sleep)).create(id="i")
+        async with self.engine() as engine:
+            bound = await engine.workflow("test")
+            with self.assertRaisesRegex(RuntimeError, "'test' is not bound here"):
+                await bound.replay("i")
+            with self.assertRaisesRegex(RuntimeError, "'test' is not bound here"):
+                bound.replay_all()
 
     def found(self, report: Any) -> list[Any]:
         return [report.reached, report.unreached, report.new, report.early, report.outcome]

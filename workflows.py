@@ -591,13 +591,15 @@ class Database:
             self.owned.add(self.path)
         return self.owner
 
-    def refresh(self) -> None:
-        """Forgets what it knows, if another connection has written, or if that is too much."""
-        (version,) = self.one("PRAGMA data_version")
-        if version != self._data_version or len(self.known) > KNOWN:
-            self._others_wrote |= version != self._data_version
-            self._data_version = version
+    def refresh(self) -> bool:
+        """Forgets what it knows, if another connection has written, or if that is too much. Returns
+        whether another one has."""
+        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
+        others_wrote: bool = self._data_version != before
+        self._others_wrote |= others_wrote
+        if others_wrote or len(self.known) > KNOWN:
             self.known.clear()
+        return others_wrote
 
     def others_wrote(self) -> bool:
         """Whether another connection has written since we last asked."""
@@ -709,7 +711,7 @@ class News(NamedTuple):
 # What is watched: the key of an instance, for its end; or an id, for every row of the instances
 # that have it, in whichever workflow.
 Topic = int | str
-WOKEN = -(2**53)  # added to a moment: a place in the queue ahead of those that count up from 1
+WOKEN = -(2**62)  # where places in the queue begin that are ahead of those that count up from 1
 
 
 class Transaction:
@@ -813,7 +815,9 @@ class Transaction:
     def _place_of(self, inst: Instance) -> int:
         if inst.place is not None:
             return inst.place
-        return WOKEN + (self.now if inst.wake is None else min(inst.wake, self.now))
+        self.scheduler.woken += 1  # comes second, within a millisecond
+        moment = self.now if inst.wake is None else min(inst.wake, self.now)
+        return WOKEN + moment * 1024 + self.scheduler.woken % 1024
 
     def call_on(self, inst: Instance) -> None:
         """The owner must attend to it at once, if not since earlier."""
@@ -1037,9 +1041,8 @@ class Writer:
         """The transaction: each operation, then what is due by then, then the commit."""
         if not self.database.begin(patient):
             return None
-        self.database.refresh()
+        self.scheduler.stirred |= self.database.refresh()
         outside = self.exact and self.database.others_wrote()  # else the tick notices that
-        self.scheduler.stirred |= outside
         tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
         tx.cpu_ns = cpu_ns - self._cpu_counted
         results: list[tuple[Then, Any, BaseException | None]] = []
@@ -1147,6 +1150,7 @@ class Scheduler:
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # nothing begins any more
         self.queue_limit = QueueLimit()
+        self.woken = 0  # counts the instances that have woken up
         self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
 
@@ -1581,6 +1585,8 @@ class Replay(Life):
 
     async def perform(self, call: StepCall) -> Any:
         """The way of every step call: look it up, carry it out if need be, wait for its turn."""
+        if asyncio.get_running_loop() is not self.loop:
+            raise fatal("workflow.fatal", f"step {call.name!r} is awaited in another event loop")
         self.last_move = self.engine.turns.now
         check_name(call.name)
         while (other := self.active.get(call.key)) is not None:
@@ -2091,7 +2097,8 @@ class Attempt:
         longest = 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep
         delay = min(delay * config.backoff(self.number), longest)
         what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
-        log.warning("%s: %s; the next one in %d ms", what, show_error(error), delay)
+        why = " ".join(show_error(error).split())  # one line
+        log.warning("%s: %s; the next one in %d ms", what, why, delay)
         log.debug("%s", what, exc_info=error)
         self._again = step.asleep = True
         wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
@@ -2165,7 +2172,6 @@ def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int |
     """Appends the start of an attempt that has not called its callback yet: not if the instance is
     about to pause, because then it must not be called."""
     if tx.mine(lease).status == "waitingForPause" and not nested:
-        tx.scheduler.stirred = True  # who has paused it may be another process
         return None
     return record(tx, lease, row)
 
@@ -2192,7 +2198,6 @@ def go_idle(tx: Transaction, lease: Lease, seq: int) -> bool:
     of a caller."""
     inst = tx.mine(lease)
     if inst.status != "running" or inst.seq != seq:
-        tx.scheduler.stirred = True  # it may have been another process
         return False
     tx.move(inst, Row("waiting"))
     return True
@@ -2959,7 +2964,7 @@ def _read_only(*_: Any, **__: Any) -> NoReturn:
 class _FrozenDict(_Attributes):
     """Still a dict for `isinstance`, `json` and `==`; copies of it are plain dicts."""
 
-    __setitem__ = __delitem__ = __ior__ = _read_only
+    __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _read_only
     clear = pop = popitem = setdefault = update = _read_only
 
     def __reduce__(self) -> Any:  # what `copy` and `pickle` go by
@@ -2969,7 +2974,7 @@ class _FrozenDict(_Attributes):
 class _FrozenList(list[Any]):
     """Still a list for `isinstance`, `json` and `==`; copies of it are plain lists."""
 
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _read_only
+    __setitem__ = __delitem__ = __setattr__ = __delattr__ = __iadd__ = __imul__ = _read_only
     append = clear = extend = insert = pop = remove = reverse = sort = _read_only
 
     def __reduce__(self) -> Any:
@@ -4376,11 +4381,17 @@ class Workflow:
 
         Error: `instance.not_found`."""
         expect(isinstance(id, str), "id", id, "a str", TypeError)
+        self._need_class()
         return await report_on(self, id)
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
+        self._need_class()
         return report_on_unfinished(self)
+
+    def _need_class(self) -> None:
+        if not hasattr(self, "cls"):
+            raise RuntimeError(f"workflow {self.name!r} is not bound here: replay needs its class")
 
     def introspect(self) -> WorkflowIntrospector:
         """`async with workflow.introspect() as all_instances`, for tests: to look into the
@@ -4579,7 +4590,9 @@ class WorkflowInstance:
         patience = None if timeout is None else parse_duration(timeout)
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
-        timer = None if patience is None else engine.clock.call_later(patience, late.cancel)
+        timer = engine.clock.call_later(patience, late.cancel) if patience else None
+        if patience == 0:  # no clock need be moved for that
+            late.cancel()
         try:
             inst, end, _ = await self._call(read_end)
             key = inst.key
@@ -4604,13 +4617,17 @@ class WorkflowInstance:
         raise refusal("instance.terminated", f"instance {self.id!r} was terminated")
 
     def subscribe(
-        self, cursor: int | None = None, filter: Iterable[str] | None = None
+        self, cursor: int | Options = None, filter: Iterable[str] | None = None
     ) -> WorkflowSubscription:
         """`async for event in instance.subscribe()`: its history, then live what happens, until the
         instance ends. To go on after a break, give the last `event_id` as `cursor`; `filter` is a
-        list of the types to show. Each event comes once, in order.
+        list of the types to show. (Or give a dict of both.) Each event comes once, in order.
 
         Errors: `instance.not_found`, also when it is deleted meanwhile."""
+        if isinstance(cursor, Mapping):
+            named = {} if filter is None else {"filter": filter}
+            options = merge(cursor, named, ("cursor", "filter"), "subscribe")
+            cursor, filter = options.get("cursor"), options.get("filter")
         legal = cursor is None or type(cursor) is int
         expect(legal, "cursor", cursor, "an event_id or None", TypeError)
         shown = EVENT_TYPES if filter is None else {*filter}
