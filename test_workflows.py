@@ -6263,8 +6263,10 @@ class Orphans(Case):
             await asyncio.sleep(0)
             await again.restart()
             gate.set()
-            async with asyncio.timeout(30):
-                self.assertEqual([await i.result() for i in (plain, again)], ["done", "done"])
+            with self.assertLogs("workflows", "WARNING") as logged:
+                async with asyncio.timeout(30):
+                    self.assertEqual([await i.result() for i in (plain, again)], ["done", "done"])
+        self.assertIn("test plain: somebody has cancelled", "".join(logged.output))
         self.assertEqual(sorted(runs), ["again", "again", "plain", "plain"])
         self.assertEqual(self.rows("SELECT * FROM journal WHERE type = 'failed'"), [])
 

@@ -2344,6 +2344,7 @@ class Lives:
     def adopt(self, run: Life) -> None:
         """Somebody has cancelled a run's task, but the loop goes on, and so does the instance."""
         if not self.engine.scheduler.closing and self.runs.get(run.lease.key) is run:
+            log.warning("%s: somebody has cancelled the task of its run; it begins again", run)
             run.orphan = False
             self.engine.writer.post(hand_back, run.lease, run.interrupted)
             self.life_ended(run)
