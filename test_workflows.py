@@ -12315,6 +12315,24 @@ class Configuration(Case):
             given = self.given() | {"main": f"src/{name}.py"}
             self.refused(given, f"{name}.py needs another name", repr(name))
 
+    async def test_another_project_may_have_a_file_of_the_same_name(self) -> None:
+        for folder in ("one", "two", "one"):
+            code = f"from main import Second\nclass Flow(Second):\n    own = {folder!r}"
+            self.write(f"{folder}/worker.py", code)
+            self.write(f"{folder}/main.py", MAIN)
+            self.write(f"{folder}/late.py", "")
+            self.write(f"{folder}/helper.py", "NAME = 'helper'")
+            given = self.given(class_name="Flow") | {"main": "worker.py"}
+            cls = self.load(given, f"{folder}/wrangler.json").env.FLOW.cls
+            self.assertEqual((cls.own, cls.__module__), (folder, "worker"))
+
+    def test_a_module_that_somebody_else_imported_does_not_give_way(self) -> None:
+        self.load(self.given())  # it imports `helper`
+        self.write("src/other/helper.py", MAIN)
+        given = self.given() | {"main": "src/other/helper.py"}
+        self.refused(given, "needs another name", "'helper'", str(self.folder / "src/helper.py"))
+        self.assertEqual(sys.modules["helper"].NAME, "helper")
+
     def test_nothing_but_a_value_error_comes_of_any_file(self) -> None:
         chance = random.Random(3)
         odd = [*'{}[]",:=\\\n', "//", "/*", "null", "5", "1e400", "'" * 3, "\x00", "[" * 2000, ""]

@@ -5947,26 +5947,37 @@ def parse_jsonc(text: str) -> Any:
     return json.loads(text)
 
 
+_loaded: weakref.WeakSet[types.ModuleType] = weakref.WeakSet()  # what `load_module` has imported
+
+
 def load_module(file: Path) -> types.ModuleType:
     """The module of a file, imported as its neighbours import it: by its name, from its folder. So
-    there is one of it, and what it defines has the same name in every process.
+    there is one of it, and what it defines has the same name in every process. One that was loaded
+    like this from another folder (another project's, or the last test's) leaves it the name.
 
     Its folder stays on `sys.path`, as that of a script does: functions may import, too."""
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"{file}: expected a Python file (.py) there")
-    folder = str(file.parent.resolve())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    folder, known = str(file.parent.resolve()), sys.modules.get(file.stem)
+    sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
+    if known in _loaded and not is_from(known, file):
+        del sys.modules[file.stem]
     importlib.invalidate_caches()  # the file may be newer than what Python knows of the folder
     try:
         module = importlib.import_module(file.stem)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {message_of(error)}"
         raise ValueError(f"{file} can't be imported: {problem}") from error
-    found = getattr(module, "__file__", None) or "Python itself"
-    if Path(found).resolve() != file.resolve():
+    if not is_from(module, file):
+        found = getattr(module, "__file__", None) or "Python itself"
         raise ValueError(f"{file} needs another name: there is a module {file.stem!r} of {found}")
+    if module is not known:
+        _loaded.add(module)
     return module
+
+
+def is_from(module: types.ModuleType | None, file: Path) -> bool:
+    return Path(getattr(module, "__file__", None) or "").resolve() == file.resolve()
 
 
 # --------------------------------------------------------------------------------------------------
