@@ -12391,6 +12391,24 @@ class Configuration(Case):
             given = self.given() | {"main": f"src/{name}.py"}
             self.refused(given, f"{name}.py needs another name", repr(name))
 
+    async def test_another_project_may_have_a_file_of_the_same_name(self) -> None:
+        for folder in ("one", "two", "one"):
+            code = f"from main import Second\nclass Flow(Second):\n    own = {folder!r}"
+            self.write(f"{folder}/worker.py", code)
+            self.write(f"{folder}/main.py", MAIN)
+            self.write(f"{folder}/late.py", "")
+            self.write(f"{folder}/helper.py", "NAME = 'helper'")
+            given = self.given(class_name="Flow") | {"main": "worker.py"}
+            cls = self.load(given, f"{folder}/wrangler.json").env.FLOW.cls
+            self.assertEqual((cls.own, cls.__module__), (folder, "worker"))
+
+    def test_a_module_that_somebody_else_imported_does_not_give_way(self) -> None:
+        self.load(self.given())  # it imports `helper`
+        self.write("src/other/helper.py", MAIN)
+        given = self.given() | {"main": "src/other/helper.py"}
+        self.refused(given, "needs another name", "'helper'", str(self.folder / "src/helper.py"))
+        self.assertEqual(sys.modules["helper"].NAME, "helper")
+
     def test_nothing_but_a_value_error_comes_of_any_file(self) -> None:
         chance = random.Random(3)
         odd = [*'{}[]",:=\\\n', "//", "/*", "null", "5", "1e400", "'" * 3, "\x00", "[" * 2000, ""]
@@ -12689,9 +12707,12 @@ class HttpCreating(Outside):
             refused = self.ask("POST", "/steps/instances", {"instance_id": "i", "params": 2})
             await self.assertRefused(409, 10405, refused)
             self.assertEqual((await self.ask("GET", path))["params"], 1)
-            for body in ({"id": "a b"}, {"id": ""}, {"id": 5}, {"nonsense": 1}, 7, [7], "x"):
+            for body in ({"id": "a b"}, {"id": ""}, {"id": 5}, {"nonsense": 1}, 7, [7], "x", [], 0):
                 with self.subTest(body):
                     await self.assertRefused(400, 10001, self.ask("POST", "/steps/instances", body))
+            for base in (REST, EXPLORER):
+                asked = self.ask("POST", "/steps/instances", [{}], base)
+                await self.assertRefused(400, 10001, asked)
             for kept in (5, {"success_retention": "soon"}, {"success": 1}):
                 refused = self.ask("POST", "/steps/instances", {"instance_retention": kept})
                 await self.assertRefused(400, 10001, refused)
@@ -12713,10 +12734,9 @@ class HttpCreating(Outside):
             entries = [{"instance_id": "a"}, {"instance_id": "b"}, {"params": "[1]"}]
             first, last = await self.ask("POST", "/steps/instances/batch", entries)
             found = await self.ask("GET", f"/steps/instances/{last['id']}")
-            for body in ([], [{}] * 101, {}, [{"id": "a b"}]):
-                if body != {}:
-                    refused = self.ask("POST", "/steps/instances/batch", body)
-                    await self.assertRefused(400, 10001, refused)
+            for body in ([], [{}] * 101, {}, [{"id": "a b"}], None, "x", [[]]):
+                refused = self.ask("POST", "/steps/instances/batch", body)
+                await self.assertRefused(400, 10001, refused)
         self.assertEqual((first["id"], found["params"]), ("a", [1]))
 
     async def test_too_many_creations_are_429(self) -> None:
@@ -12799,6 +12819,8 @@ class HttpListing(Outside):
             self.assertEqual((counts["rollingBack"], counts["running"]), (1, 0))
             self.assertEqual(await self.ids("?status=rollingBack", "undone"), ["i"])
             self.assertEqual(await self.ids("?status=running", "undone"), [])
+            await self.ask("PUT", "/undone/instances/terminate?status=running")
+            self.assertEqual(await self.status(path), "rollingBack")
             gate.set()
             self.assertEqual(await self.status(path), "terminated")
 
@@ -13047,6 +13069,7 @@ class HttpDetails(Outside):
             waits = await self.create("events")
             asked = waits + "/step?name=w-1&type=waitForEvent"
             waiting = await self.ask("GET", asked)
+            await self.assertRefused(400, 10001, self.ask("GET", asked + "&attempt=1"))
             await self.ask("POST", waits + "/events/t", [1])
             await self.clock.settle()
             got = await self.ask("GET", asked)
@@ -13102,7 +13125,8 @@ class HttpSteering(Outside):
             for start, status in (
                 ({"name": "nope"}, 409), ({"name": "fetch user", "count": 2}, 409),
                 ({"name": "fetch user", "count": 0}, 400), ({"name": "s", "type": "step"}, 400),
-                ({"name": "s", "extra": 1}, 400), ("fetch user", 400), (7, 400),
+                ({"name": "s", "extra": 1}, 400), ("fetch user", 400), (7, 400), ({}, 400),
+                ("", 400),
             ):  # fmt: skip
                 with self.subTest(start):
                     refused = self.steer(path, status="restart", **{"from": start})
@@ -13175,6 +13199,20 @@ class HttpSteering(Outside):
             self.assertEqual(await self.ask("GET", path), {"status": "not_running"})
             counts = (await self.ask("GET", "/naps"))["instances"]
         self.assertEqual(counts["terminated"], 102)
+
+    async def test_what_rolls_back_can_be_terminated_at_once(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            undo = asyncio.Event().wait if event.payload else None
+            await step.do("s", returns(1), rollback=lambda info: undo())
+            await (step.sleep("nap", "1 hour") if undo else step.do("wait", asyncio.Event().wait))
+
+        async with self.served(undone=run):
+            undone, other = [await self.create("undone", id, id == "a") for id in "ab"]
+            await self.steer(undone, status="terminate", rollback=True)
+            self.assertEqual(await self.status(undone), "rollingBack")
+            await self.ask("PUT", "/undone/instances/terminate?status=rollingBack")
+            self.assertEqual(await self.status(undone), "terminated")
+            self.assertEqual(await self.status(other), "running")
 
     async def test_one_job_at_a_time_terminates_all(self) -> None:
         async with self.served() as engine:
@@ -13351,8 +13389,10 @@ class Wire(Outside):
 
     async def test_without_a_token_the_host_must_be_local(self) -> None:
         async with self.served():
-            for host in ("localhost", "127.0.0.1:80", "[::1]:8787", "127.1.2.3"):
+            for host in ("localhost", "127.0.0.1:80", "[::1]:8787", "127.1.2.3", "LocalHost:80"):
                 await self.assertStatus(200, "GET", REST, Host=host)
+                origin = f"http://{host}".lower()
+                await self.assertStatus(200, "GET", REST, Host=host, Origin=origin)
             for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "8.8.8.8", ""):
                 for path in (REST, EXPLORER, "/", "/nope"):
                     with self.subTest(host):
@@ -13379,6 +13419,7 @@ class Wire(Outside):
                         self.assertNotIn(json.loads(text)["errors"][0]["code"], (10000, 9106))
             await self.assertStatus(401, "GET", REST)
             await self.assertStatus(200, "GET", REST, Authorization=right, Host="any.example")
+            await self.assertStatus(200, "GET", REST, Authorization=right.replace("B", "b"))
             await self.assertStatus(200, "GET", "/", Host="any.example")
 
     async def test_other_paths_and_methods_are_refused_in_json(self) -> None:
@@ -13392,12 +13433,21 @@ class Wire(Outside):
                 "*",
             ):
                 await self.assertRefused(404, 7003, self.envelope("GET", path))
-            for method, path in (("PUT", "/naps"), ("PATCH", "/naps/instances"), ("POST", "")):
+            for method, path in (("PATCH", "/naps/instances"), ("POST", ""), ("OPTIONS", "/naps")):
                 refused = await self.assertRefused(405, 10001, self.ask(method, path, {}))
-                self.assertIn("start `dev` again", refused.message)
-            await self.assertRefused(405, 10001, self.ask("OPTIONS", "/naps"))
+                self.assertNotIn("`dev`", refused.message)
+            for path in ("/naps", "/naps/", "/naps/triggers", "/naps/settings", "/new"):
+                refused = await self.assertRefused(405, 10001, self.ask("PUT", path, {}))
+                self.assertRegex(refused.message, "edit .* configuration file, and start `dev`")
+            await self.assertRefused(404, 7003, self.ask("GET", "/naps/settings"))
+
+    async def test_an_unknown_method_is_a_mistake_and_head_has_no_body(self) -> None:
+        async with self.served():
             answer, text = await self.exchange("BREW", REST)
-            self.assertEqual((answer.status, json.loads(text)["success"]), (501, False))
+            self.assertEqual((answer.status, json.loads(text)["success"]), (405, False))
+            answer = await self.raw(f"HEAD {REST} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        self.assertTrue(answer.startswith(b"HTTP/1.1 405 "))
+        self.assertTrue(answer.endswith(b"\r\n\r\n"))
 
     async def test_what_is_no_json_is_refused(self) -> None:
         async with self.served():
@@ -13476,6 +13526,35 @@ class Wire(Outside):
             self.assertIn(b" 431 ", await self.raw(head))
             head = b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n"
             self.assertIn(b" 431 ", await self.raw(head))
+
+    async def test_what_is_too_large_is_refused_before_it_comes(self) -> None:
+        async with self.served():
+            path = f"{REST}/steps/instances"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"
+            answer = await asyncio.wait_for(self.raw(head.encode(), end=False), 5)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 413 "))
+            self.assertTrue(answer.endswith(b"}"))
+            # And who sends it all the same can read the answer, then.
+            large = b" " * 5 * workflows.BODY
+            await self.assertRefused(413, 10001, self.envelope("POST", path, large))
+            asked = self.envelope("POST", path + "/batch", large, Host="evil.example")
+            await self.assertRefused(403, 10001, asked)
+
+    async def test_a_client_may_ask_whether_to_send_its_body(self) -> None:
+        async with self.served():
+
+            def talk() -> tuple[bytes, bytes]:
+                head = f"POST {REST}/steps/instances HTTP/1.1\r\nHost: localhost\r\n"
+                head += "Content-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+                with socket.create_connection(("127.0.0.1", self.port), 5) as link:
+                    link.sendall(head.encode())
+                    told = link.recv(2**16)
+                    link.sendall(b"{}")
+                    return told, link.recv(2**16)
+
+            told, answer = await asyncio.to_thread(talk)
+        self.assertEqual(told, b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.assertTrue(answer.startswith(b"HTTP/1.1 200 "))
 
     async def test_garbage_is_answered_in_json(self) -> None:
         async with self.served():
@@ -13756,6 +13835,9 @@ class CommandLine(Outside):
             lines = await self.lines("instances", "describe", "steps", *args, COLUMNS="2000")
             (step,) = [line for line in lines if "step-1" in line]
             self.assertLess(step.count("x"), 10)
+        for limit in ("-1", "x"):
+            args = ("instances", "describe", "steps", "--truncate-output-limit", limit)
+            await self.assertFails(*args, says=f"'{limit}': expected a whole number from 0")
         lines = await self.lines("instances", "describe", "steps", COLUMNS="50")
         self.assertTrue(all(len(line) <= 50 and "x" * 50 not in line for line in lines))
 
@@ -13832,6 +13914,37 @@ class CommandLine(Outside):
                 )
             await self.assertFails("instances", "pause", "naps", says="id")
 
+    async def test_an_empty_value_is_a_value(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("first", returns(1))
+            await step.sleep("", "1 hour")
+
+        async with self.served(odd=run):
+            await self.create("odd")
+            before = self.rows("SELECT at FROM journal WHERE step = 'first-1'")
+            await self.clock.advance(1000)
+            await self.json("instances", "restart", "odd", "i", "--from-step-name", "")
+            await self.clock.settle()
+            self.assertEqual(self.rows("SELECT at FROM journal WHERE step = 'first-1'"), before)
+            for text in (
+                "describe|", "delete|", "trigger|", "trigger||{}", "trigger|odd|{}|--id|",
+                "trigger|odd|", "instances|list|", "instances|list|odd|--status|",
+                "instances|list|odd|--date-start|", "instances|list|odd|--date-end|",
+                "instances|describe|odd|", "instances|pause|odd|", "instances|pause||i",
+                "instances|delete|odd|", "instances|delete|odd|--filename|",
+                "instances|send-event|odd|i|--type|", "instances|restart|odd|i|--from-step-count|",
+                "instances|send-event|odd|i|--type|t|--payload|",
+                "instances|restart|odd|i|--from-step-name||--from-step-type|",
+            ):  # fmt: skip
+                with self.subTest(text):
+                    code, out, err = await self.cli(*text.split("|"))
+                    self.assertEqual((code, out, len(err.splitlines())), (2, "", 1))
+                    self.assertNotIn("storage", err)
+            self.assertEqual(await self.ids(name="odd"), ["i"])
+        await self.assertFails("dev", "--token", "", says="--token is empty")
+        await self.assertFails("dev", "--config", "", says="can't be read")
+        await self.assertFails("dev", "--db", "", says="no database ''", db=False)
+
     async def test_a_restart_from_no_named_step_is_no_restart(self) -> None:
         async with self.served():
             await self.create("naps", "a")
@@ -13857,8 +13970,9 @@ class CommandLine(Outside):
         async with self.served():
             for id in "abcde":
                 await self.create("naps", id)
-        code, out, _ = await self.cli("instances", "delete", "naps", "a", "nope", "--json")
-        self.assertEqual((code, json.loads(out)["deleted"]), (1, [{"id": "a"}]))
+        code, out, err = await self.cli("instances", "delete", "naps", "a", "nope", "--json")
+        self.assertEqual((code, json.loads(out)["deleted"]), (2, [{"id": "a"}]))
+        self.assertEqual(err, "workflows.py: no instance 'nope'\n")
         path = self.folder / "ids.json"
         path.write_text('["b", "c"]')
         await self.json("instances", "delete", "naps", "latest", "--filename", str(path))
@@ -13950,6 +14064,13 @@ class AtATerminal(Real):
         self.assertIn("complete", said)
         self.assertNotIn("\x1b", said)
         self.assertEqual(code, 0)
+
+    def test_what_the_output_can_not_encode_is_replaced(self) -> None:
+        command = self.arguments("instances", "describe", "steps", "i")
+        environ = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environ, capture_output=True, check=True)
+        self.assertIn(b"\n?  step-1  ", done.stdout)
+        self.assertEqual(done.stderr, b"")
 
     def test_a_long_deletion_shows_progress(self) -> None:
         self.assertIn("101 …", self.on_terminal("delete", "steps"))
@@ -14052,6 +14173,25 @@ class Dev(DevProcess):
                     or any("waitingForPause" in line for line in lines)
                 )
 
+    async def test_a_signal_that_another_thread_gets_stops_it_too(self) -> None:
+        # This does not wake the loop's thread by itself; nor does a signal just before it sleeps.
+        with (self.folder / "app.py").open("a") as app:
+            app.write(
+                textwrap.dedent("""
+                import signal, threading, time
+                def stop():
+                    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                        time.sleep(0.01)
+                    time.sleep(0.3)
+                    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+                    time.sleep(3600)
+                threading.Thread(target=stop, daemon=True).start()
+                """)
+            )
+        child = await self.start()
+        ended = asyncio.to_thread(child.end)
+        self.assertEqual(await asyncio.wait_for(asyncio.shield(ended), 5), ("", 0))
+
     async def test_the_next_one_goes_on(self) -> None:
         child = await self.start()
         await self.ask("POST", "/slow/instances", {"id": "i", "params": 3600})
@@ -14072,6 +14212,11 @@ class Dev(DevProcess):
         await self.stop(child)
         rows = self.rows("SELECT type FROM journal WHERE step IS NOT NULL ORDER BY seq DESC")
         self.assertEqual(rows[0], ("done",))
+
+    async def test_what_is_no_duration_is_no_drain(self) -> None:
+        for drain in ("", "soon"):
+            child = await self.start("--drain", drain)
+            self.assertEqual(await asyncio.to_thread(child.end), ("", 2))
 
     async def test_the_token_may_be_in_the_environment(self) -> None:
         await self.start(WORKFLOWS_API_TOKEN="secret")

@@ -74,6 +74,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import inspect
+import io
 import json
 import logging
 import math
@@ -5965,26 +5966,37 @@ def parse_jsonc(text: str) -> Any:
     return json.loads(text)
 
 
+_loaded: weakref.WeakSet[types.ModuleType] = weakref.WeakSet()  # what `load_module` has imported
+
+
 def load_module(file: Path) -> types.ModuleType:
     """The module of a file, imported as its neighbours import it: by its name, from its folder. So
-    there is one of it, and what it defines has the same name in every process.
+    there is one of it, and what it defines has the same name in every process. One that was loaded
+    like this from another folder (another project's, or the last test's) leaves it the name.
 
     Its folder stays on `sys.path`, as that of a script does: functions may import, too."""
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"{file}: expected a Python file (.py) there")
-    folder = str(file.parent.resolve())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    folder, known = str(file.parent.resolve()), sys.modules.get(file.stem)
+    sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
+    if known in _loaded and not is_from(known, file):
+        del sys.modules[file.stem]
     importlib.invalidate_caches()  # the file may be newer than what Python knows of the folder
     try:
         module = importlib.import_module(file.stem)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {message_of(error)}"
         raise ValueError(f"{file} can't be imported: {problem}") from error
-    found = getattr(module, "__file__", None) or "Python itself"
-    if Path(found).resolve() != file.resolve():
+    if not is_from(module, file):
+        found = getattr(module, "__file__", None) or "Python itself"
         raise ValueError(f"{file} needs another name: there is a module {file.stem!r} of {found}")
+    if module is not known:
+        _loaded.add(module)
     return module
+
+
+def is_from(module: types.ModuleType | None, file: Path) -> bool:
+    return Path(getattr(module, "__file__", None) or "").resolve() == file.resolve()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6120,7 +6132,7 @@ _STATUS = "iif(status = 'running' AND rollback IS 'begun', 'rollingBack', status
 _WANTED = {"start": "created >= :start", "end": "created <= :end", "status": f"{_STATUS} = :status"}
 # (The column itself has an index.)
 _WANTED["status"] += " AND status = iif(:status = 'rollingBack', 'running', :status)"
-_terminating: set[tuple[Engine, str]] = set()  # the workflows whose instances are terminated
+_terminating: set[tuple[Engine, str | None]] = set()  # the workflows whose instances are terminated
 
 
 @dataclasses.dataclass
@@ -6129,7 +6141,7 @@ class Request:
     values are the text of JSON within JSON."""
 
     engine: Engine
-    name: str = ""  # of the workflow
+    name: str | None = None  # of the workflow, if it is about one
     id: str = ""  # of the instance, or of a version
     type: str = ""  # of an event
     query: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -6141,7 +6153,7 @@ class Request:
 
     async def answer(self, resource: Callable[[Request], Any]) -> Any:
         """What a resource says, if there is such a workflow."""
-        if self.name:
+        if self.name is not None:
             self.workflow = copy.copy(await self.engine.workflow(self.name))
             self.workflow.source = "api"
             self.instance = WorkflowInstance(self.workflow, self.id)
@@ -6231,9 +6243,11 @@ def find_instances(
     return read_rows(tx, sql, **values), counted["n"]
 
 
-def terminate_instances(tx: Transaction, workflow: str, ids: Ids) -> int:
-    """Terminates those that have not finished; returns how many these were."""
-    going = [inst for inst in tx.find(workflow, ids).values() if inst.status not in FINISHED]
+def terminate_instances(tx: Transaction, workflow: str, ids: Ids, status: str | None = None) -> int:
+    """Terminates those that have not finished, or the ones of these with a status. Returns their
+    number."""
+    found = [inst for inst in tx.find(workflow, ids).values() if inst.status not in FINISHED]
+    going = [inst for inst in found if status in (None, shown_status(tx, inst))]
     for inst in going:
         _terminate(tx, inst, "api", False)
     return len(going)
@@ -6288,22 +6302,32 @@ async def show_instances(ask: Request) -> list[Any]:
     return ask.listed(rows, total, **more)
 
 
-async def add_instances(ask: Request) -> Any:
-    """Creates one; or those of a list, without the ones whose ids exist already."""
-    entries, many = [], isinstance(ask.body, list)
-    for given in ask.body if many else [ask.body or {}]:
-        given = options_of(given, _NEW, "the body")
-        params, id = given.get("params", {}), given.get("instance_id", given.get("id"))
-        with contextlib.suppress(ValueError):  # the REST API's may be the text of JSON
-            params = json.loads(params) if type(params) is str and ask.api == "rest" else params
-        kept = options_of(given.get("instance_retention", {}), _KEPT, "instance_retention")
-        retention = {camel(key): value for key, value in kept.items()}
-        entries.append({"id": id, "params": params, "retention": retention})
-    create, create_batch = ask.workflow.create, ask.workflow.create_batch
-    made = await create_batch(entries) if many else [await create(entries[0])]
+def read_new(ask: Request, body: Any) -> dict[str, Any]:
+    """What `create` takes, from what is asked for."""
+    given = options_of(body, _NEW, "the body")
+    params, id = given.get("params", {}), given.get("instance_id", given.get("id"))
+    with contextlib.suppress(ValueError):  # the REST API's may be the text of JSON
+        params = json.loads(params) if type(params) is str and ask.api == "rest" else params
+    kept = options_of(given.get("instance_retention", {}), _KEPT, "instance_retention")
+    retention = {camel(key): value for key, value in kept.items()}
+    return {"id": id, "params": params, "retention": retention}
+
+
+def show_new(ask: Request, instance: WorkflowInstance) -> dict[str, Any]:
     told = {"status": "queued", "version_id": ask.name, "workflow_id": ask.name}
-    rows = [{"id": instance.id, "trigger_source": "api", **told} for instance in made]
-    return rows if many else rows[0]
+    return {"id": instance.id, "trigger_source": "api", **told}
+
+
+async def add_instance(ask: Request) -> dict[str, Any]:
+    entry = read_new(ask, {} if ask.body is None else ask.body)
+    return show_new(ask, await ask.workflow.create(entry))
+
+
+async def add_instances(ask: Request) -> list[Any]:
+    """Creates those of a list, without the ones whose ids exist already."""
+    _check(ask.body, list, "the body")
+    made = await ask.workflow.create_batch([read_new(ask, entry) for entry in ask.body])
+    return [show_new(ask, instance) for instance in made]
 
 
 async def drop_instances(ask: Request) -> Any:
@@ -6319,13 +6343,14 @@ async def end_instances(ask: Request) -> dict[str, Any]:
 
 async def end_all(ask: Request) -> dict[str, Any]:
     """Terminates all instances, or those with a status."""
-    status, job = ask.word("status", *STATUSES), (ask.engine, ask.name)
+    status, job = ask.word("status", *SHOWN_STATUSES), (ask.engine, ask.name)
+    stored = "running" if status == "rollingBack" else status
     if job in _terminating:
         return {"status": "already_running"}
     _terminating.add(job)
     try:
-        async for ids in pages(ask.workflow, status, ask.progress):
-            await ask.call(terminate_instances, ids)
+        async for ids in pages(ask.workflow, stored, ask.progress):
+            await ask.call(terminate_instances, ids, status)
     finally:
         _terminating.discard(job)
     return {"status": "ok"}
@@ -6356,6 +6381,8 @@ async def show_instance(ask: Request) -> dict[str, Any]:
 async def show_step(ask: Request) -> dict[str, Any]:
     """The result of a step, of one of its attempts, or of an event wait."""
     kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name"), ""
+    if kind == "waitForEvent" and "attempt" in ask.query:
+        raise ValueError("attempt does not go with waitForEvent")
     for step in (await show_instance(ask))["steps"]:
         if (step["type"], step.get("name")) == (kind, name):
             tried = step.get("attempts") or [step]
@@ -6380,7 +6407,8 @@ async def steer(ask: Request) -> dict[str, Any]:
     verb = given.get("status", given.get("action"))
     if verb not in [*_VERBS]:
         raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
-    options = {key: given[key] for key in ("from", "rollback") if given.get(key)}
+    told = {key: given.get(key) for key in ("from", "rollback")}
+    options = {key: value for key, value in told.items() if value not in (None, False)}
     if wrong := options.keys() - {_VERBS[verb]}:
         raise ValueError(f"{min(wrong)!r} does not go with {verb}")
     await getattr(ask.instance, verb)(*[options] if options else [])
@@ -6410,7 +6438,7 @@ CONNECTIONS = 64
 PACE = 0.004  # seconds from one new connection to the next, to spare the engine
 BODY = 2**21  # bytes: a payload has up to 1 MiB, and more as text within JSON
 _BASE = "(?:/client/v4/accounts/[^/]+|/cdn-cgi/(?:local/)?explorer/api)"
-_LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?")
+_LOCAL_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?", re.IGNORECASE)
 _PARTS = {"NAME": "(?P<name>[^/]+)", "ID": "(?P<id>.+)", "TYPE": "(?P<type>[^/]+)"}
 _WORKFLOW = "name class_name script_name instances status success"
 _INSTANCE = "id status created_on"
@@ -6422,7 +6450,7 @@ _ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
     ("/workflows/NAME", {"GET": show_workflow, "DELETE": drop_workflow}, _WORKFLOW),
     ("/workflows/NAME/versions", {"GET": show_versions}, ""),
     ("/workflows/NAME/versions/ID", {"GET": show_versions}, ""),
-    ("/workflows/NAME/instances", {"GET": show_instances, "POST": add_instances}, _INSTANCE),
+    ("/workflows/NAME/instances", {"GET": show_instances, "POST": add_instance}, _INSTANCE),
     ("/workflows/NAME/instances/batch", {"POST": add_instances}, "id"),
     ("/workflows/NAME/instances/batch/delete", {"POST": drop_instances}, ""),
     ("/workflows/NAME/instances/batch/terminate", {"POST": end_instances}, ""),
@@ -6432,6 +6460,8 @@ _ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
     ("/workflows/NAME/instances/ID/step", {"GET": show_step}, ""),
     ("/workflows/NAME/instances/ID", {"GET": show_instance, "DELETE": drop_instance}, _DETAILS),
 ]
+# What Cloudflare's clients ask to deploy a workflow, which is done in another way here.
+_DEPLOYING = re.compile(_BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
 # By the last part of a refusal's code: its HTTP status; and the numbers that Cloudflare gives some.
 # (None may be 10000 or 9106: with these `wrangler` looks for a broken login.)
 _STATUS_OF = {
@@ -6447,12 +6477,15 @@ _MISTAKES = (ValueError, TypeError, RecursionError)
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
     """What answers a request, the parts of its path, and the fields that the explorer has of it."""
+    if method == "PUT" and _DEPLOYING.fullmatch(path):
+        what = "to change a workflow, edit its code or the configuration file"
+        raise refusal("request.no_method", f"{what}, and start `dev` again")
     for pattern, resources, fields in _ROUTES:
         regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
         if match := re.fullmatch(_BASE + regex + "/?", path):
             if method not in resources:
-                what = f"{method} is not possible, {' and '.join(resources)} are"
-                raise refusal("request.no_method", f"{what}; to deploy, start `dev` again")
+                what = f"{method} is not possible here: expected {' or '.join(resources)}"
+                raise refusal("request.no_method", what)
             parts = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items()}
             return resources[method], parts, fields
     raise refusal("request.not_found", "nothing is here")
@@ -6527,17 +6560,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not re.fullmatch("[0-9]+", given):  # `int` would take more
                 raise ValueError(f"Content-Length is {show(given)}")
             length = -1 if chunked else int(given)
-            text = self.rfile.read(max(0, min(length, BODY)))
+            text = self.rfile.read(length if 0 < length <= BODY else 0)
             self._check_sender(path)
+            most = 100 * BODY if "/batch" in path else BODY
+            if not 0 <= length <= most:
+                what = f"expected a body with a Content-Length up to {most}"
+                raise refusal("request.too_large", what)
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
             if self.server.closing:
                 raise refusal("request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
-            most = 100 * BODY if "/batch" in path else BODY
-            if not 0 <= length <= most:
-                what = f"expected a body with a Content-Length up to {most}"
-                raise refusal("request.too_large", what)
             text += self.rfile.read(length - len(text))
             if len(text) < length:
                 raise ValueError("the body is shorter than its Content-Length")
@@ -6560,17 +6593,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Who was refused must connect again; and behind a body that was not read is no request.
         self.close_connection |= status in (401, 403) or len(text) != length
         self._send(status, to_text(said))
+        if len(text) != length:
+            self._drop_the_rest()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+    def handle_expect_100(self) -> bool:
+        """Asks for a body that the client holds back."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
+    def _drop_the_rest(self) -> None:
+        """Reads what a refused client still sends (within bounds): only then it sees the answer."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_WR)
+        for _ in range(100):
+            if len(self.rfile.read(BODY)) < BODY:
+                break
 
     def _check_sender(self, path: str) -> None:
         """Refuses a sender without the token; if there is no token, one that is not local."""
         token, host = self.server.token, self.headers.get("Host", "")
-        given, origin = self.headers.get("Authorization", ""), self.headers.get("Origin")
-        right = hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode())
-        if token and path != "/" and not right:
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(given.encode("latin-1"), str(token).encode())
+        if token and path != "/" and not (same and scheme.lower() == "bearer"):
             raise refusal("request.unauthorized", "expected Authorization: Bearer <token>")
-        ours = _LOCAL_HOST.fullmatch(host) and origin in (None, f"http://{host}")
+        origin = self.headers.get("Origin", f"http://{host}")
+        ours = _LOCAL_HOST.fullmatch(host) and origin.lower() == f"http://{host}".lower()
         if not token and not ours:
             raise refusal("request.forbidden", "Host is not local, or another site's page asks")
 
@@ -6592,11 +6642,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What `http.server` refuses by itself."""
         self.close_connection = True
+        code = 405 if code == 501 else code  # it does not know the method
         self._send(code, to_text(failure(ValueError(message), False)[1]))
 
     def log_message(self, *_: Any) -> None:
@@ -6865,7 +6917,7 @@ _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
 _COMMANDS: dict[str, tuple[str, str, Callable[[Request], Any]]] = {
     "list": ("list the workflows", _PAGE, show_workflows),
     "describe": ("describe a workflow", "name", show_workflow),
-    "trigger": ("create an instance", "name params={} --id=", add_instances),
+    "trigger": ("create an instance", "name params={} --id=", add_instance),
     "delete": ("delete all instances of a workflow", "name", drop_workflow),
     "instances list": ("list some", f"name {_PAGE} {_DATES} --status= --reverse", show_instances),
     "instances describe": ("show one and its steps", f"name id=latest {_SHOW}", show_instance),
@@ -6894,6 +6946,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def natural(text: str) -> int:
+    """A number of the command line, from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{show(text)}: expected a whole number from 0")
+    return int(text)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database (default: workflows.db)")
@@ -6911,9 +6970,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.set_defaults(command=command)
         for word in words.split():
             name, equals, default = word.partition("=")
-            more: dict[str, Any] = {"default": default}
+            more: dict[str, Any] = {"default": default or None}
             if default.isdecimal():
-                more = {"type": int, "default": int(default)}
+                more = {"type": natural, "default": int(default)}
             elif not name.startswith("--"):
                 more |= {"nargs": "*" if name.endswith("*") else "?" if equals else None}
             elif not equals:
@@ -7014,9 +7073,9 @@ def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
 async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     """What a command asks for."""
     options, verb = vars(given), given.command.split()[-1]
-    known = {name: value for name, value in options.items() if value not in ("", None)}
+    known = {name: value for name, value in options.items() if value is not None}
     query = {name: str(value) for name, value in known.items() if value is not False}
-    ask = Request(engine, query.get("name", ""), type=query.get("type", ""), query=query)
+    ask = Request(engine, query.get("name"), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
     if "filename" in query:
         with naming(given.filename):
@@ -7034,7 +7093,7 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     if "count" in start:
         with naming("--from-step-count"):
             start["count"] = int(start["count"])
-    body = {"status": verb, "rollback": options.get("rollback"), "from": start}
+    body = {"status": verb, "rollback": options.get("rollback"), "from": start or None}
     sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
     sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
@@ -7065,7 +7124,9 @@ async def run_command(given: argparse.Namespace) -> int:
                     print(to_text(dict(event)), flush=True)
                 else:
                     print_event(event, datetime.fromisoformat(answer["queued"]))
-    return 1 if isinstance(answer, dict) and answer.get("errors") else 0
+    if isinstance(answer, dict) and (failed := answer.get("errors")):
+        raise ValueError(f"no instance {', '.join(show(error['id']) for error in failed)}")
+    return 0
 
 
 async def check(given: argparse.Namespace) -> int:
@@ -7111,17 +7172,23 @@ def verdict(report: dict[str, Any]) -> str:
 
 async def dev(given: argparse.Namespace) -> int:
     """Runs the workflows of a configuration, and answers HTTP, until a signal comes."""
+    if given.token == "":
+        raise ValueError("--token is empty: expected a secret")
     token = given.token or os.environ.get("WORKFLOWS_API_TOKEN") or None
     host = f"[{given.ip}]" if ":" in given.ip else given.ip
     if token is None and not _LOCAL_HOST.fullmatch(host):
         raise ValueError(f"{given.ip} can be reached from outside: that needs --token")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     changes.setLevel(logging.DEBUG)
-    drain = int(given.drain) if given.drain.isdecimal() else given.drain or 0
+    drain = "0" if given.drain is None else given.drain
+    drain = int(drain) if drain.isdecimal() else drain
     engine = Engine.from_config(given.config, database=given.db, drain=drain)
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopped.set))
+        try:
+            loop.add_signal_handler(number, stopped.set)  # which wakes a loop that sleeps
+        except NotImplementedError:  # Windows: there, each signal does
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopped.set))
     async with engine, serve(engine, given.ip, given.port, token) as server:
         print(f"{engine.path}: http://{host}:{server.server_address[1]}/", flush=True)
         await stopped.wait()
@@ -7129,8 +7196,10 @@ async def dev(given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0; 1 if some could not be deleted, `check` has found
-    something, or nobody reads; 2 if what was asked can't be done; 130 after Ctrl-C."""
+    """The command line. Returns the exit code: 0; 1 if `check` has found something, or nobody
+    reads; 2 if what was asked can't be done; 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # it may not know all characters
     given = parse_arguments(arguments)
     log.addHandler(logging.NullHandler())  # a refusal is one line
     if given.command is None:
@@ -7138,7 +7207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     run = {"dev": dev, "check": check}.get(given.command, run_command)
     try:
-        if given.command not in ("dev", "demo") and not os.path.exists(given.db):
+        made = given.command in ("dev", "demo") and given.db != ""
+        if not made and not os.path.exists(given.db):
             raise ValueError(f"there is no database {given.db!r}: give --db, or start dev")
         code = demo(given) if given.command == "demo" else asyncio.run(run(given))
         sys.stdout.flush()
