@@ -448,7 +448,7 @@ def end_waits(
 # platform; a process that is slow keeps the lock, and one that dies lets go of it.
 
 APPLICATION_ID = 0x57664C77  # "WfLw"
-KNOWN = 10_000  # instances whose rows are remembered
+KNOWN = 10_000  # so many instances are remembered at most: see `Database.known`
 _SCHEMA = (  # by version: what leads to it from the one before
     """
 CREATE TABLE numbers (             -- counts keys and places in the queue
@@ -593,8 +593,8 @@ class Database:
         return self.owner
 
     def refresh(self) -> bool:
-        """Forgets what it knows, if another connection has written, or if that is too much. Returns
-        whether another one has."""
+        """Forgets the instances that it remembers, if another connection has written, or if there
+        are too many of them. Returns whether another one has written."""
         before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
         others_wrote: bool = self._data_version != before
         self._others_wrote |= others_wrote
@@ -716,8 +716,9 @@ WOKEN = -(2**62)  # where places in the queue begin that are ahead of those that
 
 
 class Transaction:
-    """The instances that it has read; what it changes, which is written in bulk before a query and
-    before the commit; and what the engine must be told after that."""
+    """What operations read and change: instances (the ones that the database remembers), and rows.
+    They are written in bulk before a query and before the commit. And what the engine must be told
+    after that."""
 
     def __init__(self, database: Database, scheduler: Scheduler) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
@@ -816,9 +817,10 @@ class Transaction:
     def _place_of(self, inst: Instance) -> int:
         if inst.place is not None:
             return inst.place
-        self.scheduler.woken += 1  # comes second, within a millisecond
+        # Of those that wake up in the same millisecond, the first comes first.
+        self.scheduler.woken = (self.scheduler.woken + 1) % 2**20
         moment = self.now if inst.wake is None else min(inst.wake, self.now)
-        return WOKEN + moment * 1024 + self.scheduler.woken % 1024
+        return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)
 
     def call_on(self, inst: Instance) -> None:
         """The owner must attend to it at once, if not since earlier."""
@@ -897,6 +899,10 @@ def resolve(
         future.set_result(value) if error is None else future.set_exception(error)
 
 
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
 class Answer(NamedTuple):
     """What came of a transaction. `touched` is None if another process has written: then anything
     may have changed."""
@@ -943,9 +949,13 @@ class Writer:
 
     def hurry(self) -> None:
         """Does now what would be done at the end of this turn: for a run that waits, when nothing
-        else is left to do in this turn. But soon the loop must look at its timers and sockets."""
+        else is left to do in this turn. But not if this turn has lasted for `LONG_TURN` already,
+        because the loop must look at its timers and sockets."""
         if time.monotonic() < self._turn_began + LONG_TURN:
-            self.engine.context.run(self._carry_out)
+            try:
+                self.engine.context.run(self._carry_out)
+            except BaseException as error:  # Ctrl-C: not for the code of `run` to catch
+                self.engine.call_soon(functools.partial(_raise, error))
 
     def close(self) -> None:
         """Runs what is posted, and lets the thread close the database."""
@@ -1175,7 +1185,9 @@ class Scheduler:
             self._inherit(tx)
             due = self._of_bound(tx, "wake <= ? ORDER BY wake LIMIT ?", tx.now, BATCH)
             if len(due) >= BATCH:  # then a fresh one need not wait behind a million expired ones
-                due += self._of_bound(tx, "wake <= ? ORDER BY wake DESC LIMIT ?", tx.now, BATCH)
+                last = [self._one(tx, "max(wake)", key, f"wake <= {tx.now}") for key in self.bound]
+                latest = max(at for at in last if at is not None)
+                due += self._of_bound(tx, "wake = ? ORDER BY key LIMIT ?", latest, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
             due_next = fire_schedules(tx)
@@ -3262,7 +3274,8 @@ def read_count(value: Any, most: float = math.inf, what: str = "the value") -> i
 
 @contextlib.contextmanager
 def naming(what: object) -> Iterator[None]:
-    """Makes an error about an argument or a configuration say which one it is about."""
+    """Makes an error about an argument or a configuration say which one it is about. It becomes a
+    `ValueError`."""
     try:
         yield
     except (TypeError, ValueError, WorkflowError) as error:
@@ -3272,7 +3285,7 @@ def naming(what: object) -> Iterator[None]:
 def check_name(name: Any) -> None:
     """Refuses what is no name of a step."""
     if not isinstance(name, str) or not _STEP_NAME.fullmatch(name):
-        expected = "at most 256 characters, no control characters, no lone surrogates"
+        expected = "a str of at most 256 characters without control characters and lone surrogates"
         raise fatal("step.invalid_name", f"a step's name is {show(name)}: expected {expected}")
 
 
@@ -3656,7 +3669,7 @@ class Execution:
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
         if not task.cancelled():
-            resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, at most
+            resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, or a bug
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
@@ -3797,8 +3810,8 @@ class Engine(Core):
         expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
         kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
         for name, (given, kind) in kinds.items():
-            legal = given is None or isinstance(given, kind)
-            expect(legal, name, given, f"a {kind.__name__}", TypeError)
+            if not isinstance(given, (kind, type(None))):
+                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
@@ -3857,8 +3870,9 @@ class Engine(Core):
         with naming("schedules"):
             workflow.schedules = read_schedules(schedules)
         kept = {"success_retention": success_retention, "error_retention": error_retention}
+        given = {key: value for key, value in kept.items() if value is not None}
         with naming("bind"):
-            workflow.retention = workflow.read_retention(kept, [*kept], "retention")
+            workflow.retention = workflow.read_retention(given, [*kept], name)
         if self._state != "not open yet":
             self.check_open()
             self.writer.post(define, workflow)
@@ -4434,9 +4448,10 @@ class Workflow:
         given, limits, kept = options_of(given, names, where), self.engine.limits, []
         plan = limits.success_retention, limits.error_retention
         for name, ms, most in zip(names, self.retention, plan, strict=True):
-            if given.get(name) is not None:
+            if name in given:
                 ms = duration_of(given, name, where)
-            what = f"{where}: {name} is {ms} ms: expected at most {most} ms (limit retention)"
+            asked = show(given.get(name))
+            what = f"{where}: {name} is {asked}: expected at most {most} ms (limit retention)"
             require(ms is None or most is None or ms <= most, "limit.retention", what)
             kept.append(ms)
         return kept[0], kept[1]
@@ -4454,7 +4469,8 @@ class Workflow:
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
         event = {"payload": None} | merge(options, given, ("type", "payload"), what)
-        expect("type" in event, what, event, "a type", TypeError)
+        if "type" not in event:
+            raise TypeError(f"{what} needs a type")
         type = check_event_type(event["type"], refusal)
         code, most = "event.not_serializable", self.engine.limits.payload_bytes
         return type, checked(event["payload"], "payload", code, payload_bytes=most)[0]
@@ -4850,7 +4866,7 @@ class UndoRun(Run):
 # runs.
 
 SILENCE = 5.0  # seconds after which a `run` is given up that awaits something of its own
-PAUSE = 0.005  # seconds between two looks at it, within which it takes two turns of the loop
+PAUSE = 0.005  # seconds between two looks at a `run` that is replayed: a turn of the loop at least
 
 
 class WorkflowReplay(_Record):
@@ -4922,8 +4938,9 @@ class ReplayRun(Replay):
         return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
 
     def _patience(self) -> float:
-        """How long it may be without a step call or a result: not long if it waits for a step. (In
-        pauses, not by the clock, because a busy loop may need seconds for what it has to do.)"""
+        """How many seconds `run` may go without a step call or a result: few, if it waits for a
+        step. (Counted in pauses, not by the clock, because a busy loop may need seconds for what it
+        has to do.)"""
         timers = tokens_with_timers(self.loop) or ()
         return SILENCE if not self.active or self.token in timers else 20 * PAUSE
 
@@ -4973,7 +4990,7 @@ def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
 def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]:
     """Up to a hundred instances with a key below `before`, newest first."""
     where = "key < ? AND ended IS NULL AND id IS NOT NULL ORDER BY key DESC LIMIT 100"
-    found = tx.select(f"+{_OF_NAMED} AND {where}", workflow, before)  # by key: see `list_instances`
+    found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before)
     return [load_for_replay(tx, inst) for inst in found]
 
 
