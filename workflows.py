@@ -2002,7 +2002,7 @@ class Attempt:
         finally:
             self.execution.free_thread()
         if self._unanswered is not None:
-            await self._ask(self._unanswered)
+            await self._ask_for_delay(self._unanswered)
         return self._again
 
     def _row(self, type: str, data: str | None = None) -> Row:
@@ -2063,7 +2063,7 @@ class Attempt:
         self.number = self.call.step.attempts
         self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
         if self._unanswered is not None:
-            await self._ask(self._unanswered)
+            await self._ask_for_delay(self._unanswered)
         return self._again
 
     def ends(self, value: Any, error: BaseException | None) -> None:
@@ -2080,13 +2080,13 @@ class Attempt:
         if error is None:
             self._post(self._row("done", text), fresh, size_of(text or ""))
         elif isinstance(error, NOT_RETRIED) or self.number > config.limit:
-            self._fail(error)
+            self._fail_for_good(error)
         elif callable(config.delay):
             self._unanswered = error
         else:
             self._retry(error, config.delay)
 
-    async def _ask(self, error: BaseException) -> None:
+    async def _ask_for_delay(self, error: BaseException) -> None:
         """Asks the delay function, which has five seconds. If it fails, so does the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
         asked = Execution(self.run, ASKING, self)
@@ -2101,7 +2101,7 @@ class Attempt:
             failure = wrong
         message = f"the delay function of {self} failed: {show_error(failure)}"
         log.warning("%s: %s: %s, after %s", self.run, self, message, show_error(error))
-        self._fail(WorkflowFatalError(message, name="NonRetryableDelayError"))
+        self._fail_for_good(WorkflowFatalError(message, name="NonRetryableDelayError"))
 
     def _retry(self, error: BaseException, delay: int) -> None:
         """Posts that it has failed, and that another one follows after a delay, to which the
@@ -2117,7 +2117,7 @@ class Attempt:
         wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
         self._post(self._row("failed", encode_error(error, retry_delay_ms=delay)), None, 0, wait)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail_for_good(self, error: BaseException) -> None:
         """Posts that the step has failed for good."""
         self._again = self.call.step.asleep = False
         self._post(self._row("error", encode_error(error)), error)
@@ -2130,7 +2130,7 @@ class Attempt:
         """Its end is committed; or refused, because the result is beyond a limit."""
         run, call = self.run, self.call
         if refused is not None:
-            self._fail(refused)
+            self._fail_for_good(refused)
             return
         run.saw(seq)
         if call.attempt is self:
@@ -5508,7 +5508,7 @@ class WorkflowInstanceIntrospector(WorkflowInstanceModifier):
         """Waits until a `do` or a `wait_for_event` has ended; returns its result, or raises its
         error. `WorkflowError` if the instance finishes without."""
         types = ("done", "error", "event", "timeout")
-        row = await self._row("{}-{}".format(*step_named(step)), types, f"step {show(step)} ended")
+        row = await self._find("{}-{}".format(*step_named(step)), types, f"step {show(step)} ended")
         if row.type in ("error", "timeout"):
             raise rebuild_error(decode(row.data or ""))
         return step_event(row.data, row.extra) if row.type == "event" else decode(row.data or "")
@@ -5530,9 +5530,9 @@ class WorkflowInstanceIntrospector(WorkflowInstanceModifier):
 
     async def _reach(self, status: str) -> Any:
         types = ("started", "running", "rollback") if status == "running" else (status,)
-        return decode((await self._row("", types, f"it became {status}")).data or "null")
+        return decode((await self._find("", types, f"it became {status}")).data or "null")
 
-    async def _row(self, label: str, types: Sequence[str], what: str) -> Row:
+    async def _find(self, label: str, types: Sequence[str], what: str) -> Row:
         """The first row of these types, of a step or (without a label) of the instance. Of its past
         statuses, only the present one counts."""
         instance, present = WorkflowInstance(self.workflow, self.id or ""), not label
