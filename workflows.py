@@ -716,8 +716,8 @@ WOKEN = -(2**62)  # where places in the queue begin that are ahead of those that
 
 
 class Transaction:
-    """What operations read and change: instances (the ones that the database remembers), and rows.
-    They are written in bulk before a query and before the commit. And what the engine must be told
+    """What operations read and change: instances (the ones that the database remembers) and rows,
+    which are written in bulk before a query and before the commit; and what the engine must be told
     after that."""
 
     def __init__(self, database: Database, scheduler: Scheduler) -> None:
@@ -820,7 +820,7 @@ class Transaction:
         # Of those that wake up in the same millisecond, the first comes first.
         self.scheduler.woken = (self.scheduler.woken + 1) % 2**20
         moment = self.now if inst.wake is None else min(inst.wake, self.now)
-        return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)
+        return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)  # 0 from the year 2109 on
 
     def call_on(self, inst: Instance) -> None:
         """The owner must attend to it at once, if not since earlier."""
@@ -954,7 +954,7 @@ class Writer:
         if time.monotonic() < self._turn_began + LONG_TURN:
             try:
                 self.engine.context.run(self._carry_out)
-            except BaseException as error:  # Ctrl-C: not for the code of `run` to catch
+            except BaseException as error:  # Ctrl-C, or a bug: not for the code of `run` to catch
                 self.engine.call_soon(functools.partial(_raise, error))
 
     def close(self) -> None:
@@ -1098,7 +1098,8 @@ class Writer:
 
     def _work(self) -> None:
         batches: list[list[Posted] | None] = []
-        while None not in batches and not self.engine.loop.is_closed():  # nobody has left it
+        # (If the loop is closed, somebody has forgotten to leave the engine.)
+        while None not in batches and not self.engine.loop.is_closed():
             batches.clear()
             with contextlib.suppress(queue.Empty):
                 batches.append(self._batches.get(timeout=TICK))
@@ -1393,7 +1394,7 @@ class Life:
         raise NotImplementedError
 
     def conclude(self, result: Any) -> None:
-        """What to do when `main` has returned: nothing more."""
+        """What to do when `main` has returned: here, the life just ends."""
         self.unload()
 
     def calling(self) -> list[asyncio.Task[Any]]:
@@ -2001,6 +2002,9 @@ class Attempt:
             await self.execution.execute(mocked(self) or plan.bind(self))
         finally:
             self.execution.free_thread()
+        return await self._another_follows()
+
+    async def _another_follows(self) -> bool:
         if self._unanswered is not None:
             await self._ask_for_delay(self._unanswered)
         return self._again
@@ -2062,14 +2066,11 @@ class Attempt:
         self.call.attempt, self.recorded = self, True
         self.number = self.call.step.attempts
         self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        if self._unanswered is not None:
-            await self._ask_for_delay(self._unanswered)
-        return self._again
+        return await self._another_follows()
 
     def ends(self, value: Any, error: BaseException | None) -> None:
-        """Posts its end; but a failure, if a delay function has to be asked, when that has been
-        done."""
-        text, fresh, config = None, None, self.config
+        """Posts its end. (After a failure a delay function may have to be asked first.)"""
+        config, text, fresh = self.config, None, None
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
@@ -3375,7 +3376,7 @@ def do_arguments(call: StepCall) -> tuple[Any, Any, Any, Any]:
         given |= options_of(options, ("rollback", "rollbackConfig"), "options")
     handler = given.get("rollback")
     undo_config = given.get("rollbackConfig", given.get("rollback_config"))
-    unused = options is handler is undo_config is None
+    unused = (options, handler, undo_config) == (None, None, None)
     expect(unused or callable(handler), "rollback", handler, "a function")
     return given.get("config"), given.get("callback"), handler, undo_config
 
@@ -3689,7 +3690,8 @@ class Execution:
     def _fail(self, failure: WorkflowError) -> None:
         """Decides that it has failed, whatever the function does from now on. (The task that waits
         for the outcome cancels that of the function.)"""
-        self._failed = self._decide((None, failure)) or self._failed
+        if self._decide((None, failure)):
+            self._failed = True
 
     def _tell(self) -> None:
         if self._attempt.execution is self:
@@ -4457,8 +4459,7 @@ class Workflow:
         return kept[0], kept[1]
 
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
-        """Refuses what is no instance id. (A new one can't have one of those
-        that schedules give.)"""
+        """Refuses what is no instance id; for a new instance, also one that schedules give."""
         limit = self.engine.limits.id_length
         scheduled = not new and isinstance(id, str) and _SCHEDULED.fullmatch(id)
         legal = scheduled or (is_name(id, limit) and not _RESERVED.fullmatch(id))
@@ -5811,8 +5812,8 @@ def read_schedules(given: str | Iterable[str]) -> tuple[Cron, ...]:
 
 def keep_schedules(tx: Transaction, key: int, workflow: Workflow) -> None:
     """Stores when each schedule of a workflow comes next, and forgets those that are bound no more.
-    A time that has passed was missed. (Of a stored time that is later than the next one, a
-    clock that was set back is the reason.)"""
+    A time that has passed was missed. (A stored time that is later than the next one comes from a
+    clock that was set back.)"""
     known = dict(tx.db.rows("SELECT cron, next FROM schedules WHERE workflow = ?", key))
     tx.db.execute("DELETE FROM schedules WHERE workflow = ?", (key,))
     for cron in workflow.schedules:
@@ -6147,7 +6148,7 @@ _GONE = """SELECT key FROM instances WHERE workflow = :key AND wake <= :now AND 
 _VISIBLE = f"workflow = :key AND key NOT IN ({_GONE})"
 _STATUS = "iif(status = 'running' AND rollback IS 'begun', 'rollingBack', status)"
 _WANTED = {"start": "created >= :start", "end": "created <= :end", "status": f"{_STATUS} = :status"}
-# (The column itself has an index.)
+# (The status itself, unlike that expression, is in an index.)
 _WANTED["status"] += " AND status = iif(:status = 'rollingBack', 'running', :status)"
 _terminating: set[tuple[Engine, str | None]] = set()  # the workflows whose instances are terminated
 
@@ -6878,7 +6879,7 @@ class _MyWorkflow(WorkflowEntrypoint[dict[str, str]]):
 
         async def process(ctx: WorkflowStepContext) -> dict[str, Any]:
             if ctx.attempt == 1:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.5)  # until the timeline up to here is printed
                 os.kill(os.getpid(), 9)  # SIGKILL
             return {"processed": True, "user": user["id"], "process": os.getpid()}
 
@@ -6914,7 +6915,8 @@ def demo(given: argparse.Namespace) -> int:
         return asyncio.run(run_demo(given.engine))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "demo", "--engine", os.path.join(folder, "demo.db")]
-        subprocess.run(command)
+        if (code := subprocess.run(command).returncode) not in (-9, 9):  # on Windows it is 9
+            return code
         print("\nit was killed (SIGKILL) in the middle; another one goes on …\n", flush=True)
         return subprocess.run(command).returncode
 
