@@ -75,6 +75,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -5760,25 +5761,21 @@ class Cron:
     def _times_on(self, day: int) -> list[int]:
         """Its times on a day, which is counted from the epoch."""
         on = date.fromordinal(_EPOCH.toordinal() + day)
-        if on.month not in self._months:
-            return []
         in_month, in_week = on.day in self._days, on.isoweekday() % 7 + 1 in self._weekdays
         comes = in_month or in_week if self._either else in_month and in_week
-        return self._times if comes else []
+        if on.month not in self._months or not comes:
+            return []
+        return [day * _UNITS["day"] + time for time in self._times]
 
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
-        day, ms = divmod(after, _UNITS["day"])
-        while not (times := [time for time in self._times_on(day) if time > ms]):
-            day, ms = day + 1, -1  # for 8 years at most
-        return day * _UNITS["day"] + times[0]
+        days = itertools.count(after // _UNITS["day"])  # 8 years of these at most
+        return next(time for day in days for time in self._times_on(day) if time > after)
 
-    def last(self, before: int) -> int | None:
-        """The last time that is not later than a moment; None if that was before 1970."""
-        day, ms = divmod(before, _UNITS["day"])
-        while not (times := [time for time in self._times_on(day) if time <= ms]):
-            day, ms = day - 1, _UNITS["day"]
-        return day * _UNITS["day"] + times[-1] if day >= 0 else None
+    def last(self, before: int) -> int:
+        """The last time that is not later than a moment."""
+        days = itertools.count(before // _UNITS["day"], -1)
+        return next(time for day in days for time in self._times_on(day)[::-1] if time <= before)
 
 
 def _read_cron_field(text: str, field: tuple[str, int, int, str]) -> set[int]:
