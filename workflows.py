@@ -1162,7 +1162,7 @@ class Scheduler:
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # nothing begins any more
-        self.queue_limit = QueueLimit()
+        self.queue_room = 0  # so many may be created before the queue must be counted again
         self.woken = 0  # counts the instances that have woken up
         self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
@@ -4111,7 +4111,7 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     if trigger != "cron":  # nobody would hear of the refusal
         for _, params, *_ in entries:
             check_state(tx, 0, size_of(params), refusal)
-        tx.scheduler.queue_limit.check(tx, len(new))
+        check_queue(tx, len(new))
     for inst in over:
         tx.purge(inst)
     first = tx.take_numbers(len(new)) - len(new) + 1
@@ -4510,23 +4510,18 @@ def count_creation(engine: Engine) -> None:
     engine.creations.append(now)
 
 
-class QueueLimit:
-    """How many instances may be queued. Counting takes time with a long queue, so that it is done
-    again only when a tenth of the room is used up."""
-
-    _room = 0  # so many may be created before the queue must be counted again
-
-    def check(self, tx: Transaction, new: int) -> None:
-        """Refuses so many new ones if they would be too many."""
-        scheduler, limit = tx.scheduler, tx.scheduler.limits.queued
-        if limit is not None and new > self._room:
-            queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
-            (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
-            room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
-            what = f"more than {limit} instances would be queued (limit queued)"
-            require(new <= room, "limit.queued_instances", what)
-            self._room = (room - new) // 10 + new
-        self._room -= new
+def check_queue(tx: Transaction, new: int) -> None:
+    """Refuses so many new instances if too many would be queued. Counting takes time with a long
+    queue, so that it is done again only when a tenth of the room is used up."""
+    scheduler, limit = tx.scheduler, tx.scheduler.limits.queued
+    if limit is not None and new > scheduler.queue_room:
+        queued = "status = 'queued' AND workflow IN (SELECT key FROM workflows)"
+        (length,) = tx.db.one(f"SELECT count(*) FROM instances WHERE {queued}")
+        room = limit + scheduler.free(tx, scheduler.limits.running, scheduler.bound) - length
+        what = f"more than {limit} instances would be queued (limit queued)"
+        require(new <= room, "limit.queued_instances", what)
+        scheduler.queue_room = (room - new) // 10 + new
+    scheduler.queue_room -= new
 
 
 class WorkflowInstance:
