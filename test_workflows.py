@@ -4149,7 +4149,7 @@ class Refusals(Case):
                 await self.finish(instance)
         with self.assertRaisesRegex(TypeError, "database is 5"):
             Engine(5)  # type: ignore[arg-type]
-        with self.assertRaisesRegex(TypeError, "clock is int: expected a Clock"):
+        with self.assertRaisesRegex(TypeError, "clock is 5: expected a Clock"):
             Engine(clock=5)  # type: ignore[arg-type]
 
     async def test_outside_of_a_run_the_limit_of_state_is_a_plain_workflow_error(self) -> None:

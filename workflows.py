@@ -3811,10 +3811,9 @@ class Engine(Core):
         super().__init__()
         path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
         expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
-        kinds = {"env": (env, Mapping), "limits": (limits, Limits), "clock": (clock, Clock)}
-        for name, (given, kind) in kinds.items():
-            if not isinstance(given, (kind, type(None))):
-                raise TypeError(f"{name} is {type(given).__name__}: expected a {kind.__name__}")
+        expect(env is None or isinstance(env, Mapping), "env", env, "a mapping", TypeError)
+        expect(limits is None or isinstance(limits, Limits), "limits", limits, "Limits", TypeError)
+        expect(clock is None or isinstance(clock, Clock), "clock", clock, "a Clock", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
