@@ -4400,7 +4400,8 @@ class Workflow:
         Error: `instance.not_found`."""
         expect(isinstance(id, str), "id", id, "a str", TypeError)
         self._need_class()
-        return await report_on(self, id)
+        loaded = await self.engine.call(on_instance, self.name, id, load_for_replay)
+        return await ReplayRun(self.engine, self, loaded).report()
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
         """`async for report in workflow.replay_all()`: the same for each unfinished instance."""
@@ -4439,23 +4440,20 @@ class Workflow:
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
         text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        kept = self.retention
-        if options["retention"] is not None:
-            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
         return id, text, *kept
 
     def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
         """How long an instance is kept that has succeeded or was terminated, or that has failed:
         what is given by these names, or else what holds for all of the workflow."""
-        given, limits, kept = options_of(given, names, where), self.engine.limits, []
-        plan = limits.success_retention, limits.error_retention
-        for name, ms, most in zip(names, self.retention, plan, strict=True):
+        given, limits = options_of({} if given is None else given, names, where), self.engine.limits
+        kept, plan = [*self.retention], (limits.success_retention, limits.error_retention)
+        for n, name in enumerate(names):
             if name in given:
-                ms = duration_of(given, name, where)
-            asked = show(given.get(name))
-            what = f"{where}: {name} is {asked}: expected at most {most} ms (limit retention)"
-            require(ms is None or most is None or ms <= most, "limit.retention", what)
-            kept.append(ms)
+                ms, most, asked = duration_of(given, name, where), plan[n], show(given[name])
+                what = f"{where}: {name} is {asked}: expected at most {most} ms (limit retention)"
+                require(most is None or ms <= most, "limit.retention", what)
+                kept[n] = ms
         return kept[0], kept[1]
 
     def check_id(self, id: Any, where: str = "id", new: bool = False) -> str:
@@ -4952,11 +4950,6 @@ def warn_about_calls(run: Run) -> None:
         for step in steps:
             if step.key not in run.called and not step.nested:
                 log.warning(what, run, step_label(step.key))
-
-
-async def report_on(workflow: Workflow, id: str) -> WorkflowReplay:
-    loaded = await workflow.engine.call(on_instance, workflow.name, id, load_for_replay)
-    return await ReplayRun(workflow.engine, workflow, loaded).report()
 
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
