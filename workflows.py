@@ -5676,8 +5676,7 @@ class ManualClock(Clock):
     async def settle(self) -> None:
         """Returns when every instance waits: for ten turns of the loop nothing has happened."""
         for engine in self.engines:
-            with contextlib.suppress(WorkflowInternalError):
-                await engine.call(nothing)
+            engine.writer.post(nothing)
         quiet, seen = 0, -1
         while quiet <= SETTLED:
             activity = sum(engine.activity for engine in self.engines)
