@@ -4689,9 +4689,8 @@ class WorkflowSubscription:
     async def next(self) -> dict[str, Any]:
         """`{"done": False, "value": event}`; or `{"done": True, "value": None}`, when no other one
         will come."""
-        async for event in self._events:
-            return {"done": False, "value": event}
-        return {"done": True, "value": None}
+        event = await anext(self._events, None)
+        return {"done": event is None, "value": event}
 
     async def aclose(self) -> None:
         """Ends it early: `async with contextlib.aclosing(instance.subscribe()) as subscription`."""
