@@ -6571,27 +6571,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return  # this is what had come when it was cut off
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         path, _, query = self.path.encode("latin-1").decode("utf-8", "replace").partition("?")
-        local, length, text = path.startswith("/cdn-cgi/"), 1, b""
+        local, unread = path.startswith("/cdn-cgi/"), True
         try:
-            chunked = "Transfer-Encoding" in self.headers
-            given = self.headers.get("Content-Length", "0")
-            if not re.fullmatch("[0-9]+", given):  # `int` would take more
-                raise ValueError(f"Content-Length is {show(given)}")
-            length = -1 if chunked else int(given)
-            text = self.rfile.read(length if 0 < length <= BODY else 0)
             self._check_sender(path)
-            most = 100 * BODY if "/batch" in path else BODY
-            if not 0 <= length <= most:
-                what = f"expected a body with a Content-Length up to {most}"
-                raise refusal("request.too_large", what)
+            text = self._read_body(100 * BODY if "/batch" in path else BODY)
+            unread = False
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
             if self.server.closing:
                 raise refusal("request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
-            text += self.rfile.read(length - len(text))
-            if len(text) < length:
-                raise ValueError("the body is shorter than its Content-Length")
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
             api = "explorer" if local else "rest"
@@ -6608,19 +6597,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             status, said = failure(error, local)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        # Who was refused must connect again; and behind a body that was not read is no request.
-        self.close_connection |= status in (401, 403) or len(text) != length
+        # Behind a body that was not read is no request: the client must connect again.
+        self.close_connection |= unread
         self._send(status, to_text(said))
-        if len(text) != length:
+        if unread:
             self._drop_the_rest()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
-    def handle_expect_100(self) -> bool:
-        """Asks for a body that the client holds back."""
-        super().handle_expect_100()
-        self.wfile.flush()
-        return True
+    def _read_body(self, most: int) -> bytes:
+        """The body, if it has up to so many bytes, and the client tells beforehand how many."""
+        self.wfile.flush()  # the answer to a client that asks first whether to send the body
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]+", length):  # `int` would take more
+            raise ValueError(f"Content-Length is {show(length)}")
+        if "Transfer-Encoding" in self.headers or int(length) > most:
+            what = f"expected a body with a Content-Length up to {most}"
+            raise refusal("request.too_large", what)
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ValueError("the body is shorter than its Content-Length")
+        return body
 
     def _drop_the_rest(self) -> None:
         """Reads what a refused client still sends (within bounds): only then it sees the answer."""
