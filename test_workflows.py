@@ -13121,6 +13121,13 @@ class HttpDetails(Outside):
         self.assertEqual((waiting["status"], waiting["event_type"]), ("waiting", "t"))
         self.assertEqual((got["status"], got["output"]["payload"]), ("complete", [1]))
 
+    async def test_a_sleep_has_a_result_that_is_null(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            await self.clock.advance("1 hour")
+            found = await self.ask("GET", path + "/step?type=sleep&name=nap-1")
+        self.assertEqual((found["status"], found["output"]), ("complete", None))
+
     async def test_an_unknown_instance_is_refused_everywhere(self) -> None:
         async with self.served():
             path = "/naps/instances/nope"

@@ -6409,7 +6409,7 @@ async def show_step(ask: Request) -> dict[str, Any]:
             success = part.get("success", error is None if part.get("finished") else None)
             going = "waiting" if kind == "waitForEvent" else "running"
             status = {None: going, True: "complete", False: "errored"}[success]
-            told = {"status": status, "output": step["output"] if success else None}
+            told = {"status": status, "output": step.get("output") if success else None}
             return told | {"error": error, "event_type": step.get("event_type")}
     raise refusal("step.not_found", f"instance {ask.id!r} has no {kind} {name!r}")
 
