@@ -6422,14 +6422,12 @@ async def drop_instance(ask: Request) -> dict[str, Any]:
 async def steer(ask: Request) -> dict[str, Any]:
     """Pauses, resumes, restarts or terminates an instance."""
     given = options_of(ask.body, ("status", "action", "from", "rollback"), "the body")
-    verb = given.get("status", given.get("action"))
-    if verb not in [*_VERBS]:
-        raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
-    told = {key: given.get(key) for key in ("from", "rollback")}
-    options = {key: value for key, value in told.items() if value not in (None, False)}
-    if wrong := options.keys() - {_VERBS[verb]}:
-        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
-    await getattr(ask.instance, verb)(*[options] if options else [])
+    options = {key: value for key, value in given.items() if value not in (None, False)}
+    verb = options.pop("status", options.pop("action", None))
+    expect(verb in [*_VERBS], "status", verb, f"one of {', '.join(_VERBS)}")
+    for key in options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{key!r} does not go with {verb}")
+    await getattr(ask.instance, verb)(**options)
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
 
