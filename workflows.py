@@ -5862,10 +5862,10 @@ _SETTINGS: dict[str, Any] = {
     "concurrency": {"limit": read_count},
     "schedules": read_schedules,
     "default_retention": {"success_retention": parse_duration, "error_retention": parse_duration},
-    "jurisdiction": object,
+    "jurisdiction": ignore,
 }
 _EXPORT = {"type": str, **_SETTINGS}
-_ENTRY = {"binding": str, "class_name": str, "script_name": str, **_SETTINGS}
+_ENTRY = {**_SETTINGS, "binding": str, "class_name": str, "script_name": str}
 _CPU = {"cpu_ms": functools.partial(read_count, most=300_000)}
 _FILE = {"main": str, "name": str, "vars": dict, "limits": _CPU, "workflows": list, "exports": dict}
 _WORDS: dict[Any, str] = {str: "text", dict: "an object", list: "a list"}
@@ -5939,8 +5939,7 @@ class Configuration:
         script = entry.get("script_name", own)
         with naming("script_name"):
             module = load_module(main if script == own else main.parent / f"{script}.py")
-        if not hasattr(module, name):
-            raise ValueError(f"class_name is {show(name)}: expected a class of {module.__file__}")
+        expect(hasattr(module, name), "class_name", name, f"a class of {module.__file__}")
         return getattr(module, name)
 
 
@@ -5952,18 +5951,15 @@ def _check(value: Any, kind: Any, what: str, needed: Any = (), strict: bool = Tr
             kind(value)
         return
     expected: Any = dict if isinstance(kind, dict) else kind
-    if not isinstance(value, expected):
-        raise ValueError(f"{what or 'it'} is {show(value)}: expected {_WORDS[expected]}")
+    expect(isinstance(value, expected), what or "it", value, _WORDS[expected])
     if isinstance(kind, dict):
-        for key in needed:
-            if key not in value:
-                raise ValueError(f"{what or 'it'} has no {key!r}: expected {_WORDS[kind[key]]}")
-        for key, part in value.items():
-            if key in kind:
-                _check(part, kind[key], f"{what}.{key}" if what else key, strict=strict)
-            elif strict:
-                known = ", ".join(kind)
-                raise ValueError(f"{what} has the unknown key {show(key)}: expected {known}")
+        if strict:
+            options_of(value, [*kind], what)
+        for key, part in kind.items():
+            if key in value:
+                _check(value[key], part, f"{what}.{key}" if what else key, strict=strict)
+            elif key in needed:
+                raise ValueError(f"{what or 'it'} has no {key!r}: expected {_WORDS[part]}")
 
 
 def _read_config(file: Path) -> Any:
@@ -6003,8 +5999,7 @@ def load_module(file: Path) -> types.ModuleType:
     try:
         module = importlib.import_module(file.stem)
     except (Exception, SystemExit) as error:
-        problem = f"{type(error).__name__}: {message_of(error)}"
-        raise ValueError(f"{file} can't be imported: {problem}") from error
+        raise ValueError(f"{file} can't be imported: {show_error(error)}") from error
     if not is_from(module, file):
         found = getattr(module, "__file__", None) or "Python itself"
         raise ValueError(f"{file} needs another name: there is a module {file.stem!r} of {found}")
