@@ -7035,7 +7035,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
     """An instance, with a bar for each of its steps: time goes from left to right."""
-    began, now = _ms(shown["queued"]), _ms(shown["end"] or moment(time.time_ns() // 1_000_000))
+    began, now = _ms(shown["queued"]), _ms(shown["end"]) or time.time_ns() // 1_000_000
     print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
     rows = []
     for step in [step for step in shown["steps"] if "name" in step]:
@@ -7048,7 +7048,7 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
         success = step.get("success", not step["error"] if step.get("finished") else None)
         mark = {True: "✓", False: "✗", None: "●"}[success]
-        name = "↶ " * (step["type"] == "rollback") + step["name"]
+        name = ("↶ " if step["type"] == "rollback" else "") + step["name"]
         name = fit(name, min(width_of(name), room() // 3))
         bar = draw_bar(step, began, now, min(40, room() // 3))
         rows.append([mark, name, bar, took, "; ".join(notes)[: given.truncate_output_limit]])
@@ -7091,9 +7091,9 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
             more = json.loads(Path(given.filename).read_text())
         _check(more, list, given.filename)
         ids += more
-    if "latest" in ids and given.command.startswith("instances "):
-        newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
-        ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
+    if "latest" in ids and verb != "trigger":
+        async for newest in (await engine.workflow(given.name)).list(limit=1):
+            ids = [newest.id if id == "latest" else id for id in ids]
     values = {}
     for name in ("params", "payload"):
         with naming(name):
@@ -7147,18 +7147,19 @@ async def check(given: argparse.Namespace) -> int:
         bound, engine._workflows = engine._workflows, {}
         if unknown := [name for name in given.names if name not in bound]:
             raise ValueError(f"no workflow {unknown[0]!r}: expected some of {', '.join(bound)}")
-        checked, unsafe, told = 0, 0, []
+        checked, told = 0, []
         async with engine:
             for row in await engine.call(read_workflows, None):
                 count = sum(n for status, n in row["instances"].items() if status not in FINISHED)
                 if row["name"] in (given.names or bound):
                     async for report in bound[row["name"]].replay_all():
-                        checked, unsafe = checked + 1, unsafe + (not report.safe)
+                        checked += 1
                         if not report.safe or (report.error and report.outcome == "waiting"):
                             told.append({"workflow": row["name"], **dataclasses.asdict(report)})
                 elif count and not given.names:
                     what = f"{row['name']} has {count} unfinished instances"
                     raise ValueError(f"{what}, and the configuration has no such workflow")
+    unsafe = len([found for found in told if not found["safe"]])
     if given.json:
         print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
     else:
