@@ -13060,8 +13060,10 @@ class HttpDetails(Outside):
         async with self.served(races=run):
             path = await self.create("races")
             steps = {step["name"]: step for step in (await self.ask("GET", path))["steps"]}
+            result = await self.ask("GET", path + "/step?type=sleep&name=unused-1")
         lost, unused = steps["lost-1"], steps["unused-1"]
         self.assertEqual((lost["success"], unused["finished"]), (False, False))
+        self.assertEqual((unused["success"], result["status"]), (False, "errored"))
         self.assertEqual(lost["attempts"][-1]["error"], workflows.CANCELLED)
         self.assertEqual(unused["error"], workflows.CANCELLED)
         self.assertEqual((steps["last-1"]["success"], len(steps["last-1"]["attempts"])), (None, 1))

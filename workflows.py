@@ -6117,7 +6117,8 @@ def _shown_step(
         output = "[REDACTED]" if "sensitive" in config else say(data)
         return shown | {"success": success, "output": output if success else None}
     error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
-    shown |= {"end": end or due, "finished": step.ended, "error": error}
+    success = error is None if end else None
+    shown |= {"end": end or due, "finished": step.ended, "success": success, "error": error}
     if kind == "sleep":
         return shown
     sent = json.loads(step.extra or "{}")
@@ -6393,19 +6394,18 @@ async def show_instance(ask: Request) -> dict[str, Any]:
 
 async def show_step(ask: Request) -> dict[str, Any]:
     """The result of a step, of one of its attempts, or of an event wait."""
-    kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name"), ""
+    kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name", ""), ""
     if kind == "waitForEvent" and "attempt" in ask.query:
         raise ValueError("attempt does not go with waitForEvent")
     for step in (await show_instance(ask))["steps"]:
         if (step["type"], step.get("name")) == (kind, name):
             tried = step.get("attempts") or [step]
             attempt = tried[ask.number("attempt", len(tried), len(tried)) - 1]
-            error, part = attempt.get("error"), attempt if "attempt" in ask.query else step
-            success = part.get("success", error is None if part.get("finished") else None)
+            success = (attempt if "attempt" in ask.query else step)["success"]
             going = "waiting" if kind == "waitForEvent" else "running"
             status = {None: going, True: "complete", False: "errored"}[success]
             told = {"status": status, "output": step.get("output") if success else None}
-            return told | {"error": error, "event_type": step.get("event_type")}
+            return told | {"error": attempt.get("error"), "event_type": step.get("event_type")}
     raise refusal("step.not_found", f"instance {ask.id!r} has no {kind} {name!r}")
 
 
@@ -7046,8 +7046,7 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
         notes += [f"until {step['end']}"] if _ms(step["end"]) > now and not shown["end"] else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
-        success = step.get("success", not step["error"] if step.get("finished") else None)
-        mark = {True: "✓", False: "✗", None: "●"}[success]
+        mark = {True: "✓", False: "✗", None: "●"}[step["success"]]
         name = ("↶ " if step["type"] == "rollback" else "") + step["name"]
         name = fit(name, min(width_of(name), room() // 3))
         bar = draw_bar(step, began, now, min(40, room() // 3))
