@@ -6483,7 +6483,6 @@ _STATUS_OF = {
 }  # fmt: skip
 _NUMBERS = {"workflow.not_found": 10200, "instance.not_found": 10400, "request.dates": 10502}
 _NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
-_MISTAKES = (ValueError, TypeError, RecursionError)
 
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
@@ -6502,15 +6501,15 @@ def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[s
     raise refusal("request.not_found", "nothing is here")
 
 
-def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
+def failure(error: Exception, api: str) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what is said of it: its message, and no more."""
     code = getattr(error, "code", "bad_request")
     text = str(error).removeprefix(f"({code}) ")
-    if not isinstance(error, (WorkflowError, *_MISTAKES)):
+    if not isinstance(error, (WorkflowError, ValueError, TypeError, RecursionError)):
         log.error("a bug in workflows.py: please report it", exc_info=error)
         code, text = "request.bug", "see the log of `dev`"
     status = _STATUS_OF.get(code.rpartition(".")[2], 400)
-    number = 10501 if local and status == 404 else _NUMBERS.get(code, 10001)
+    number = 10501 if (api, status) == ("explorer", 404) else _NUMBERS.get(code, 10001)
     problem = {"code": number, "message": f"workflows.api.error.{code}: {text}"}
     return status, {"success": False, "errors": [problem], "messages": [], "result": None}
 
@@ -6530,9 +6529,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         time.sleep(PACE)
-        free = len(self.deadlines) < CONNECTIONS
-        self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
-        return free
+        if len(self.deadlines) >= CONNECTIONS:
+            return False
+        self.deadlines[request] = time.monotonic() + PATIENCE
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         self.deadlines.pop(request, None)
@@ -6564,7 +6564,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return  # this is what had come when it was cut off
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         path, _, query = self.path.encode("latin-1").decode("utf-8", "replace").partition("?")
-        local, unread = path.startswith("/cdn-cgi/"), True
+        api, unread = "explorer" if path.startswith("/cdn-cgi/") else "rest", True
         try:
             self._check_sender(path)
             text = self._read_body(100 * BODY if "/batch" in path else BODY)
@@ -6576,19 +6576,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             resource, parts, fields = find_route(self.command, path)
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-            api = "explorer" if local else "rest"
             ask = Request(self.server.engine, **parts, query=asked, body=body, api=api)
             self.server.deadlines[self.connection] = math.inf
             coming = asyncio.run_coroutine_threadsafe(ask.answer(resource), ask.engine.loop)
             status, result = 200, coming.result()
-            if local and fields:
+            if api == "explorer" and fields:
                 rows = result if isinstance(result, list) else [result]
                 rows = [{key: row[key] for key in fields.split() if key in row} for row in rows]
                 result = rows if isinstance(result, list) else rows[0]
             said = {"success": True, "errors": [], "messages": [], "result": result}
             said |= {"result_info": ask.info} if ask.info else {}
         except Exception as error:
-            status, said = failure(error, local)
+            status, said = failure(error, api)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         # Behind a body that was not read is no request: the client must connect again.
         self.close_connection |= unread
@@ -6657,7 +6656,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What `http.server` refuses by itself."""
         self.close_connection = True
         code = 405 if code == 501 else code  # it does not know the method
-        self._send(code, to_text(failure(ValueError(message), False)[1]))
+        self._send(code, to_text(failure(ValueError(message), "rest")[1]))
 
     def log_message(self, *_: Any) -> None:
         """What happens to instances is logged instead."""
