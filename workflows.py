@@ -6189,8 +6189,8 @@ class Request:
 
     def number(self, key: str, default: int, most: int = 2**53) -> int:
         """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
-        with naming(key):
-            return read_count(int(self.query.get(key, str(default)).removesuffix(".0")), most)
+        text = self.query.get(key, str(default)).removesuffix(".0")
+        return read_count(int(text) if text.isdecimal() else text, most, key)
 
     def moment(self, key: str) -> int | None:
         """A moment of the query: ISO 8601, in UTC unless it says something else. A date as the end
@@ -6917,7 +6917,7 @@ def demo(given: argparse.Namespace) -> int:
 #
 # developers.cloudflare.com/workers/wrangler/commands/workflows/
 
-_PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
+_PAGE, _DATES = "--page= --per-page=", "--date-start= --date-end="
 _FROM = "--from-step-name= --from-step-count= --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
 # By name: what it does; its arguments, of which those with a `=` have that default, and of those
