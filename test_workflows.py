@@ -13885,6 +13885,7 @@ class CommandLine(Outside):
             await self.assertFails(*args, says=f"'{limit}': expected a whole number from 0")
         lines = await self.lines("instances", "describe", "steps", COLUMNS="50")
         self.assertTrue(all(len(line) <= 50 and "x" * 50 not in line for line in lines))
+        await self.lines("instances", "describe", "steps", COLUMNS="1")
 
     async def test_nothing_that_a_terminal_would_obey_is_printed(self) -> None:
         async with self.served():

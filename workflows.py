@@ -7005,8 +7005,9 @@ def fit(text: str, width: int) -> str:
 
 
 def room() -> int:
-    """How many columns the terminal has; as many as can be used, if there is none."""
-    return shutil.get_terminal_size((10_000, 24)).columns
+    """How many columns the terminal has, but some at least; as many as can be used, if there is
+    none."""
+    return max(20, shutil.get_terminal_size((10_000, 24)).columns)
 
 
 def paint(text: str) -> str:
