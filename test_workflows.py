@@ -13060,8 +13060,10 @@ class HttpDetails(Outside):
         async with self.served(races=run):
             path = await self.create("races")
             steps = {step["name"]: step for step in (await self.ask("GET", path))["steps"]}
+            result = await self.ask("GET", path + "/step?type=sleep&name=unused-1")
         lost, unused = steps["lost-1"], steps["unused-1"]
         self.assertEqual((lost["success"], unused["finished"]), (False, False))
+        self.assertEqual((unused["success"], result["status"]), (False, "errored"))
         self.assertEqual(lost["attempts"][-1]["error"], workflows.CANCELLED)
         self.assertEqual(unused["error"], workflows.CANCELLED)
         self.assertEqual((steps["last-1"]["success"], len(steps["last-1"]["attempts"])), (None, 1))
@@ -13120,6 +13122,13 @@ class HttpDetails(Outside):
         )
         self.assertEqual((waiting["status"], waiting["event_type"]), ("waiting", "t"))
         self.assertEqual((got["status"], got["output"]["payload"]), ("complete", [1]))
+
+    async def test_a_sleep_has_a_result_that_is_null(self) -> None:
+        async with self.served():
+            path = await self.create("naps")
+            await self.clock.advance("1 hour")
+            found = await self.ask("GET", path + "/step?type=sleep&name=nap-1")
+        self.assertEqual((found["status"], found["output"]), ("complete", None))
 
     async def test_an_unknown_instance_is_refused_everywhere(self) -> None:
         async with self.served():
@@ -13876,6 +13885,7 @@ class CommandLine(Outside):
             await self.assertFails(*args, says=f"'{limit}': expected a whole number from 0")
         lines = await self.lines("instances", "describe", "steps", COLUMNS="50")
         self.assertTrue(all(len(line) <= 50 and "x" * 50 not in line for line in lines))
+        await self.lines("instances", "describe", "steps", COLUMNS="1")
 
     async def test_nothing_that_a_terminal_would_obey_is_printed(self) -> None:
         async with self.served():

@@ -5844,10 +5844,10 @@ _SETTINGS: dict[str, Any] = {
     "concurrency": {"limit": read_count},
     "schedules": read_schedules,
     "default_retention": {"success_retention": parse_duration, "error_retention": parse_duration},
-    "jurisdiction": object,
+    "jurisdiction": ignore,
 }
 _EXPORT = {"type": str, **_SETTINGS}
-_ENTRY = {"binding": str, "class_name": str, "script_name": str, **_SETTINGS}
+_ENTRY = {**_SETTINGS, "binding": str, "class_name": str, "script_name": str}
 _CPU = {"cpu_ms": functools.partial(read_count, most=300_000)}
 _FILE = {"main": str, "name": str, "vars": dict, "limits": _CPU, "workflows": list, "exports": dict}
 _WORDS: dict[Any, str] = {str: "text", dict: "an object", list: "a list"}
@@ -5921,8 +5921,7 @@ class Configuration:
         script = entry.get("script_name", own)
         with naming("script_name"):
             module = load_module(main if script == own else main.parent / f"{script}.py")
-        if not hasattr(module, name):
-            raise ValueError(f"class_name is {show(name)}: expected a class of {module.__file__}")
+        expect(hasattr(module, name), "class_name", name, f"a class of {module.__file__}")
         return getattr(module, name)
 
 
@@ -5934,18 +5933,15 @@ def _check(value: Any, kind: Any, what: str, needed: Any = (), strict: bool = Tr
             kind(value)
         return
     expected: Any = dict if isinstance(kind, dict) else kind
-    if not isinstance(value, expected):
-        raise ValueError(f"{what or 'it'} is {show(value)}: expected {_WORDS[expected]}")
+    expect(isinstance(value, expected), what or "it", value, _WORDS[expected])
     if isinstance(kind, dict):
-        for key in needed:
-            if key not in value:
-                raise ValueError(f"{what or 'it'} has no {key!r}: expected {_WORDS[kind[key]]}")
-        for key, part in value.items():
-            if key in kind:
-                _check(part, kind[key], f"{what}.{key}" if what else key, strict=strict)
-            elif strict:
-                known = ", ".join(kind)
-                raise ValueError(f"{what} has the unknown key {show(key)}: expected {known}")
+        if strict:
+            options_of(value, [*kind], what)
+        for key, part in kind.items():
+            if key in value:
+                _check(value[key], part, f"{what}.{key}" if what else key, strict=strict)
+            elif key in needed:
+                raise ValueError(f"{what or 'it'} has no {key!r}: expected {_WORDS[part]}")
 
 
 def _read_config(file: Path) -> Any:
@@ -5985,8 +5981,7 @@ def load_module(file: Path) -> types.ModuleType:
     try:
         module = importlib.import_module(file.stem)
     except (Exception, SystemExit) as error:
-        problem = f"{type(error).__name__}: {message_of(error)}"
-        raise ValueError(f"{file} can't be imported: {problem}") from error
+        raise ValueError(f"{file} can't be imported: {show_error(error)}") from error
     if not is_from(module, file):
         found = getattr(module, "__file__", None) or "Python itself"
         raise ValueError(f"{file} needs another name: there is a module {file.stem!r} of {found}")
@@ -6104,7 +6099,8 @@ def _shown_step(
         output = "[REDACTED]" if "sensitive" in config else say(data)
         return shown | {"success": success, "output": output if success else None}
     error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
-    shown |= {"end": end or due, "finished": step.ended, "error": error}
+    success = error is None if end else None
+    shown |= {"end": end or due, "finished": step.ended, "success": success, "error": error}
     if kind == "sleep":
         return shown
     sent = json.loads(step.extra or "{}")
@@ -6175,8 +6171,8 @@ class Request:
 
     def number(self, key: str, default: int, most: int = 2**53) -> int:
         """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
-        with naming(key):
-            return read_count(int(self.query.get(key, str(default)).removesuffix(".0")), most)
+        text = self.query.get(key, str(default)).removesuffix(".0")
+        return read_count(int(text) if text.isdecimal() else text, most, key)
 
     def moment(self, key: str) -> int | None:
         """A moment of the query: ISO 8601, in UTC unless it says something else. A date as the end
@@ -6380,19 +6376,18 @@ async def show_instance(ask: Request) -> dict[str, Any]:
 
 async def show_step(ask: Request) -> dict[str, Any]:
     """The result of a step, of one of its attempts, or of an event wait."""
-    kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name"), ""
+    kind, name, ask.api = ask.query.get("type", "step"), ask.query.get("name", ""), ""
     if kind == "waitForEvent" and "attempt" in ask.query:
         raise ValueError("attempt does not go with waitForEvent")
     for step in (await show_instance(ask))["steps"]:
         if (step["type"], step.get("name")) == (kind, name):
             tried = step.get("attempts") or [step]
             attempt = tried[ask.number("attempt", len(tried), len(tried)) - 1]
-            error, part = attempt.get("error"), attempt if "attempt" in ask.query else step
-            success = part.get("success", error is None if part.get("finished") else None)
+            success = (attempt if "attempt" in ask.query else step)["success"]
             going = "waiting" if kind == "waitForEvent" else "running"
             status = {None: going, True: "complete", False: "errored"}[success]
-            told = {"status": status, "output": step["output"] if success else None}
-            return told | {"error": error, "event_type": step.get("event_type")}
+            told = {"status": status, "output": step.get("output") if success else None}
+            return told | {"error": attempt.get("error"), "event_type": step.get("event_type")}
     raise refusal("step.not_found", f"instance {ask.id!r} has no {kind} {name!r}")
 
 
@@ -6404,14 +6399,12 @@ async def drop_instance(ask: Request) -> dict[str, Any]:
 async def steer(ask: Request) -> dict[str, Any]:
     """Pauses, resumes, restarts or terminates an instance."""
     given = options_of(ask.body, ("status", "action", "from", "rollback"), "the body")
-    verb = given.get("status", given.get("action"))
-    if verb not in [*_VERBS]:
-        raise ValueError(f"status is {show(verb)}: expected one of {', '.join(_VERBS)}")
-    told = {key: given.get(key) for key in ("from", "rollback")}
-    options = {key: value for key, value in told.items() if value not in (None, False)}
-    if wrong := options.keys() - {_VERBS[verb]}:
-        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
-    await getattr(ask.instance, verb)(*[options] if options else [])
+    options = {key: value for key, value in given.items() if value not in (None, False)}
+    verb = options.pop("status", options.pop("action", None))
+    expect(verb in [*_VERBS], "status", verb, f"one of {', '.join(_VERBS)}")
+    for key in options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{key!r} does not go with {verb}")
+    await getattr(ask.instance, verb)(**options)
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
 
@@ -6472,7 +6465,6 @@ _STATUS_OF = {
 }  # fmt: skip
 _NUMBERS = {"workflow.not_found": 10200, "instance.not_found": 10400, "request.dates": 10502}
 _NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
-_MISTAKES = (ValueError, TypeError, RecursionError)
 
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
@@ -6491,15 +6483,15 @@ def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[s
     raise refusal("request.not_found", "nothing is here")
 
 
-def failure(error: Exception, local: bool) -> tuple[int, dict[str, Any]]:
+def failure(error: Exception, api: str) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what is said of it: its message, and no more."""
     code = getattr(error, "code", "bad_request")
     text = str(error).removeprefix(f"({code}) ")
-    if not isinstance(error, (WorkflowError, *_MISTAKES)):
+    if not isinstance(error, (WorkflowError, ValueError, TypeError, RecursionError)):
         log.error("a bug in workflows.py: please report it", exc_info=error)
         code, text = "request.bug", "see the log of `dev`"
     status = _STATUS_OF.get(code.rpartition(".")[2], 400)
-    number = 10501 if local and status == 404 else _NUMBERS.get(code, 10001)
+    number = 10501 if (api, status) == ("explorer", 404) else _NUMBERS.get(code, 10001)
     problem = {"code": number, "message": f"workflows.api.error.{code}: {text}"}
     return status, {"success": False, "errors": [problem], "messages": [], "result": None}
 
@@ -6519,9 +6511,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         time.sleep(PACE)
-        free = len(self.deadlines) < CONNECTIONS
-        self.deadlines |= {request: time.monotonic() + PATIENCE} if free else {}
-        return free
+        if len(self.deadlines) >= CONNECTIONS:
+            return False
+        self.deadlines[request] = time.monotonic() + PATIENCE
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         self.deadlines.pop(request, None)
@@ -6553,56 +6546,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return  # this is what had come when it was cut off
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         path, _, query = self.path.encode("latin-1").decode("utf-8", "replace").partition("?")
-        local, length, text = path.startswith("/cdn-cgi/"), 1, b""
+        api, unread = "explorer" if path.startswith("/cdn-cgi/") else "rest", True
         try:
-            chunked = "Transfer-Encoding" in self.headers
-            given = self.headers.get("Content-Length", "0")
-            if not re.fullmatch("[0-9]+", given):  # `int` would take more
-                raise ValueError(f"Content-Length is {show(given)}")
-            length = -1 if chunked else int(given)
-            text = self.rfile.read(length if 0 < length <= BODY else 0)
             self._check_sender(path)
-            most = 100 * BODY if "/batch" in path else BODY
-            if not 0 <= length <= most:
-                what = f"expected a body with a Content-Length up to {most}"
-                raise refusal("request.too_large", what)
+            text = self._read_body(100 * BODY if "/batch" in path else BODY)
+            unread = False
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
             if self.server.closing:
                 raise refusal("request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
-            text += self.rfile.read(length - len(text))
-            if len(text) < length:
-                raise ValueError("the body is shorter than its Content-Length")
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-            api = "explorer" if local else "rest"
             ask = Request(self.server.engine, **parts, query=asked, body=body, api=api)
             self.server.deadlines[self.connection] = math.inf
             coming = asyncio.run_coroutine_threadsafe(ask.answer(resource), ask.engine.loop)
             status, result = 200, coming.result()
-            if local and fields:
+            if api == "explorer" and fields:
                 rows = result if isinstance(result, list) else [result]
                 rows = [{key: row[key] for key in fields.split() if key in row} for row in rows]
                 result = rows if isinstance(result, list) else rows[0]
             said = {"success": True, "errors": [], "messages": [], "result": result}
             said |= {"result_info": ask.info} if ask.info else {}
         except Exception as error:
-            status, said = failure(error, local)
+            status, said = failure(error, api)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
-        # Who was refused must connect again; and behind a body that was not read is no request.
-        self.close_connection |= status in (401, 403) or len(text) != length
+        # Behind a body that was not read is no request: the client must connect again.
+        self.close_connection |= unread
         self._send(status, to_text(said))
-        if len(text) != length:
+        if unread:
             self._drop_the_rest()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
-    def handle_expect_100(self) -> bool:
-        """Asks for a body that the client holds back."""
-        super().handle_expect_100()
-        self.wfile.flush()
-        return True
+    def _read_body(self, most: int) -> bytes:
+        """The body, if it has up to so many bytes, and the client tells beforehand how many."""
+        self.wfile.flush()  # the answer to a client that asks first whether to send the body
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]+", length):  # `int` would take more
+            raise ValueError(f"Content-Length is {show(length)}")
+        if "Transfer-Encoding" in self.headers or int(length) > most:
+            what = f"expected a body with a Content-Length up to {most}"
+            raise refusal("request.too_large", what)
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ValueError("the body is shorter than its Content-Length")
+        return body
 
     def _drop_the_rest(self) -> None:
         """Reads what a refused client still sends (within bounds): only then it sees the answer."""
@@ -6649,7 +6638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What `http.server` refuses by itself."""
         self.close_connection = True
         code = 405 if code == 501 else code  # it does not know the method
-        self._send(code, to_text(failure(ValueError(message), False)[1]))
+        self._send(code, to_text(failure(ValueError(message), "rest")[1]))
 
     def log_message(self, *_: Any) -> None:
         """What happens to instances is logged instead."""
@@ -6910,7 +6899,7 @@ def demo(given: argparse.Namespace) -> int:
 #
 # developers.cloudflare.com/workers/wrangler/commands/workflows/
 
-_PAGE, _DATES = "--page=1 --per-page=25", "--date-start= --date-end="
+_PAGE, _DATES = "--page= --per-page=", "--date-start= --date-end="
 _FROM = "--from-step-name= --from-step-count= --from-step-type="
 _SHOW = "--step-output --no-step-output --truncate-output-limit=5000 --follow"
 # By name: what it does; its arguments, of which those with a `=` have that default, and of those
@@ -6998,8 +6987,9 @@ def fit(text: str, width: int) -> str:
 
 
 def room() -> int:
-    """How many columns the terminal has; as many as can be used, if there is none."""
-    return shutil.get_terminal_size((10_000, 24)).columns
+    """How many columns the terminal has, but some at least; as many as can be used, if there is
+    none."""
+    return max(20, shutil.get_terminal_size((10_000, 24)).columns)
 
 
 def paint(text: str) -> str:
@@ -7027,7 +7017,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
     """An instance, with a bar for each of its steps: time goes from left to right."""
-    began, now = _ms(shown["queued"]), _ms(shown["end"] or moment(time.time_ns() // 1_000_000))
+    began, now = _ms(shown["queued"]), _ms(shown["end"]) or time.time_ns() // 1_000_000
     print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
     rows = []
     for step in [step for step in shown["steps"] if "name" in step]:
@@ -7038,9 +7028,8 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
         notes += [f"until {step['end']}"] if _ms(step["end"]) > now and not shown["end"] else []
         notes += [cell(step["output"])] if not given.no_step_output and step.get("output") else []
-        success = step.get("success", not step["error"] if step.get("finished") else None)
-        mark = {True: "✓", False: "✗", None: "●"}[success]
-        name = "↶ " * (step["type"] == "rollback") + step["name"]
+        mark = {True: "✓", False: "✗", None: "●"}[step["success"]]
+        name = ("↶ " if step["type"] == "rollback" else "") + step["name"]
         name = fit(name, min(width_of(name), room() // 3))
         bar = draw_bar(step, began, now, min(40, room() // 3))
         rows.append([mark, name, bar, took, "; ".join(notes)[: given.truncate_output_limit]])
@@ -7083,9 +7072,9 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
             more = json.loads(Path(given.filename).read_text())
         _check(more, list, given.filename)
         ids += more
-    if "latest" in ids and given.command.startswith("instances "):
-        newest = (await dataclasses.replace(ask).answer(show_instances))[:1]
-        ids = [newest[0]["id"] if id == "latest" and newest else id for id in ids]
+    if "latest" in ids and verb != "trigger":
+        async for newest in (await engine.workflow(given.name)).list(limit=1):
+            ids = [newest.id if id == "latest" else id for id in ids]
     values = {}
     for name in ("params", "payload"):
         with naming(name):
@@ -7139,18 +7128,19 @@ async def check(given: argparse.Namespace) -> int:
         bound, engine._workflows = engine._workflows, {}
         if unknown := [name for name in given.names if name not in bound]:
             raise ValueError(f"no workflow {unknown[0]!r}: expected some of {', '.join(bound)}")
-        checked, unsafe, told = 0, 0, []
+        checked, told = 0, []
         async with engine:
             for row in await engine.call(read_workflows, None):
                 count = sum(n for status, n in row["instances"].items() if status not in FINISHED)
                 if row["name"] in (given.names or bound):
                     async for report in bound[row["name"]].replay_all():
-                        checked, unsafe = checked + 1, unsafe + (not report.safe)
+                        checked += 1
                         if not report.safe or (report.error and report.outcome == "waiting"):
                             told.append({"workflow": row["name"], **dataclasses.asdict(report)})
                 elif count and not given.names:
                     what = f"{row['name']} has {count} unfinished instances"
                     raise ValueError(f"{what}, and the configuration has no such workflow")
+    unsafe = len([found for found in told if not found["safe"]])
     if given.json:
         print(to_text({"checked": checked, "unsafe": unsafe, "instances": told}, 2))
     else:
