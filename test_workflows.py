@@ -5248,17 +5248,22 @@ class Interrupted(Real):
 
     def test_keyboard_interrupt_in_a_commit_is_not_for_run_to_catch(self) -> None:
         script = """
+            import threading
             async def run(event, step):
+                global execute
                 for n in range(20):
                     if n == 10:
-                        workflows.Database.execute = property(lambda self: interrupt)
-                        vars(engine.writer.database).pop("execute")
+                        database = engine.writer.database
+                        execute, database.execute = database.execute, interrupt
                     try: await step.do(str(n), value)
                     except BaseException: say("caught"); return
             def interrupt(sql, *args):
-                raise KeyboardInterrupt
+                if threading.current_thread() is threading.main_thread():  # as Python has it
+                    raise KeyboardInterrupt
+                return execute(sql, *args)
             async def main():
                 global engine
+                workflows.QUICK = 60  # each commit is on the loop, soon
                 async with Engine(PATH) as engine:
                     await (await get(engine.bind(Test))).result("5 seconds")
             try: asyncio.new_event_loop().run_until_complete(main())

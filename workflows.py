@@ -333,11 +333,8 @@ class Step:
         handler. (Then its key has more than the three parts kind, name and count.)"""
         return self.key.count(SEPARATOR) > 2
 
-    @property
-    def ended(self) -> bool:
-        """Whether it has a result, or has failed for good."""
-        return self.state in ("done", "error")
 
+ENDED = ("done", "error")  # the states of a step that has a result, or has failed for good
 
 # What a row says about its step from then on: open, asleep, and its state. (`stop` takes back what
 # the row before it says.)
@@ -357,8 +354,9 @@ _MEANING = {
 
 
 def apply(steps: dict[str, Step], row: Row) -> Step | None:
-    """Takes one row into account. Returns the step if the row is its result, or its cancellation by
-    `run`: what `run` has seen of these, it must see again in the same order."""
+    """Takes one row into account. Returns the step if the row is a result for `run`, or says that
+    `run` has cancelled the call: what `run` has seen of these, it must see again in the same
+    order."""
     if row.step is None:
         return None
     if (step := steps.get(row.step)) is None:
@@ -374,25 +372,22 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
         if step.config is None:
             step.config = row.extra or ""  # "" is the default configuration
     step.open, step.asleep, state = _MEANING[row.type]
-    if state == "cancelled":  # also one with a result that `run` has never seen
-        step.state = state
-        return step
-    if step.ended or step.state == "cancelled":
-        return None  # the first end counts
+    if step.state in (*ENDED, "cancelled") and state != "cancelled":
+        return None  # the first end counts (but `run` may cancel what it has never seen the end of)
     step.state = state
     if state == "pending":
         return None
     step.data, step.extra = row.data, row.extra
-    return step
+    return None if step.nested else step
 
 
 def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
-    """The steps of a history; and those of them that `run` itself called and that have a result or
-    were cancelled, in the order in which `run` came to know of that."""
+    """The steps of a history; and those of them that have a result for `run`, or were cancelled by
+    it, in the order in which `run` came to know of that."""
     steps: dict[str, Step] = {}
     inbox: OrderedDict[str, Step] = OrderedDict()
     for row in rows:
-        if (step := apply(steps, row)) and not step.nested:
+        if (step := apply(steps, row)) is not None:
             inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
             inbox[step.key] = step
     return steps, inbox
@@ -596,7 +591,8 @@ class Database:
     def refresh(self) -> bool:
         """Forgets the instances that it remembers, if another connection has written, or if there
         are too many of them. Returns whether another one has written."""
-        before, (self._data_version,) = self._data_version, self.one("PRAGMA data_version")
+        before = self._data_version
+        (self._data_version,) = self.execute("PRAGMA data_version").fetchone()
         others_wrote: bool = self._data_version != before
         self._others_wrote |= others_wrote
         if others_wrote or len(self.known) > KNOWN:
@@ -721,13 +717,14 @@ class Transaction:
     which are written in bulk before a query and before the commit; and what the engine must be told
     after that."""
 
-    def __init__(self, database: Database, scheduler: Scheduler) -> None:
+    def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
+        self.cpu_ns = cpu_ns  # of all callbacks, since the last one
+        self.requests = self.steps = self.storage = 0  # see "Usage"
+        self.written = 0  # rows
         self.news: list[News] = []
         self.touched: set[Topic] = set()
         self.requeued: list[Instance] = []  # those that get no slot at once need a row `queued`
-        self.requests = self.steps = self.storage = self.cpu_ns = 0  # see "Usage"
-        self.written = 0  # rows
         self._instances = database.known
         self._reports = changes.isEnabledFor(logging.DEBUG)
         self._changed: set[int] = set()
@@ -996,8 +993,10 @@ class Writer:
                 if self._lock.acquire(blocking=self.exact):
                     answer = self._answer(batch, patient=self.exact)
             finally:  # Ctrl-C may come in between: then nobody knows whether it is ours
-                with contextlib.suppress(RuntimeError):
+                try:  # noqa: SIM105 (`contextlib.suppress` costs 1.4 % of a step)
                     self._lock.release()
+                except RuntimeError:
+                    pass
         if answer is None:
             self._give_to_thread(batch)
         else:
@@ -1016,17 +1015,17 @@ class Writer:
 
     def _set_timer(self) -> None:
         """Sees to it that what is due is attended to in time."""
-        if self.scheduler.is_due():
+        if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
             self.post(nothing)
         elif self.scheduler.next_wake < self._armed and self.database.owner:
             if self._timer is not None:
                 self._timer.cancel()
             self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
-            self._timer = clock.call_later(self._armed - clock.now(), self._go_off)
+            self._timer = clock.call_later(max(0, self._armed - clock.now()), self._go_off)
 
     def _go_off(self) -> None:
         self._armed = math.inf
-        self._set_timer()
+        self.post(nothing)
 
     def _hear(self, others_wrote: bool) -> None:
         """What the thread has found at a tick."""
@@ -1055,8 +1054,8 @@ class Writer:
             return None
         self.scheduler.stirred |= self.database.refresh()
         outside = self.exact and self.database.others_wrote()  # else the tick notices that
-        tx, cpu_ns = Transaction(self.database, self.scheduler), self.engine.cpu_ns
-        tx.cpu_ns = cpu_ns - self._cpu_counted
+        cpu_ns = self.engine.cpu_ns
+        tx = Transaction(self.database, self.scheduler, cpu_ns - self._cpu_counted)
         results: list[tuple[Then, Any, BaseException | None]] = []
         for operation, args, then in batch:
             try:
@@ -1130,7 +1129,7 @@ class Writer:
                     if self.database.files is not None:
                         self.database.files.check()
                     warn_about_unbound_work(self.scheduler)
-                if others_wrote or self.scheduler.is_due():
+                if others_wrote or self.scheduler.is_due(self.scheduler.clock.now()):
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
                 self.fail(error)
@@ -1167,9 +1166,9 @@ class Scheduler:
         self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
         self._inherited: list[int] = []  # workflows whose last owner may have left something
 
-    def is_due(self) -> bool:
+    def is_due(self, now: int) -> bool:
         """Whether there is reason to attend to the database."""
-        due = self.stirred or self.next_wake <= self.clock.now()
+        due = self.stirred or self.next_wake <= now
         return due and self.database.owner and not self.closing
 
     def take_up(self, key: int, workflow: Workflow) -> None:
@@ -1183,7 +1182,7 @@ class Scheduler:
 
     def schedule(self, tx: Transaction) -> None:
         """What is due, then the queue."""
-        if self.is_due():
+        if self.is_due(tx.now):
             self._inherit(tx)
             due = self._of_bound(tx, "wake <= ? ORDER BY wake LIMIT ?", tx.now, BATCH)
             if len(due) >= BATCH:  # then a fresh one need not wait behind a million expired ones
@@ -1193,7 +1192,7 @@ class Scheduler:
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
             due_next = fire_schedules(tx)
-            self.stirred = self._admit(tx)
+            self.stirred = self._admit(tx) or len(due) >= BATCH
             due_next += [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
             self.next_wake = min((at for at in due_next if at is not None), default=math.inf)
         for inst in tx.requeued:
@@ -1367,6 +1366,12 @@ class Loaded(NamedTuple):
 class Life:
     """The tasks of one life of an instance, and how they end."""
 
+    # (What most lives never set stands here: objects of many attributes are slow in Python.)
+    orphan = False  # its task was cancelled by somebody else
+    successor: Instance | None = None  # what the next life begins with, if one follows
+    interrupted: Sequence[str] = ()  # the steps whose attempts its end has cut off
+    _timer: asyncio.TimerHandle | None = None
+
     def __init__(self, engine: Core, workflow: Workflow, inst: Instance) -> None:
         self.engine, self.loop, self.workflow = engine, engine.loop, workflow
         self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
@@ -1374,9 +1379,6 @@ class Life:
         self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
         self.dead = False  # whatever its code does is ignored
         self.ended: asyncio.Future[None] = self.loop.create_future()
-        self.orphan = False  # its task was cancelled by somebody else
-        self.successor: Instance | None = None  # what the next life begins with, if one follows
-        self.interrupted: list[str] = []  # the steps whose attempts its end has cut off
         self._ending: set[asyncio.Task[Any]] = set()  # the tasks that `ended` waits for
         self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
 
@@ -1428,12 +1430,13 @@ class Life:
         if self.dead:
             return
         self.dead = True
-        self._timer = self.loop.call_later(GRACE, self._abandon)
         for task in {self.task, *self.calling(), *self.callbacks}:
             if not task.done():
                 self._ending.add(task)
                 task.add_done_callback(self._one_has_ended)
                 task.cancel()
+        if self._ending:
+            self._timer = self.loop.call_later(GRACE, self._abandon)
         self._check_ended()
 
     def _one_has_ended(self, task: asyncio.Task[Any]) -> None:
@@ -1447,7 +1450,8 @@ class Life:
 
     def _check_ended(self) -> None:
         if not (self._ending or self.ended.done()):
-            self._timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
             self.ended.set_result(None)
             self.engine.lives.life_ended(self)
 
@@ -1482,12 +1486,6 @@ class StepCall(Coroutine[Any, Any, Any]):
     it holds what there is only then."""
 
     step: Step
-    task: asyncio.Task[Any] | None = None  # the one that awaits it
-    attempt: Attempt | None = None  # from when it may begin until its end is committed
-    waiter: asyncio.Future[None] | None = None  # done when it should look again
-    alone = False  # nothing else of the run was under way when it began to wait
-    fresh: Any = None  # its value or its error itself, if that was made in this life
-    _over: asyncio.Future[None] | None = None
 
     def __init__(
         self,
@@ -1500,14 +1498,19 @@ class StepCall(Coroutine[Any, Any, Any]):
     ) -> None:
         self.run, self.kind, self.plan = run, kind, plan
         self.name, self.args, self.options = name, args, options
+        self.task: asyncio.Task[Any] | None = None  # the one that awaits it
+        self.attempt: Attempt | None = None  # from when it may begin until its end is committed
+        self.waiter: asyncio.Future[None] | None = None  # done when it should look again
+        self.alone = False  # nothing else of the run was under way when it began to wait
+        self.fresh: Any = None  # its value or its error itself, if that was made in this life
+        self._over: asyncio.Future[None] | None = None
         self._coroutine: Coroutine[Any, Any, Any] | None = None
-        outer = current_attempt()
+        outer = _scope.get()
         # The attempt in whose callback it is made, if that belongs to this run.
-        self.outer = outer if outer is not None and outer.run is run else None
-        counts = (self.outer or run).counts
-        self.key = f"{kind}{SEPARATOR}{name}"
-        self.count = counts[self.key] = counts.get(self.key, 0) + 1
-        self.key += f"{SEPARATOR}{self.count}"
+        self.outer = outer if isinstance(outer, Attempt) and outer.run is run else None
+        counts, named = (self.outer or run).counts, f"{kind}{SEPARATOR}{name}"
+        self.count = counts[named] = counts.get(named, 0) + 1
+        self.key = f"{named}{SEPARATOR}{self.count}"
         if self.outer is None:
             run.unawaited.add(self)
         else:
@@ -1537,8 +1540,7 @@ class StepCall(Coroutine[Any, Any, Any]):
 
     def wake(self) -> None:
         """Something has happened to its step."""
-        if self.waiter is not None:
-            resolve(self.waiter)
+        resolve(self.waiter)
 
     async def join(self) -> None:
         """Waits until it is under way no more."""
@@ -1619,7 +1621,7 @@ class Replay(Life):
                 del self.inbox[call.key]
             if step.state == "cancelled":
                 log.info("%s: step %r waits until run cancels it again", self, call.name)
-            while call.key in self.inbox or not step.ended:
+            while call.key in self.inbox or step.state not in ENDED:
                 await self.wait(call)
             return self._value(call)
         except asyncio.CancelledError:
@@ -1632,7 +1634,7 @@ class Replay(Life):
         finally:
             del self.active[call.key]
             call.end()
-            if not self.loop.is_closed():
+            if (self.active or self.cancelled) and not self.loop.is_closed():
                 self.move_on()
 
     def note(self, call: StepCall) -> None:
@@ -1643,7 +1645,8 @@ class Replay(Life):
                 if self._dos_left < 0:
                     what = f"the run calls more than {self.workflow.steps} steps (limit steps)"
                     raise fatal("limit.steps", what)
-            note_handler(self, call)
+            if call.options or len(call.args) > 1:
+                note_handler(self, call)
         self.called.add(call.key)
 
     async def carry_out(self, call: StepCall) -> None:
@@ -1728,7 +1731,7 @@ class Replay(Life):
 
     def _deliver(self, call: StepCall) -> None:
         """Lets a call have its result. (One that was cancelled waits until `run` cancels it.)"""
-        if call.step.ended:
+        if call.step.state in ENDED:
             del self.inbox[call.key]
             self.last_move = self.engine.turns.now
             call.wake()
@@ -1768,7 +1771,9 @@ class Run(Replay):
         self.seq = loaded.instance.seq  # of the newest row that it knows of
         self._writing = 0  # operations that have no answer yet
 
-    def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
+    def post(
+        self, operation: Operation, *args: Any, then: Callable[..., None] | None = None
+    ) -> None:
         """Posts one of the operations below, whose first argument is the lease."""
         self._writing += 1
         written = functools.partial(self._written, then or self.saw)
@@ -1786,7 +1791,7 @@ class Run(Replay):
 
     def saw(self, seq: int, _: BaseException | None = None) -> None:
         """A row of its own is stored."""
-        self.seq = max(self.seq, seq)
+        self.seq = seq
 
     def unload(self) -> None:
         if not self.dead:
@@ -1847,10 +1852,9 @@ class Run(Replay):
 
     def take(self, row: Row) -> None:
         """Takes a row into account that was recorded in this life."""
-        step, call = apply(self.steps, row), self.active.get(row.step or "")
-        if step is not None and not step.nested:
+        if (step := apply(self.steps, row)) is not None:
             self.inbox[step.key] = step
-        elif call is not None and (step is not None or row.type == "due"):
+        elif (call := self.active.get(row.step or "")) is not None:
             call.wake()
 
     # -- its status
@@ -1888,12 +1892,11 @@ class Run(Replay):
     def move_on(self) -> None:
         if self.dead or self.asked:
             return
-        if self.status in ("running", "waitingForPause"):
-            if self.status == "waitingForPause" and not self.attempts_in_flight():
-                self._record_cancelled()
-                self._ask("pause", pause_now)
-            else:
-                super().move_on()
+        if self.status == "waitingForPause" and not self.attempts_in_flight():
+            self._record_cancelled()
+            self._ask("pause", pause_now)
+        elif self.status in ("running", "waitingForPause"):
+            super().move_on()
         elif self.status == "waiting" and not self.still_waits():
             self._ask("wake", wake_up)  # `run` has gone on by itself
 
@@ -1981,7 +1984,7 @@ class Attempt:
 
     def __init__(self, run: Run, call: StepCall, config: StepConfig) -> None:
         self.run, self.call, self.config, self.outer = run, call, config, call.outer
-        self.execution = Execution(run, config.timeout, self)
+        self.execution = Execution(run, config.timeout, self, self.ends)
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
         self._unanswered: BaseException | None = None  # the delay function must be asked
@@ -2000,12 +2003,11 @@ class Attempt:
         `post_start` when the callback first waits for something, and `ends` when it has ended."""
         try:
             await self._pass_gate(plan.plain)
-            await self.execution.execute(mocked(self) or plan.bind(self))
-        finally:
+            function = mocked(self) or plan.bind(self)
+        except BaseException:
             self.execution.free_thread()
-        return await self._another_follows()
-
-    async def _another_follows(self) -> bool:
+            raise
+        await self.execution.execute(function)
         if self._unanswered is not None:
             await self._ask_for_delay(self._unanswered)
         return self._again
@@ -2067,20 +2069,22 @@ class Attempt:
         self.call.attempt, self.recorded = self, True
         self.number = self.call.step.attempts
         self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        return await self._another_follows()
+        if self._unanswered is not None:
+            await self._ask_for_delay(self._unanswered)
+        return self._again
 
     def ends(self, value: Any, error: BaseException | None) -> None:
         """Posts its end. (After a failure a delay function may have to be asked first.)"""
-        config, text, fresh = self.config, None, None
+        config, text, fresh, size = self.config, None, None, 0
         if error is None and self.call.kind == "do":  # what a rollback handler returns is ignored
             what, code = f"the result of step {self.call.name!r}", "step.not_serializable"
             try:
                 most = self.run.engine.limits.step_bytes
-                text, fresh = checked(value, what, code, fatal, step_bytes=most)
+                text, fresh, size = checked(value, what, code, fatal, step_bytes=most)
             except (WorkflowFatalError, MemoryError) as refused:
                 error = refused
         if error is None:
-            self._post(self._row("done", text), fresh, size_of(text or ""))
+            self._post(self._row("done", text), fresh, size)
         elif isinstance(error, NOT_RETRIED) or self.number > config.limit:
             self._fail_for_good(error)
         elif callable(config.delay):
@@ -2091,7 +2095,7 @@ class Attempt:
     async def _ask_for_delay(self, error: BaseException) -> None:
         """Asks the delay function, which has five seconds. If it fails, so does the step."""
         function, info = self.config.delay, WorkflowDelayContext(self.context(), error)
-        asked = Execution(self.run, ASKING, self)
+        asked = Execution(self.run, ASKING, self, ignore)
         if not is_async(function):
             await asked.take_thread()
         answer, failure = await asked.execute(functools.partial(function, info))
@@ -2169,7 +2173,8 @@ def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
 def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
-    check_state(tx, inst.bytes, size, fatal)
+    if size:
+        check_state(tx, inst.bytes, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
         tx.steps += 1
@@ -3200,9 +3205,9 @@ _OVER = {"payload_bytes": "limit.event_payload", "step_bytes": "limit.step_outpu
 
 def checked(
     value: Any, what: str, code: str, refuse: ErrorMaker = refusal, **limit: int | None
-) -> tuple[str, Any]:
-    """What `encode` gives; a refusal with that code if the value can't be stored, or one that names
-    the limit (`step_bytes=…`) if it takes more bytes than that."""
+) -> tuple[str, Any, int]:
+    """What `encode` gives, and how many bytes the text takes; a refusal with that code if the value
+    can't be stored, or one that names the limit (`step_bytes=…`) if it takes more than that."""
     try:
         text, fresh = encode(value)
     except _Unserializable as bad:
@@ -3211,7 +3216,7 @@ def checked(
     for name, most in limit.items():
         if most is not None and size > most:
             raise refuse(_OVER[name], f"{what} has {size} bytes: at most {most} (limit {name})")
-    return text, fresh
+    return text, fresh, size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3615,12 +3620,14 @@ class Execution:
     The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
     `run` cancels the step call, which waits for the outcome: then there is none."""
 
-    def __init__(self, run: Run, patience: int, attempt: Attempt) -> None:
-        self.run, self.patience, self._attempt = run, patience, attempt
+    def __init__(
+        self, run: Run, patience: int, attempt: Attempt, tell: Callable[[Any, Any], None]
+    ) -> None:
+        self.run, self.patience, self._attempt, self._tell = run, patience, attempt, tell
         self.cpu = 0  # ns
         self.thread = False  # it has one of the threads
         self.task: asyncio.Task[Any] | None = None
-        self._outcome: Outcome | None = None
+        self._outcome: Any = None  # an `Outcome`
         self._failed = False  # it was decided before the function has ended
         self._decided: asyncio.Future[None] | None = None  # done when there is an outcome
 
@@ -3638,7 +3645,7 @@ class Execution:
                 await self._supervise(task)
             if task.done() and not task.cancelled():
                 task.result()  # raises what `ends` has raised
-            return cast(Outcome, self._outcome)
+            return self._outcome  # type: ignore[no-any-return]
         except asyncio.CancelledError:
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
@@ -3647,7 +3654,7 @@ class Execution:
             run.engine.cpu_ns += self.cpu
             self.free_thread()
             self.task = None  # its context leads back to here, and so does the attempt
-            del self._attempt
+            del self._attempt, self._tell
 
     async def _supervise(self, task: asyncio.Task[None]) -> None:
         """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
@@ -3666,7 +3673,7 @@ class Execution:
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
                 self._attempt.abandoned()
-            self._tell()
+            self._tell(*self._outcome)
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
@@ -3678,7 +3685,7 @@ class Execution:
         _scope.set(self._attempt)
         outcome = await self._drive(function)
         if self._decide(outcome):
-            self._tell()
+            self._tell(*outcome)
 
     def _decide(self, outcome: Outcome) -> bool:
         """The first outcome counts; returns whether this is it."""
@@ -3693,10 +3700,6 @@ class Execution:
         for the outcome cancels that of the function.)"""
         if self._decide((None, failure)):
             self._failed = True
-
-    def _tell(self) -> None:
-        if self._attempt.execution is self:
-            self._attempt.ends(*cast(Outcome, self._outcome))
 
     @types.coroutine
     def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
@@ -4439,14 +4442,16 @@ class Workflow:
         options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
-        text, _ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        text, *_ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
+        kept = self.retention
+        if options["retention"] is not None:
+            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
         return id, text, *kept
 
     def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
         """How long an instance is kept that has succeeded or was terminated, or that has failed:
         what is given by these names, or else what holds for all of the workflow."""
-        given, limits = options_of({} if given is None else given, names, where), self.engine.limits
+        given, limits = options_of(given, names, where), self.engine.limits
         kept, plan = [*self.retention], (limits.success_retention, limits.error_retention)
         for n, name in enumerate(names):
             if name in given:
@@ -4773,11 +4778,10 @@ def undoable(steps: Mapping[str, Step]) -> list[Step]:
 
 def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
-    if call.options or len(call.args) > 1:
-        with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
-            *_, handler, config = do_arguments(call)
-            if handler is not None:
-                run.handlers[call.key] = handler, config
+    with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
+        *_, handler, config = do_arguments(call)
+        if handler is not None:
+            run.handlers[call.key] = handler, config
 
 
 def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
@@ -5413,7 +5417,7 @@ class WorkflowInstanceModifier:
         have no error or timeout.
 
         Error: `step.not_serializable`."""
-        text, _ = checked(value, "the result", "step.not_serializable")
+        text, *_ = checked(value, "the result", "step.not_serializable")
         return self._mock(step, None, lambda _: decode(text))
 
     def mock_step_error(self, step: Any, error: Any, times: int | None = None) -> Self:
@@ -5575,7 +5579,9 @@ def is_skipped(kind: str, call: StepCall) -> bool:
 def mocked(attempt: Attempt) -> Callable[[], Any] | None:
     """What a test has put in the place of an attempt's callback."""
     call = attempt.call
-    for block in _blocks_about(call) if call.kind == "do" else ():
+    if call.kind != "do" or not call.run.engine.scheduler.blocks:
+        return None
+    for block in _blocks_about(call):
         number = attempt.number
         for times, end in block.ends.get((call.name, call.count), ()):
             if number <= times:
@@ -6040,8 +6046,9 @@ def timeline(
     times: dict[str, dict[str, Any]] = {}  # what `apply` does not keep
     for row in rows:
         if row.step is not None:
-            ended = apply(steps, row) is not None
-            if row.step in steps:
+            apply(steps, row)
+            if (step := steps.get(row.step)) is not None:
+                ended = step.state in (*ENDED, "cancelled")
                 _note_times(times.setdefault(row.step, {"attempts": [], "end": None}), row, ended)
             else:  # as if it had not begun
                 times.pop(row.step, None)
@@ -6100,7 +6107,8 @@ def _shown_step(
         return shown | {"success": success, "output": output if success else None}
     error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
     success = error is None if end else None
-    shown |= {"end": end or due, "finished": step.ended, "success": success, "error": error}
+    shown |= {"end": end or due, "finished": step.state in ENDED, "success": success}
+    shown["error"] = error
     if kind == "sleep":
         return shown
     sent = json.loads(step.extra or "{}")
