@@ -42,11 +42,11 @@ life; what a step did is done once:
 
 Below is the same, but stored, concurrent, and asleep most of the time.
 
-    Part I, the heart      the words; the journal; the database; transactions; writing;
-                           scheduling; lives; replay; a run; attempts; what a run records;
-                           the engine
-    Part II, the rules     durations and the clock; records; codec (values and errors); limits;
-                           arguments; retries; executions
+    Part I, the heart      the words; the journal; the database; transactions; scheduling; lives;
+                           replay; a run; attempts; what a run records; news
+    Part II, the rules     the machinery: writing; the engine; executions; and the rules: durations
+                           and the clock; records; codec (values and errors); limits; arguments;
+                           retries
     Part III, the sides    the API; files; operations; binding; rollback; replay reports; history;
                            usage; the Python dialect; introspection and the clock of tests;
                            aliases; schedules; configuration; showing; resources; HTTP and its
@@ -678,13 +678,20 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # nobody is told of a result before that commit: what a caller has seen is on disk. An operation
 # checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
 # trace. Any other error, and a plain `WorkflowInternalError`, undoes the whole transaction and
-# stops the engine.
+# stops the engine. (A transaction is carried out at the end of the turn, on the loop itself; or by
+# a thread, if the disk is slow or another process is writing. See "Writing" in the second part.)
 #
 # After the operations the scheduler does what is due by then, in the same transaction. So a run
 # that is just being loaded hears of every row exactly once: what was there before is in the journal
 # that `load` reads, and what comes later is in the news, which follow the answer of `load`.
 
 _TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
+BATCH = 256  # at most so many operations, and so many due instances, are taken at once
+
+Operation = Callable[..., Any]
+Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
+Posted = tuple[Operation, tuple[Any, ...], Then]  # an operation, its arguments, and who asks
+Reply = tuple[Then, Any, BaseException | None]  # who has asked, and the result or the refusal
 
 
 class Lease(NamedTuple):
@@ -712,6 +719,22 @@ Topic = int | str
 WOKEN = -(2**62)  # where places in the queue begin that are ahead of those that count up from 1
 
 
+def nothing(tx: Transaction) -> None:
+    """An operation that lets the scheduler do what is due."""
+
+
+def ignore(*_: Any) -> None:
+    """What to do with a result that nobody needs."""
+
+
+def resolve(
+    future: asyncio.Future[Any] | None, value: Any = None, error: BaseException | None = None
+) -> None:
+    """Ends a future, unless it has ended."""
+    if future is not None and not future.done():
+        future.set_result(value) if error is None else future.set_exception(error)
+
+
 class Transaction:
     """What operations read and change: instances (the ones that the database remembers) and rows,
     which are written in bulk before a query and before the commit; and what the engine must be told
@@ -729,6 +752,21 @@ class Transaction:
         self._reports = changes.isEnabledFor(logging.DEBUG)
         self._changed: set[int] = set()
         self._rows: list[tuple[Any, ...]] = []
+
+    def carry_out(self, batch: Iterable[Posted]) -> list[Reply]:
+        """All that is done between the begin of a transaction and its commit."""
+        results: list[Reply] = []
+        for operation, args, then in batch:
+            try:
+                results.append((then, operation(self, *args), None))
+            except WorkflowError as refused:
+                if type(refused) is WorkflowInternalError:
+                    raise
+                results.append((then, None, refused))
+        self.scheduler.schedule(self)
+        count_usage(self)
+        self.write()
+        return results
 
     def select(self, where: str, *args: Any) -> list[Instance]:
         """Instances, each as one object, however often it is read."""
@@ -853,287 +891,6 @@ class Transaction:
             changed = [_values_of(self._instances[key]) for key in self._changed]
             self.db.executemany(_UPSERT, changed)
             self._changed.clear()
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing: who runs a transaction, and when.
-#
-# On the loop itself, at the end of the turn in which something was posted, as long as a commit
-# takes about a millisecond at most: so a step needs no hand-over between threads. (If a run waits,
-# and nothing else happens in that turn, it need not even wait for the end of it.) On a slow disk,
-# or while another process holds the write lock, in the writer thread: so the loop never waits for
-# either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
-# Both take the same `_transact`, one at a time. What was posted first is committed first, so that
-# everything goes through the thread as long as the thread has anything.
-#
-# Beside that, the thread looks every 50 to 100 ms (a tick) whether another process has written,
-# whether something has fallen due by the wall clock, which may jump, whether the owner is gone, and
-# every second whether the file is still there. What it finds it tells the loop, which posts.
-
-TICK = 0.05  # seconds
-QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
-LONG_TURN = 0.002  # seconds; a turn of the loop is not drawn out for longer
-TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
-BATCH = 256  # at most so many operations, and so many due instances, are taken at once
-
-Operation = Callable[..., Any]
-Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
-Posted = tuple[Operation, tuple[Any, ...], Then]
-
-
-def nothing(tx: Transaction) -> None:
-    """An operation that lets the scheduler do what is due."""
-
-
-def ignore(*_: Any) -> None:
-    """What to do with a result that nobody needs."""
-
-
-def resolve(
-    future: asyncio.Future[Any] | None, value: Any = None, error: BaseException | None = None
-) -> None:
-    """Ends a future, unless it has ended."""
-    if future is not None and not future.done():
-        future.set_result(value) if error is None else future.set_exception(error)
-
-
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
-class Answer(NamedTuple):
-    """What came of a transaction. `touched` is None if another process has written: then anything
-    may have changed."""
-
-    results: list[tuple[Then, Any, BaseException | None]]
-    news: list[News]
-    touched: set[Topic] | None
-
-
-class Writer:
-    """Runs what is posted, and then tells the engine."""
-
-    def __init__(self, engine: Core, database: Database) -> None:
-        self.engine, self.database, self.scheduler = engine, database, engine.scheduler
-        self.exact = engine.clock.exact  # everything on the loop
-        self.failure: WorkflowInternalError | None = None
-        self.flushing = False  # the loop is about to run what was posted
-        self._posted: list[Posted] = []
-        self._turn_began: float = 0  # the turn in which something was posted first
-        self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
-        self._handed = 0  # batches of the thread that have not been answered yet
-        self._lock = threading.RLock()  # whoever uses the database holds it
-        self._distrust = TRUST  # so many more of these
-        self._timer: Any = None
-        self._armed: float = math.inf  # when the timer goes off
-        self._ticked = self._checked = time.monotonic()
-        self._process = os.getpid()
-        self._closed = False
-        self._cpu_counted = 0  # of the engine's `cpu_ns`
-
-    def start(self) -> asyncio.Future[None]:
-        """Opens the database in the thread; the future fails if that is refused."""
-        opened: asyncio.Future[None] = self.engine.loop.create_future()
-        self.closed: asyncio.Future[None] = self.engine.loop.create_future()
-        self.thread = threading.Thread(target=self._main, args=(opened,), daemon=True)
-        self.thread.start()
-        return opened
-
-    def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
-        """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
-        committed."""
-        self._posted.append((operation, args, then))
-        self._flush_later()
-
-    def hurry(self) -> None:
-        """Does now what would be done at the end of this turn: for a run that waits, when nothing
-        else is left to do in this turn. But not if this turn has lasted for `LONG_TURN` already,
-        because the loop must look at its timers and sockets."""
-        if time.monotonic() < self._turn_began + LONG_TURN:
-            try:
-                self.engine.context.run(self._carry_out)
-            except BaseException as error:  # Ctrl-C, or a bug: not for the code of `run` to catch
-                self.engine.call_soon(functools.partial(_raise, error))
-
-    def close(self) -> None:
-        """Runs what is posted, and lets the thread close the database."""
-        posted, self._posted = self._posted, []
-        self._closed = True
-        self._give_to_thread(posted)
-        self._batches.put(None)
-        if self._timer is not None:
-            self._timer.cancel()
-
-    @property
-    def busy(self) -> bool:
-        """Whether something was posted that has no answer yet."""
-        return bool(self._posted or self._handed)
-
-    # -- on the loop
-
-    def _flush_later(self) -> None:
-        if not self.flushing:
-            self.flushing = True
-            self._turn_began = time.monotonic()
-            self.engine.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self.flushing = False
-        self._carry_out()
-
-    def _carry_out(self) -> None:
-        batch, self._posted = self._posted[:BATCH], self._posted[BATCH:]
-        if self._posted:
-            self._flush_later()
-        if not batch or self._closed or self._process != os.getpid():
-            return  # (a forked child must not write over our connection)
-        answer = None
-        if self.exact or (self._distrust == 0 and self._handed == 0):
-            try:
-                if self._lock.acquire(blocking=self.exact):
-                    answer = self._answer(batch, patient=self.exact)
-            finally:  # Ctrl-C may come in between: then nobody knows whether it is ours
-                try:  # noqa: SIM105 (`contextlib.suppress` costs 1.4 % of a step)
-                    self._lock.release()
-                except RuntimeError:
-                    pass
-        if answer is None:
-            self._give_to_thread(batch)
-        else:
-            self._receive(answer)
-
-    def _give_to_thread(self, batch: list[Posted]) -> None:
-        self._handed += 1
-        self._batches.put(batch)
-
-    def _receive(self, answer: Answer, batches: int = 0) -> None:
-        self._handed -= batches
-        if self.failure is not None:
-            self.engine.storage_failed()
-        self.engine.deliver(answer)
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        """Sees to it that what is due is attended to in time."""
-        if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
-            self.post(nothing)
-        elif self.scheduler.next_wake < self._armed and self.database.owner:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
-            self._timer = clock.call_later(max(0, self._armed - clock.now()), self._go_off)
-
-    def _go_off(self) -> None:
-        self._armed = math.inf
-        self.post(nothing)
-
-    def _hear(self, others_wrote: bool) -> None:
-        """What the thread has found at a tick."""
-        if others_wrote:
-            self.scheduler.stirred = True
-            self.engine.deliver(Answer([], [], None))
-        self.post(nothing)
-
-    # -- on either thread, with the lock
-
-    def _answer(self, batch: list[Posted], patient: bool) -> Answer | None:
-        """Carries out a batch, or says that storage has failed; None if another process holds the
-        lock and we are not patient."""
-        try:
-            if self.failure is None:
-                return self._transact(batch, patient)
-        except BaseException as error:
-            self.fail(error)
-            if not isinstance(error, Exception):  # Ctrl-C, in the middle of it
-                raise
-        return Answer([(then, None, self.failure) for _, _, then in batch], [], set())
-
-    def _transact(self, batch: list[Posted], patient: bool) -> Answer | None:
-        """The transaction: each operation, then what is due by then, then the commit."""
-        if not self.database.begin(patient):
-            return None
-        self.scheduler.stirred |= self.database.refresh()
-        outside = self.exact and self.database.others_wrote()  # else the tick notices that
-        cpu_ns = self.engine.cpu_ns
-        tx = Transaction(self.database, self.scheduler, cpu_ns - self._cpu_counted)
-        results: list[tuple[Then, Any, BaseException | None]] = []
-        for operation, args, then in batch:
-            try:
-                results.append((then, operation(tx, *args), None))
-            except WorkflowError as refused:
-                if type(refused) is WorkflowInternalError:
-                    raise
-                results.append((then, None, refused))
-        self.scheduler.schedule(tx)
-        count_usage(tx)
-        tx.write()
-        began = time.perf_counter()
-        self.database.execute("COMMIT")
-        self._cpu_counted = cpu_ns
-        if tx.written:
-            quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
-            self._distrust = max(0, self._distrust - 1) if quick else TRUST
-        return Answer(results, tx.news, None if outside else tx.touched)
-
-    def fail(self, error: BaseException) -> None:
-        """Storage has failed: nothing of this transaction is stored, and nothing more will be."""
-        self.failure = storage_error(self.database.path, error)
-        if isinstance(error, Exception):
-            log.critical("%s; the engine stops here", self.failure, exc_info=error)
-        self.database.close()
-
-    # -- in the thread
-
-    def _main(self, opened: asyncio.Future[None]) -> None:
-        call = self.engine.call_from_thread
-        try:
-            self.database.open()
-            call(resolve, opened)
-            self._work()
-        except Exception as error:  # of opening: all else is told by `_answer` and `_tick`
-            call(resolve, opened, None, storage_error(self.database.path, error))
-        with self._lock:
-            self.database.close()
-        call(resolve, self.closed)
-
-    def _work(self) -> None:
-        batches: list[list[Posted] | None] = []
-        # (If the loop is closed, somebody has forgotten to leave the engine.)
-        while None not in batches and not self.engine.loop.is_closed():
-            batches.clear()
-            with contextlib.suppress(queue.Empty):
-                batches.append(self._batches.get(timeout=TICK))
-                while True:
-                    batches.append(self._batches.get_nowait())
-            if any(batches):
-                batch = [posted for part in batches for posted in part or ()]
-                with self._lock:
-                    answer = self._answer(batch, patient=True)
-                done = len(batches) - batches.count(None)
-                self.engine.call_from_thread(self._receive, answer, done)
-            if time.monotonic() > self._ticked + TICK:
-                self._tick()
-
-    def _tick(self) -> None:
-        """Looks for what nobody tells us."""
-        with self._lock:
-            self._ticked = time.monotonic()
-            if self.failure is not None:
-                return
-            try:
-                others_wrote = self.database.others_wrote()
-                if self.scheduler.bound and not self.database.owner:
-                    self.scheduler.stirred |= self.database.contend()
-                if self._ticked > self._checked + 1:
-                    self._checked = self._ticked
-                    if self.database.files is not None:
-                        self.database.files.check()
-                    warn_about_unbound_work(self.scheduler)
-                if others_wrote or self.scheduler.is_due(self.scheduler.clock.now()):
-                    self.engine.call_from_thread(self._hear, others_wrote)
-            except Exception as error:
-                self.fail(error)
-                self.engine.call_from_thread(self._receive, Answer([], [], set()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2268,9 +2025,8 @@ def check_state(tx: Transaction, present: int, size: int, refuse: ErrorMaker) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# The engine: turns the news of transactions into lives, and knows what to do when something fails:
-# storage (stop in place), the loop (unload), the whole process (nothing at all: the next one finds
-# what was running).
+# News: what a committed transaction tells about an instance goes to its life, or begins one. Here
+# is also who knows when a run has settled, and when one that waits is unloaded.
 
 
 class Turns:
@@ -2397,6 +2153,265 @@ class Lives:
                     run.unload()
         if self._drowsy:
             self._set_sweep(max(50, next(iter(self._drowsy.values())) - now))
+
+
+# ==================================================================================================
+# Part II: the machinery, and the rules
+# ==================================================================================================
+#
+# --------------------------------------------------------------------------------------------------
+# Writing: who runs a transaction, and when.
+#
+# On the loop itself, at the end of the turn in which something was posted, as long as a commit
+# takes about a millisecond at most: so a step needs no hand-over between threads. (If a run waits,
+# and nothing else happens in that turn, it need not even wait for the end of it.) On a slow disk,
+# or while another process holds the write lock, in the writer thread: so the loop never waits for
+# either. (With a `ManualClock` always on the loop: then all that happens has an exact order.)
+# Both take the same `_transact`, one at a time. What was posted first is committed first, so that
+# everything goes through the thread as long as the thread has anything.
+#
+# Beside that, the thread looks every 50 to 100 ms (a tick) whether another process has written,
+# whether something has fallen due by the wall clock, which may jump, whether the owner is gone, and
+# every second whether the file is still there. What it finds it tells the loop, which posts.
+
+TICK = 0.05  # seconds
+QUICK, PER_ROW = 0.001, 5e-6  # seconds that a commit may take to be quick
+LONG_TURN = 0.002  # seconds; a turn of the loop is not drawn out for longer
+TRUST = 3  # after so many quick commits in a row in the thread, the loop commits again
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+class Answer(NamedTuple):
+    """What came of a transaction. `touched` is None if another process has written: then anything
+    may have changed."""
+
+    results: list[Reply]
+    news: list[News]
+    touched: set[Topic] | None
+
+
+class Writer:
+    """Runs what is posted, and then tells the engine."""
+
+    def __init__(self, engine: Core, database: Database) -> None:
+        self.engine, self.database, self.scheduler = engine, database, engine.scheduler
+        self.exact = engine.clock.exact  # everything on the loop
+        self.failure: WorkflowInternalError | None = None
+        self.flushing = False  # the loop is about to run what was posted
+        self._posted: list[Posted] = []
+        self._turn_began: float = 0  # the turn in which something was posted first
+        self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
+        self._handed = 0  # batches of the thread that have not been answered yet
+        self._lock = threading.RLock()  # whoever uses the database holds it
+        self._distrust = TRUST  # so many more of these
+        self._timer: Any = None
+        self._armed: float = math.inf  # when the timer goes off
+        self._ticked = self._checked = time.monotonic()
+        self._process = os.getpid()
+        self._closed = False
+        self._cpu_counted = 0  # of the engine's `cpu_ns`
+
+    def start(self) -> asyncio.Future[None]:
+        """Opens the database in the thread; the future fails if that is refused."""
+        opened: asyncio.Future[None] = self.engine.loop.create_future()
+        self.closed: asyncio.Future[None] = self.engine.loop.create_future()
+        self.thread = threading.Thread(target=self._main, args=(opened,), daemon=True)
+        self.thread.start()
+        return opened
+
+    def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
+        """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
+        committed."""
+        self._posted.append((operation, args, then))
+        self._flush_later()
+
+    def hurry(self) -> None:
+        """Does now what would be done at the end of this turn: for a run that waits, when nothing
+        else is left to do in this turn. But not if this turn has lasted for `LONG_TURN` already,
+        because the loop must look at its timers and sockets."""
+        if time.monotonic() < self._turn_began + LONG_TURN:
+            try:
+                self.engine.context.run(self._carry_out)
+            except BaseException as error:  # Ctrl-C, or a bug: not for the code of `run` to catch
+                self.engine.call_soon(functools.partial(_raise, error))
+
+    def close(self) -> None:
+        """Runs what is posted, and lets the thread close the database."""
+        posted, self._posted = self._posted, []
+        self._closed = True
+        self._give_to_thread(posted)
+        self._batches.put(None)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was posted that has no answer yet."""
+        return bool(self._posted or self._handed)
+
+    # -- on the loop
+
+    def _flush_later(self) -> None:
+        if not self.flushing:
+            self.flushing = True
+            self._turn_began = time.monotonic()
+            self.engine.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self.flushing = False
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        batch, self._posted = self._posted[:BATCH], self._posted[BATCH:]
+        if self._posted:
+            self._flush_later()
+        if not batch or self._closed or self._process != os.getpid():
+            return  # (a forked child must not write over our connection)
+        answer = None
+        if self.exact or (self._distrust == 0 and self._handed == 0):
+            try:
+                if self._lock.acquire(blocking=self.exact):
+                    answer = self._answer(batch, patient=self.exact)
+            finally:  # Ctrl-C may come in between: then nobody knows whether it is ours
+                try:  # noqa: SIM105 (`contextlib.suppress` costs 1.4 % of a step)
+                    self._lock.release()
+                except RuntimeError:
+                    pass
+        if answer is None:
+            self._give_to_thread(batch)
+        else:
+            self._receive(answer)
+
+    def _give_to_thread(self, batch: list[Posted]) -> None:
+        self._handed += 1
+        self._batches.put(batch)
+
+    def _receive(self, answer: Answer, batches: int = 0) -> None:
+        self._handed -= batches
+        if self.failure is not None:
+            self.engine.storage_failed()
+        self.engine.deliver(answer)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Sees to it that what is due is attended to in time."""
+        if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
+            self.post(nothing)
+        elif self.scheduler.next_wake < self._armed and self.database.owner:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
+            self._timer = clock.call_later(max(0, self._armed - clock.now()), self._go_off)
+
+    def _go_off(self) -> None:
+        self._armed = math.inf
+        self.post(nothing)
+
+    def _hear(self, others_wrote: bool) -> None:
+        """What the thread has found at a tick."""
+        if others_wrote:
+            self.scheduler.stirred = True
+            self.engine.deliver(Answer([], [], None))
+        self.post(nothing)
+
+    # -- on either thread, with the lock
+
+    def _answer(self, batch: list[Posted], patient: bool) -> Answer | None:
+        """Carries out a batch, or says that storage has failed; None if another process holds the
+        lock and we are not patient."""
+        try:
+            if self.failure is None:
+                return self._transact(batch, patient)
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C, in the middle of it
+                raise
+        return Answer([(then, None, self.failure) for _, _, then in batch], [], set())
+
+    def _transact(self, batch: list[Posted], patient: bool) -> Answer | None:
+        """The transaction, from its begin to its commit."""
+        if not self.database.begin(patient):
+            return None
+        self.scheduler.stirred |= self.database.refresh()
+        outside = self.exact and self.database.others_wrote()  # else the tick notices that
+        cpu_ns = self.engine.cpu_ns
+        tx = Transaction(self.database, self.scheduler, cpu_ns - self._cpu_counted)
+        results = tx.carry_out(batch)
+        began = time.perf_counter()
+        self.database.execute("COMMIT")
+        self._cpu_counted = cpu_ns
+        if tx.written:
+            quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
+            self._distrust = max(0, self._distrust - 1) if quick else TRUST
+        return Answer(results, tx.news, None if outside else tx.touched)
+
+    def fail(self, error: BaseException) -> None:
+        """Storage has failed: nothing of this transaction is stored, and nothing more will be."""
+        self.failure = storage_error(self.database.path, error)
+        if isinstance(error, Exception):
+            log.critical("%s; the engine stops here", self.failure, exc_info=error)
+        self.database.close()
+
+    # -- in the thread
+
+    def _main(self, opened: asyncio.Future[None]) -> None:
+        call = self.engine.call_from_thread
+        try:
+            self.database.open()
+            call(resolve, opened)
+            self._work()
+        except Exception as error:  # of opening: all else is told by `_answer` and `_tick`
+            call(resolve, opened, None, storage_error(self.database.path, error))
+        with self._lock:
+            self.database.close()
+        call(resolve, self.closed)
+
+    def _work(self) -> None:
+        batches: list[list[Posted] | None] = []
+        # (If the loop is closed, somebody has forgotten to leave the engine.)
+        while None not in batches and not self.engine.loop.is_closed():
+            batches.clear()
+            with contextlib.suppress(queue.Empty):
+                batches.append(self._batches.get(timeout=TICK))
+                while True:
+                    batches.append(self._batches.get_nowait())
+            if any(batches):
+                batch = [posted for part in batches for posted in part or ()]
+                with self._lock:
+                    answer = self._answer(batch, patient=True)
+                done = len(batches) - batches.count(None)
+                self.engine.call_from_thread(self._receive, answer, done)
+            if time.monotonic() > self._ticked + TICK:
+                self._tick()
+
+    def _tick(self) -> None:
+        """Looks for what nobody tells us."""
+        with self._lock:
+            self._ticked = time.monotonic()
+            if self.failure is not None:
+                return
+            try:
+                others_wrote = self.database.others_wrote()
+                if self.scheduler.bound and not self.database.owner:
+                    self.scheduler.stirred |= self.database.contend()
+                if self._ticked > self._checked + 1:
+                    self._checked = self._ticked
+                    if self.database.files is not None:
+                        self.database.files.check()
+                    warn_about_unbound_work(self.scheduler)
+                if others_wrote or self.scheduler.is_due(self.scheduler.clock.now()):
+                    self.engine.call_from_thread(self._hear, others_wrote)
+            except Exception as error:
+                self.fail(error)
+                self.engine.call_from_thread(self._receive, Answer([], [], set()))
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine: opens and closes, and knows what to do when something fails: storage (stop in place),
+# the loop (unload), the whole process (nothing at all: the next one finds what was running).
 
 
 class Watchers:
@@ -2572,10 +2587,248 @@ def leave(tx: Transaction) -> None:
             tx.leave_slot(inst)
 
 
-# ==================================================================================================
-# Part II: the rules
-# ==================================================================================================
+# --------------------------------------------------------------------------------------------------
+# Executions: how a function of the user is called, with a timeout, in a task of its own or in a
+# thread.
 #
+# A plain function runs in a thread, so that it never blocks the loop. A thread cannot be cancelled;
+# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of
+# our own, because those of an executor would hold up the interpreter's exit.
+
+
+class Threads:
+    """Used from the loop only; whoever wants a thread takes one of the `slots` first."""
+
+    LIMIT = 64
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.slots = asyncio.Semaphore(self.LIMIT)
+        self._jobs: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._began: dict[asyncio.Future[Any], float] = {}  # the jobs that have not ended, and when
+
+    def execute(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Runs it in a thread; the result is (value, error, CPU time in ns)."""
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        self._began[reply] = time.monotonic()
+        if len(self._began) > self._threads:
+            self._threads += 1
+            threading.Thread(target=self._serve, daemon=True, name="workflows-callback").start()
+        self._jobs.put((function, reply))
+        return reply
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._do(*job)
+            del job  # or it is kept until the next one
+
+    def _do(self, function: Callable[[], Any], reply: asyncio.Future[Any]) -> None:
+        began = time.thread_time_ns()
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        outcome = (value, error, time.thread_time_ns() - began)
+        try:
+            self._loop.call_soon_threadsafe(self._done, reply, outcome)
+        except RuntimeError:  # the loop is gone, and so is whoever asked
+            _discard(value)
+
+    def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
+        del self._began[reply]
+        if reply.done():  # its caller was cancelled
+            _discard(outcome[0])
+        resolve(reply, outcome)
+
+    def may_end_soon(self) -> bool:
+        """Whether a callback may end any moment: it has been running for less than 100 ms."""
+        now = time.monotonic()
+        return any(now < began + 0.1 for began in self._began.values())
+
+    def close(self) -> None:
+        """Lets every thread end, at once or when its callback does."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+
+Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
+# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
+_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+class Execution:
+    """One call of a function of the user: the callback of an attempt, or its delay function. It has
+    a task of its own, so that a timeout or a cancellation reaches that and nothing else. The step
+    calls that the function makes belong to the attempt. When its callback has ended, the attempt is
+    told at once.
+
+    The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
+    `run` cancels the step call, which waits for the outcome: then there is none."""
+
+    def __init__(
+        self, run: Run, patience: int, attempt: Attempt, tell: Callable[[Any, Any], None]
+    ) -> None:
+        self.run, self.patience, self._attempt, self._tell = run, patience, attempt, tell
+        self.cpu = 0  # ns
+        self.thread = False  # it has one of the threads
+        self.task: asyncio.Task[Any] | None = None
+        self._outcome: Any = None  # an `Outcome`
+        self._failed = False  # it was decided before the function has ended
+        self._decided: asyncio.Future[None] | None = None  # done when there is an outcome
+
+    async def execute(self, function: Callable[[], Any]) -> Outcome:
+        """Calls the function; returns the outcome."""
+        run, outer = self.run, self._attempt.outer
+        task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
+        if outer is not None and outer.execution.task is asyncio.current_task(run.loop):
+            outer.execution.cpu -= self.cpu  # the first step of the task was taken inside that
+        try:
+            if not task.done():
+                run.callbacks.add(task)
+                task.add_done_callback(self._has_ended)
+                self._attempt.post_start()
+                await self._supervise(task)
+            if task.done() and not task.cancelled():
+                task.result()  # raises what `ends` has raised
+            return self._outcome  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            if not run.dead:  # else it was cancelled already, and may be cleaning up
+                task.cancel()
+            raise
+        finally:
+            run.engine.cpu_ns += self.cpu
+            self.free_thread()
+            self.task = None  # its context leads back to here, and so does the attempt
+            del self._attempt, self._tell
+
+    async def _supervise(self, task: asyncio.Task[None]) -> None:
+        """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
+        ended a second later, it is abandoned."""
+        clock, time_out = self.run.engine.clock, lambda: self._fail(timed_out(self.patience))
+        timer = clock.limit(self.patience, time_out)
+        self._decided = self.run.loop.create_future()
+        try:
+            if self._outcome is None:
+                await self._decided
+        finally:
+            timer.cancel()
+        if self._failed:
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
+            if not task.done():
+                log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
+                self._attempt.abandoned()
+            self._tell(*self._outcome)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self.run.callbacks.discard(task)
+        if not task.cancelled():
+            resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, or a bug
+
+    async def _perform(self, function: Callable[[], Any]) -> None:
+        self.task = asyncio.current_task(self.run.loop)
+        _scope.set(self._attempt)
+        outcome = await self._drive(function)
+        if self._decide(outcome):
+            self._tell(*outcome)
+
+    def _decide(self, outcome: Outcome) -> bool:
+        """The first outcome counts; returns whether this is it."""
+        if self._outcome is not None or (self._decided is not None and self._decided.cancelled()):
+            return False
+        self._outcome = outcome
+        resolve(self._decided)
+        return True
+
+    def _fail(self, failure: WorkflowError) -> None:
+        """Decides that it has failed, whatever the function does from now on. (The task that waits
+        for the outcome cancels that of the function.)"""
+        if self._decide((None, failure)):
+            self._failed = True
+
+    @types.coroutine
+    def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
+        """Does what `await` does, and measures CPU time while the function's own code runs."""
+        value, error, given = None, None, None
+        try:
+            coroutine: Any = self._in_thread(function) if self.thread else function()
+            resume = coroutine.send
+            while True:
+                self.run.engine.activity += 1
+                began = time.thread_time_ns()
+                try:
+                    awaited = resume(given)
+                finally:
+                    self.cpu += time.thread_time_ns() - began
+                if (excess := self._excess()) is not None:
+                    self._fail(excess)
+                try:
+                    resume, given = coroutine.send, (yield awaited)
+                except BaseException as raised:
+                    resume, given = coroutine.throw, raised
+        except StopIteration as stop:
+            value = stop.value
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:
+            error = raised
+        return value, self._excess() or error
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        in_context = functools.partial(contextvars.copy_context().run, function)
+        reply = self.run.engine.threads.execute(in_context)
+        try:
+            value, error, cpu = await reply
+        except asyncio.CancelledError:
+            if not reply.cancelled():
+                _discard(reply.result()[0])
+            raise
+        finally:
+            self.free_thread()
+        self.cpu += cpu
+        if error is not None:
+            raise error
+        return await value if inspect.isawaitable(value) else value
+
+    async def take_thread(self) -> None:
+        """Waits until one of the threads is free."""
+        self.thread = await self.run.engine.threads.slots.acquire()
+
+    def free_thread(self) -> None:
+        """Leaves its thread to the next, if it has one."""
+        if self.thread:
+            self.thread = False
+            self.run.engine.threads.slots.release()
+
+    def _excess(self) -> WorkflowError | None:
+        limit = self.run.engine.limits.cpu_ms
+        if limit is None or self.cpu <= limit * 1_000_000:
+            return None
+        return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
+
+
+def _discard(value: Any) -> None:
+    """Closes what nobody will await."""
+    if inspect.iscoroutine(value):
+        value.close()
+
+
+def timed_out(ms: int) -> WorkflowTimeoutError:
+    """What fails because its time is up."""
+    return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
+
+
+def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
+    """The tokens (see `Life`) of those whose own code has a timer ahead; None if the loop does not
+    show its timers. A timer runs in a copy of the context it was made in."""
+    timers = getattr(loop, "_scheduled", None)
+    if timers is None:
+        return None
+    return {timer._context.get(_scope) for timer in timers if not timer.cancelled()}
+
+
 # --------------------------------------------------------------------------------------------------
 # Durations and the clock. Inside the module every time is a whole number of milliseconds, every
 # moment one since the Unix epoch, read from a `Clock`. (Elsewhere only real spans are measured: CPU
@@ -3538,248 +3791,6 @@ def _gone(_: WorkflowDelayContext) -> NoReturn:
 
 
 NO_CONFIG = StepConfig()
-
-
-# --------------------------------------------------------------------------------------------------
-# Executions: how a function of the user is called, with a timeout, in a task of its own or in a
-# thread.
-#
-# A plain function runs in a thread, so that it never blocks the loop. A thread cannot be cancelled;
-# one whose time is up is abandoned, which frees its slot but not the thread. They are daemons of
-# our own, because those of an executor would hold up the interpreter's exit.
-
-
-class Threads:
-    """Used from the loop only; whoever wants a thread takes one of the `slots` first."""
-
-    LIMIT = 64
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.slots = asyncio.Semaphore(self.LIMIT)
-        self._jobs: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
-        self._threads = 0
-        self._began: dict[asyncio.Future[Any], float] = {}  # the jobs that have not ended, and when
-
-    def execute(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Runs it in a thread; the result is (value, error, CPU time in ns)."""
-        reply: asyncio.Future[Any] = self._loop.create_future()
-        self._began[reply] = time.monotonic()
-        if len(self._began) > self._threads:
-            self._threads += 1
-            threading.Thread(target=self._serve, daemon=True, name="workflows-callback").start()
-        self._jobs.put((function, reply))
-        return reply
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._do(*job)
-            del job  # or it is kept until the next one
-
-    def _do(self, function: Callable[[], Any], reply: asyncio.Future[Any]) -> None:
-        began = time.thread_time_ns()
-        value, error = None, None
-        try:
-            value = function()
-        except BaseException as raised:
-            error = raised
-        outcome = (value, error, time.thread_time_ns() - began)
-        try:
-            self._loop.call_soon_threadsafe(self._done, reply, outcome)
-        except RuntimeError:  # the loop is gone, and so is whoever asked
-            _discard(value)
-
-    def _done(self, reply: asyncio.Future[Any], outcome: tuple[Any, Any, int]) -> None:
-        del self._began[reply]
-        if reply.done():  # its caller was cancelled
-            _discard(outcome[0])
-        resolve(reply, outcome)
-
-    def may_end_soon(self) -> bool:
-        """Whether a callback may end any moment: it has been running for less than 100 ms."""
-        now = time.monotonic()
-        return any(now < began + 0.1 for began in self._began.values())
-
-    def close(self) -> None:
-        """Lets every thread end, at once or when its callback does."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-
-Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
-# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
-_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-
-
-class Execution:
-    """One call of a function of the user: the callback of an attempt, or its delay function. It has
-    a task of its own, so that a timeout or a cancellation reaches that and nothing else. The step
-    calls that the function makes belong to the attempt. When its callback has ended, the attempt is
-    told at once.
-
-    The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
-    `run` cancels the step call, which waits for the outcome: then there is none."""
-
-    def __init__(
-        self, run: Run, patience: int, attempt: Attempt, tell: Callable[[Any, Any], None]
-    ) -> None:
-        self.run, self.patience, self._attempt, self._tell = run, patience, attempt, tell
-        self.cpu = 0  # ns
-        self.thread = False  # it has one of the threads
-        self.task: asyncio.Task[Any] | None = None
-        self._outcome: Any = None  # an `Outcome`
-        self._failed = False  # it was decided before the function has ended
-        self._decided: asyncio.Future[None] | None = None  # done when there is an outcome
-
-    async def execute(self, function: Callable[[], Any]) -> Outcome:
-        """Calls the function; returns the outcome."""
-        run, outer = self.run, self._attempt.outer
-        task = asyncio.Task(self._perform(function), loop=run.loop, **_EAGERLY)
-        if outer is not None and outer.execution.task is asyncio.current_task(run.loop):
-            outer.execution.cpu -= self.cpu  # the first step of the task was taken inside that
-        try:
-            if not task.done():
-                run.callbacks.add(task)
-                task.add_done_callback(self._has_ended)
-                self._attempt.post_start()
-                await self._supervise(task)
-            if task.done() and not task.cancelled():
-                task.result()  # raises what `ends` has raised
-            return self._outcome  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            if not run.dead:  # else it was cancelled already, and may be cleaning up
-                task.cancel()
-            raise
-        finally:
-            run.engine.cpu_ns += self.cpu
-            self.free_thread()
-            self.task = None  # its context leads back to here, and so does the attempt
-            del self._attempt, self._tell
-
-    async def _supervise(self, task: asyncio.Task[None]) -> None:
-        """Waits until the task has ended. If its time is up, it is cancelled; and if it has not
-        ended a second later, it is abandoned."""
-        clock, time_out = self.run.engine.clock, lambda: self._fail(timed_out(self.patience))
-        timer = clock.limit(self.patience, time_out)
-        self._decided = self.run.loop.create_future()
-        try:
-            if self._outcome is None:
-                await self._decided
-        finally:
-            timer.cancel()
-        if self._failed:
-            task.cancel()
-            await asyncio.wait({task}, timeout=GRACE)
-            if not task.done():
-                log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
-                self._attempt.abandoned()
-            self._tell(*self._outcome)
-
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
-        self.run.callbacks.discard(task)
-        if not task.cancelled():
-            resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, or a bug
-
-    async def _perform(self, function: Callable[[], Any]) -> None:
-        self.task = asyncio.current_task(self.run.loop)
-        _scope.set(self._attempt)
-        outcome = await self._drive(function)
-        if self._decide(outcome):
-            self._tell(*outcome)
-
-    def _decide(self, outcome: Outcome) -> bool:
-        """The first outcome counts; returns whether this is it."""
-        if self._outcome is not None or (self._decided is not None and self._decided.cancelled()):
-            return False
-        self._outcome = outcome
-        resolve(self._decided)
-        return True
-
-    def _fail(self, failure: WorkflowError) -> None:
-        """Decides that it has failed, whatever the function does from now on. (The task that waits
-        for the outcome cancels that of the function.)"""
-        if self._decide((None, failure)):
-            self._failed = True
-
-    @types.coroutine
-    def _drive(self, function: Callable[[], Any]) -> Generator[Any, Any, Outcome]:
-        """Does what `await` does, and measures CPU time while the function's own code runs."""
-        value, error, given = None, None, None
-        try:
-            coroutine: Any = self._in_thread(function) if self.thread else function()
-            resume = coroutine.send
-            while True:
-                self.run.engine.activity += 1
-                began = time.thread_time_ns()
-                try:
-                    awaited = resume(given)
-                finally:
-                    self.cpu += time.thread_time_ns() - began
-                if (excess := self._excess()) is not None:
-                    self._fail(excess)
-                try:
-                    resume, given = coroutine.send, (yield awaited)
-                except BaseException as raised:
-                    resume, given = coroutine.throw, raised
-        except StopIteration as stop:
-            value = stop.value
-        except KeyboardInterrupt:
-            raise
-        except BaseException as raised:
-            error = raised
-        return value, self._excess() or error
-
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        in_context = functools.partial(contextvars.copy_context().run, function)
-        reply = self.run.engine.threads.execute(in_context)
-        try:
-            value, error, cpu = await reply
-        except asyncio.CancelledError:
-            if not reply.cancelled():
-                _discard(reply.result()[0])
-            raise
-        finally:
-            self.free_thread()
-        self.cpu += cpu
-        if error is not None:
-            raise error
-        return await value if inspect.isawaitable(value) else value
-
-    async def take_thread(self) -> None:
-        """Waits until one of the threads is free."""
-        self.thread = await self.run.engine.threads.slots.acquire()
-
-    def free_thread(self) -> None:
-        """Leaves its thread to the next, if it has one."""
-        if self.thread:
-            self.thread = False
-            self.run.engine.threads.slots.release()
-
-    def _excess(self) -> WorkflowError | None:
-        limit = self.run.engine.limits.cpu_ms
-        if limit is None or self.cpu <= limit * 1_000_000:
-            return None
-        return refusal("limit.cpu", f"the attempt used over {limit} ms of CPU time (limit cpu_ms)")
-
-
-def _discard(value: Any) -> None:
-    """Closes what nobody will await."""
-    if inspect.iscoroutine(value):
-        value.close()
-
-
-def timed_out(ms: int) -> WorkflowTimeoutError:
-    """What fails because its time is up."""
-    return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
-
-
-def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
-    """The tokens (see `Life`) of those whose own code has a timer ahead; None if the loop does not
-    show its timers. A timer runs in a copy of the context it was made in."""
-    timers = getattr(loop, "_scheduled", None)
-    if timers is None:
-        return None
-    return {timer._context.get(_scope) for timer in timers if not timer.cancelled()}
 
 
 # ==================================================================================================
