@@ -2538,6 +2538,27 @@ class Replay(Lives):
         await self.lives(run)
         self.assertEqual(seen, [[True, "paid by hasty", "paid by slow"]] * 3)
 
+    async def test_a_result_that_run_had_not_seen_when_it_cancelled_comes_after_that(self):
+        seen = []
+
+        async def run(event, step):
+            async def hasty():
+                never = asyncio.create_task(step.wait_for_event("never", "never"))
+                for _ in range(50 if seen else 6):  # like a timer: never twice the same
+                    await asyncio.sleep(0)
+                never.cancel()
+
+            tasks = [asyncio.create_task(hasty())]
+            tasks.append(asyncio.create_task(step.do("quick", returns(1))))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            seen.append([task in done for task in tasks])
+            await asyncio.gather(*tasks)
+
+        await self.lives(run)
+        rows = self.rows("SELECT type FROM journal WHERE type IN ('done', 'cancel') ORDER BY seq")
+        self.assertEqual(rows, [("done",), ("cancel",)])
+        self.assertEqual(seen, [[True, False]] * 3)
+
     async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
         began = []
 
@@ -2867,6 +2888,46 @@ class Nested(Lives):
                 async with self.engine() as engine:
                     instance = await engine.bind(workflow(run)).create(id="i")
                     self.assertEqual(await self.finish(instance), [1])
+
+    async def test_an_event_for_a_wait_that_the_callback_cancels_in_that_moment_is_kept(self):
+        tasks = []
+
+        async def run(event, step):
+            async def outer():
+                tasks.append(asyncio.create_task(step.wait_for_event("a", "t")))
+                await asyncio.wait(tasks)
+                return (await step.wait_for_event("b", "t", timeout=0)).payload
+
+            return await step.do("outer", ONCE, outer)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await instance.send_event(type="t", payload="kept")
+            tasks[0].cancel()
+            self.assertEqual(await self.finish(instance), "kept")
+
+    async def test_a_call_that_is_cancelled_while_its_start_is_stored_has_not_begun(self):
+        tasks = []
+
+        async def run(event, step):
+            step._run.careful = True  # as when the process has died before
+
+            async def outer():
+                inner = step.do("inner", ONCE, returns(1))
+                if tasks:
+                    return await inner
+                tasks.append(asyncio.create_task(inner))
+                await asyncio.sleep(0)
+                tasks[0].cancel()
+                await asyncio.wait(tasks)
+                raise ValueError
+
+            return await step.do("outer", constant(1), outer)
+
+        self.assertEqual(await self.outcome(run), 1)
+        rows = self.rows("SELECT type, attempt FROM journal WHERE step LIKE '%inner%' ORDER BY seq")
+        self.assertEqual(rows, [("start", 1), ("stop", None), ("start", 1), ("done", 1)])
 
     async def test_a_race_inside_a_step_is_a_step(self):
         async def run(event, step):
@@ -4817,6 +4878,33 @@ class Sigkill(Real):
                 await reach(await bound.get(id), "waiting")
         self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(5,)])
 
+    async def test_a_wait_in_a_callback_that_died_for_good_takes_no_event(self) -> None:
+        script = """
+            async def run(event, step):
+                async def outer(): await step.wait_for_event("inner", "t")
+                try: await step.do("outer", {"retries": {"limit": 0}}, outer)
+                except WorkflowInternalError: pass
+                return (await step.wait_for_event("top", "t")).payload
+            async def main(w):
+                instance = await get(w)
+                say("up")
+                say(await instance.result("10 seconds"))
+            go()
+            """
+        child = self.child(script)
+        await child.wait_for("up")
+        while not self.rows("SELECT 1 FROM waits"):
+            await asyncio.sleep(0.01)
+        child.kill()
+        child = self.child(script)
+        await child.wait_for("up")
+        while self.rows("SELECT status FROM instances") != [("waiting",)]:
+            await asyncio.sleep(0.01)
+        async with self.engine() as client:
+            instance = await (await client.workflow("test")).get("i")
+            await instance.send_event(type="t", payload="kept")
+        self.assertEqual(await asyncio.to_thread(child.end), ("kept", 0))
+
     def test_a_finished_step_never_runs_again_after_sigkill_and_an_interrupted_one_does(
         self,
     ) -> None:
@@ -4930,6 +5018,40 @@ async def rounds(event: Any, step: Any) -> Any:
 
 
 RAN: list[str] = []
+
+
+class Left(Real):
+    """What the attempt before has left behind, while another process holds the lock."""
+
+    async def test_a_call_that_a_callback_has_cancelled_begins_anew_when_that_is_stored(self):
+        for name in ("do", "sleep"):
+            with self.subTest(name):
+                left: list[Any] = []
+                locked = sqlite3.connect(self.path, isolation_level=None)
+
+                async def run(event: Any, step: Any, name=name, left=left, locked=locked) -> Any:
+                    def inner(callback: Any, ms: int) -> Any:
+                        if name == "do":
+                            return step.do("inner", ONCE, callback)
+                        return step.sleep("inner", ms)
+
+                    async def outer() -> str:
+                        if not left:
+                            left.append(asyncio.create_task(inner(asyncio.Event().wait, 10**6)))
+                            await asyncio.sleep(0.02)
+                            raise ValueError
+                        locked.execute("BEGIN IMMEDIATE")
+                        left[0].cancel()
+                        asyncio.get_running_loop().call_later(0.05, locked.execute, "COMMIT")
+                        await inner(returns(1), 1)
+                        return "ok"
+
+                    return await step.do("outer", constant(1), outer)
+
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run, name)).create()
+                    self.assertEqual(await instance.result("5 seconds"), "ok")
+                locked.close()
 
 
 class Campaigns(Real):
@@ -6270,7 +6392,7 @@ class GivingUp(Case):
                 await engine.call(workflows.record, lease, row, 0, what)
 
             async def give_up(step: str) -> None:
-                await engine.call(workflows.break_off, lease, "stop", [step])
+                await engine.call(workflows.break_off, lease, [workflows.Row("stop", step)])
 
             x, y = (f"do\nbusy\n1\nwait_for_event\n{name}\n1" for name in "xy")
             await wait(x)

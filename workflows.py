@@ -113,6 +113,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from datetime import UTC, date, datetime, timedelta
@@ -274,10 +275,12 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #     sleep → slept                      sleep   `sleep_until` is a sleep, too.
 #     wait → event | timeout             wait    The event is consumed in this very row; `extra`
 #                                                says where it came from.
-#     cancel                             any     `run` itself has cancelled the call.
+#     cancel                             any     `run` itself has cancelled the call; `extra` is
+#                                                the last step of which it knew the end by then.
 #     stop                               any     A clean stop, a restart, or the callback around the
-#                                                call has interrupted the step: its last attempt,
-#                                                its sleep or its wait counts as not begun.
+#                                                call has interrupted the step: the attempt, the
+#                                                sleep or the wait that was under way counts as not
+#                                                begun. (What has failed before still counts.)
 #     sent                               –       An event was put into the instance's buffer.
 #     rollback                           –       From here on only rollback handlers run; `data` is
 #                                                the error that they undo.
@@ -377,19 +380,25 @@ def apply(steps: dict[str, Step], row: Row) -> Step | None:
     step.state = state
     if state == "pending":
         return None
-    step.data, step.extra = row.data, row.extra
+    if state in ENDED:
+        step.data, step.extra = row.data, row.extra
     return None if step.nested else step
 
 
 def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
     """The steps of a history; and those of them that have a result for `run`, or were cancelled by
-    it, in the order in which `run` came to know of that."""
+    it, in the order in which `run` came to know of that. (What it had not seen yet when it
+    cancelled a call comes behind the cancellation, although it may have been recorded before.)"""
     steps: dict[str, Step] = {}
     inbox: OrderedDict[str, Step] = OrderedDict()
     for row in rows:
         if (step := apply(steps, row)) is not None:
             inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
+            unseen = []
+            while step.state == "cancelled" and inbox and next(reversed(inbox)) != row.extra:
+                unseen.append(inbox.popitem())
             inbox[step.key] = step
+            inbox.update(reversed(unseen))
     return steps, inbox
 
 
@@ -435,9 +444,10 @@ def end_waits(
 # --------------------------------------------------------------------------------------------------
 # The database: one file, one connection, one process that runs the instances.
 #
-# The rows are the truth; nobody's memory is. Every write of a run is guarded by the instance's
-# status and generation in the same transaction: a run whose instance was changed meanwhile, by
-# whichever process, writes nothing more.
+# The rows are the truth; nobody's memory is. Every write of a run checks, in the same transaction,
+# that the instance still has the generation that the run began with, and a status of `LIVE`: when
+# an instance has finished, is paused, or has begun anew, by whichever process, its old run writes
+# nothing more.
 #
 # Any number of processes may use the file. One of them, the owner, runs the instances: the one that
 # holds an exclusive transaction on a second, empty database. SQLite knows how to lock on every
@@ -589,8 +599,9 @@ class Database:
         return self.owner
 
     def refresh(self) -> bool:
-        """Forgets the instances that it remembers, if another connection has written, or if there
-        are too many of them. Returns whether another one has written."""
+        """Each transaction begins with this. Forgets the instances that it remembers, if another
+        connection has written, or if there are too many of them. Returns whether another one has
+        written."""
         before = self._data_version
         (self._data_version,) = self.execute("PRAGMA data_version").fetchone()
         others_wrote: bool = self._data_version != before
@@ -677,9 +688,10 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # posted within one turn of the loop shares a transaction and its one commit (group commit), and
 # nobody is told of a result before that commit: what a caller has seen is on disk. An operation
 # checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
-# trace. Any other error, and a plain `WorkflowInternalError`, undoes the whole transaction and
-# stops the engine. (A transaction is carried out at the end of the turn, on the loop itself; or by
-# a thread, if the disk is slow or another process is writing. See "Writing" in the second part.)
+# trace. Any other error, a plain `WorkflowInternalError`, and a commit that fails undo the whole
+# transaction and stop the engine: nobody has been told anything, and the next engine replays. (A
+# transaction is carried out at the end of the turn, on the loop itself; or by a thread, if the disk
+# is slow or another process is writing. See "Writing" in the second part.)
 #
 # After the operations the scheduler does what is due by then, in the same transaction. So a run
 # that is just being loaded hears of every row exactly once: what was there before is in the journal
@@ -772,7 +784,10 @@ class Transaction:
         """Instances, each as one object, however often it is read."""
         self.write()
         rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
-        return [self._instances.setdefault(row[0], Instance(*row)) for row in rows]
+        for row in rows:
+            if row[0] not in self._instances:
+                self._instances[row[0]] = Instance(*row)
+        return [self._instances[row[0]] for row in rows]
 
     def mine(self, lease: Lease) -> Instance:
         """The instance of a run that may still write. It raises `LeaseLost` otherwise."""
@@ -853,7 +868,7 @@ class Transaction:
     def _place_of(self, inst: Instance) -> int:
         if inst.place is not None:
             return inst.place
-        # Of those that wake up in the same millisecond, the first comes first.
+        # Of those that wake up in the same millisecond, the first comes first (in 20 bits).
         self.scheduler.woken = (self.scheduler.woken + 1) % 2**20
         moment = self.now if inst.wake is None else min(inst.wake, self.now)
         return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)  # 0 from the year 2109 on
@@ -1043,7 +1058,7 @@ class Scheduler:
                 for block in self.blocks:
                     block.instance_starts(tx, inst)
             tx.news.append(News(inst.copy(), [], admitted=True))
-        return len(queued) >= BATCH == most
+        return len(queued) >= BATCH and most == BATCH  # the batch is full, not the slots
 
     def free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
         """How many more may run."""
@@ -1071,7 +1086,7 @@ class Scheduler:
 #
 # Results reach `run` one at a time, in the order in which they were recorded, each only when the
 # run has settled down from the one before: when ten turns of the loop went by without a step call.
-# Therefore
+# (What `run` itself has cancelled by then it cancels first in later lives, too.) Therefore
 #
 #     done, _ = await asyncio.wait({a, b}, return_when=asyncio.FIRST_COMPLETED)
 #
@@ -1123,7 +1138,10 @@ class Loaded(NamedTuple):
 class Life:
     """The tasks of one life of an instance, and how they end."""
 
-    # (What most lives never set stands here: objects of many attributes are slow in Python.)
+    # Step calls that came too late, by task.
+    refused: ClassVar[MutableMapping[Any, int]] = weakref.WeakKeyDictionary()
+
+    # (What most lives never set stands here: CPython is slow with more than 30 attributes.)
     orphan = False  # its task was cancelled by somebody else
     successor: Instance | None = None  # what the next life begins with, if one follows
     interrupted: Sequence[str] = ()  # the steps whose attempts its end has cut off
@@ -1137,7 +1155,6 @@ class Life:
         self.dead = False  # whatever its code does is ignored
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self._ending: set[asyncio.Task[Any]] = set()  # the tasks that `ended` waits for
-        self._refused: Counter[Any] = Counter()  # step calls that came too late, by task
 
     def __str__(self) -> str:
         return f"{self.workflow.name} {self.id}"
@@ -1225,10 +1242,10 @@ class Life:
         attempt, task = current_attempt(), asyncio.current_task()
         if attempt is not None and attempt.run is not self:
             raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
-        self._refused[task] += 1
-        if self._refused[task] == 1:
+        self.refused[task] = self.refused.get(task, 0) + 1
+        if self.refused[task] == 1:
             raise Unload
-        if self._refused[task] > 100:
+        if self.refused[task] > 100:
             await asyncio.sleep(GRACE)
         raise RuntimeError(f"{self}: this run was unloaded, and can call no more steps")
 
@@ -1260,6 +1277,7 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.waiter: asyncio.Future[None] | None = None  # done when it should look again
         self.alone = False  # nothing else of the run was under way when it began to wait
         self.fresh: Any = None  # its value or its error itself, if that was made in this life
+        self.stopping = False  # it is under way until a row says that it was broken off
         self._over: asyncio.Future[None] | None = None
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         outer = _scope.get()
@@ -1302,7 +1320,7 @@ class StepCall(Coroutine[Any, Any, Any]):
     async def join(self) -> None:
         """Waits until it is under way no more."""
         self._over = self._over or self.run.loop.create_future()
-        await asyncio.shield(self._over)
+        await asyncio.wait({self._over, self.run.ended}, return_when=asyncio.FIRST_COMPLETED)
 
     def end(self) -> None:
         """It is under way no more."""
@@ -1328,7 +1346,9 @@ class Replay(Life):
         self.unawaited: set[StepCall] = set()  # those calls that were not awaited yet
         self.called: set[str] = set()  # the keys of those that were
         self.active: dict[str, StepCall] = {}  # the calls that are under way, nested ones, too
-        self.cancelled: list[str] = []  # steps that `run` has cancelled, and no row says so yet
+        self.seen: str | None = None  # the step whose end `run` has come to know last
+        # The steps that `run` has cancelled, and no row says so yet; and what it had seen by then.
+        self.cancelled: dict[str, str | None] = {}
         self.handlers: dict[str, Any] = {}  # see "Rollback"
         self.last_move = 0  # the turn of the loop in which it last did something
         self._dos_left = workflow.steps
@@ -1363,7 +1383,7 @@ class Replay(Life):
             raise fatal("workflow.fatal", f"step {call.name!r} is awaited in another event loop")
         self.last_move = self.engine.turns.now
         check_name(call.name)
-        while (other := self.active.get(call.key)) is not None:
+        while not self.dead and (other := self.active.get(call.key)) is not None:
             await other.join()  # a task that the attempt before has left behind is still at it
         if self.dead:
             await self.refuse()
@@ -1389,10 +1409,15 @@ class Replay(Life):
             self.stop_in_place(f"step {step_label(call.key)!r}: {damage}")
             raise Unload from None
         finally:
-            del self.active[call.key]
-            call.end()
-            if (self.active or self.cancelled) and not self.loop.is_closed():
-                self.move_on()
+            if not call.stopping:
+                self.leave(call)
+
+    def leave(self, call: StepCall) -> None:
+        """A call is under way no more."""
+        del self.active[call.key]
+        call.end()
+        if (self.active or self.cancelled) and not self.loop.is_closed():
+            self.move_on()
 
     def note(self, call: StepCall) -> None:
         """Notes that a step was called: counts it, if it is a `do`, and keeps its handler."""
@@ -1428,6 +1453,7 @@ class Replay(Life):
         """What the caller gets: the record read back, or what is equal to it (`call.fresh`)."""
         step, fresh, data = call.step, call.fresh, call.step.data
         if not step.nested:
+            self.seen = call.key
             step.data = None  # nobody asks again; the next attempt around a nested step does
         if step.state == "error":
             error = rebuild_error(read_back(data or "null", "its error"))
@@ -1450,8 +1476,9 @@ class Replay(Life):
         return len(self.active) == 1 and call.task is self.task and self.engine.nothing_else_ready()
 
     def move_on(self) -> None:
-        """Hands over the next result: at once, if that can disturb nothing, else when the run has
-        settled. Called after whatever has happened."""
+        """Decides what comes next; called after whatever has happened. That is the next result: at
+        once, if it can disturb nothing, else when the run has settled. Or, when there is none and
+        all that is under way is asleep, the question whether the instance may wait."""
         if self.dead or self._settling or not self.active:
             return
         if not (self.inbox or self.cancelled or self.is_idle()):
@@ -1477,8 +1504,8 @@ class Replay(Life):
     def hand_over(self) -> bool:
         """Hands over the first result that a call waits for. Those before it are skipped, because
         their calls never came. Returns whether there was one."""
-        calls = [self.active.get(key) for key in self.inbox]
-        for skipped, call in enumerate(calls):
+        for skipped, key in enumerate(self.inbox):
+            call = self.active.get(key)
             if call is not None and call.waiter is not None:
                 for _ in range(skipped):
                     self.inbox.popitem(last=False)
@@ -1505,13 +1532,15 @@ class Replay(Life):
 # --------------------------------------------------------------------------------------------------
 # A run: what happens for the first time, and what it waits for.
 #
-# What a run may do depends on the status of its instance, and on what it has asked for and has no
-# answer to:
+# What a run may do depends on the status of its instance, and on `asked`: what it has posted that
+# will change its status, and that has no answer yet. (The gate at which attempts wait is
+# `lets_begin`.)
 #
 #     status            asked   what may begin                    what it asks for next
 #     running           –       everything                        "idle", when all of it waits
 #     waitingForPause   –       nested attempts; sleeps, waits    "pause", when no attempt is left
-#     waiting, queued   –       sleeps and waits, no attempt      "wake", when it has gone on itself
+#     waiting           –       sleeps and waits, no attempt      "wake", when it has gone on itself
+#     queued            –       sleeps and waits, no attempt      nothing: it gets a slot
 #     any of these      any     sleeps and waits, no attempt      nothing
 #     any of these      "end"   nothing: `run` has ended
 
@@ -1553,7 +1582,7 @@ class Run(Replay):
     def unload(self) -> None:
         if not self.dead:
             cut_off = [call.key for call in self.active.values() if call.attempt]
-            self.interrupted = [key for key in cut_off + self.cancelled if self.steps[key].open]
+            self.interrupted = [key for key in [*cut_off, *self.cancelled] if self.steps[key].open]
         super().unload()
 
     # -- how it ends
@@ -1589,11 +1618,8 @@ class Run(Replay):
         if not isinstance(plan, DoPlan):
             self._begin_wait(call, plan)
             return
-        again = True
-        if call.step.open:  # the process died during this attempt
-            again = await Attempt(self, call, plan.config).end_as_dead()
-        while again:
-            again = await Attempt(self, call, plan.config).make(plan)
+        while await Attempt(self, call, plan.config).make(plan):
+            pass
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1625,7 +1651,8 @@ class Run(Replay):
         for row in news.rows:
             self.take(row)
         status = news.instance.status
-        # What was committed before it asked to be idle says nothing; the answer to that will.
+        # If it has asked to be idle, news that say `running` were committed before that was
+        # decided; the answer comes by `_idled`.
         if self.asked != "end" and (self.asked, status) != ("idle", "running"):
             self._become(status)
 
@@ -1673,9 +1700,10 @@ class Run(Replay):
         self.post(operation, *args, then=then)
 
     def is_idle(self) -> bool:
-        if self.status != "running" or self._writing or not self.active:
-            return False
-        return all(call.step.asleep for call in self.active.values())
+        return self.status == "running" and not self._writing and self._all_asleep()
+
+    def _all_asleep(self) -> bool:
+        return bool(self.active) and all(call.step.asleep for call in self.active.values())
 
     def _idled(self, idle: bool, _: BaseException | None) -> None:
         if idle:
@@ -1686,51 +1714,58 @@ class Run(Replay):
 
     def still_waits(self) -> bool:
         """Whether it may be unloaded: not if `run` has gone on meanwhile."""
-        if self.status != "waiting" or self.asked or self.cancelled or not self.active:
-            return False
-        return all(call.step.asleep for call in self.active.values())
+        busy = self.asked or self.cancelled
+        return self.status == "waiting" and not busy and self._all_asleep()
 
     # -- cancelled calls
     #
-    # When `run` cancels a call, a row says so, together with the next thing that `run` does: a run
-    # that is being torn down records nothing. In a later life that call does not begin again: it
-    # stays pending until `run` cancels it again, and what was recorded after the cancellation waits
-    # for that.
+    # When `run` cancels a call, it knows that at once, but a row says so together with the next
+    # thing that `run` does: a run that is being torn down records nothing. In a later life that
+    # call does not begin again: it stays pending until `run` cancels it again, and what `run` saw
+    # after the cancellation waits for that.
+    #
+    # When a callback cancels a call, that is as if the call had not been made, because a callback
+    # is repeated as a whole. A row `stop` says so at once; until it is stored, no other call of
+    # that key begins.
 
     def on_cancellation(self, call: StepCall) -> None:
         step = call.step
         self.last_move = self.engine.turns.now
         self.inbox.pop(call.key, None)
-        if step.nested:
-            # A callback is repeated as a whole: what it broke off is as if it had not been called.
-            if step.state == "pending":
-                stopped = functools.partial(self._stopped, call.key)
-                self.post(break_off, "stop", [call.key], then=stopped)
-        elif step.state != "cancelled":
-            step.state = "cancelled"
-            self.cancelled.append(call.key)
+        if not step.nested:
+            if step.state != "cancelled":
+                step.state = "cancelled"
+                self.cancelled[call.key] = self.seen
+            self.seen = call.key
+        elif step.open or step.state != "new":
+            call.stopping, call.task, call.attempt = True, None, None
+            stopped = functools.partial(self._stopped, call)
+            self.post(break_off, [Row("stop", call.key)], then=stopped)
 
-    def _stopped(self, key: str, seq: int, _: BaseException | None) -> None:
+    def _stopped(self, call: StepCall, seq: int, _: BaseException | None) -> None:
         self.saw(seq)
-        apply(self.steps, Row("stop", key))
+        apply(self.steps, Row("stop", call.key))
+        self.leave(call)
 
     def _record_cancelled(self) -> None:
         if self.cancelled:
-            cancelled, self.cancelled = self.cancelled, []
-            self.post(break_off, "cancel", cancelled)
+            rows = [Row("cancel", key, extra=seen) for key, seen in self.cancelled.items()]
+            self.cancelled.clear()
+            self.post(break_off, rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Attempts, of steps with a callback.
 #
 # The start of an attempt is a row of its own as soon as the callback waits for anything, or does
-# anything to the history itself: on disk at the end of that turn. Most callbacks don't: then one
-# row, written with one commit, stands for the start and the end. (That saves a seventh of a step's
-# time, and half of the journal. Before Python 3.12, where a task can't begin at once, each attempt
-# has both rows.) An attempt that has a start and no end was cut off by the death of its process,
-# and counts as failed.
+# anything to the history itself. It is on disk at the end of that turn, or somewhat later if the
+# disk is slow or another process is writing: the callback does not wait for that. Most callbacks
+# wait for nothing: then one row, written with one commit, stands for the start and the end. (That
+# saves a seventh of a step's time, and half of the journal. Before Python 3.12, where a task can't
+# begin at once, each attempt has both rows.) An attempt that has a start and no end was cut off by
+# the death of its process, and counts as failed.
 #
-# That leaves the callback that kills its process before its first await, which would do so for
+# That leaves the callback that kills its process before its start is on disk, which would do so for
 # ever. Therefore an instance that was running when its process died is `careful`: until one more of
 # its steps has ended, it waits for the commit of a start before it calls the callback.
 
@@ -1758,13 +1793,16 @@ class Attempt:
     async def make(self, plan: DoPlan) -> bool:
         """Calls the callback when it may; returns whether another attempt follows. `execute` calls
         `post_start` when the callback first waits for something, and `ends` when it has ended."""
-        try:
-            await self._pass_gate(plan.plain)
-            function = mocked(self) or plan.bind(self)
-        except BaseException:
-            self.execution.free_thread()
-            raise
-        await self.execution.execute(function)
+        if self.call.step.open:  # this attempt has begun in another process, which died
+            self.call.attempt, self.recorded = self, True
+            self.number = self.call.step.attempts
+            self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
+        else:
+            try:
+                await self._pass_gate(plan.plain)
+                await self.execution.execute(mocked(self) or plan.bind(self))
+            finally:
+                self.execution.free_thread()
         if self._unanswered is not None:
             await self._ask_for_delay(self._unanswered)
         return self._again
@@ -1810,25 +1848,18 @@ class Attempt:
         """Waits until its start is stored; False if a pause was stored before."""
         run, step = self.run, self.call.step
         stored, row = run.loop.create_future(), self._row("start")
-        step.open = True  # a stop counts from here on
+        step.open, step.attempts = True, self.number  # a stop counts from here on
         run.post(record_start, row, self.outer is not None, then=functools.partial(resolve, stored))
         seq = await stored
-        self.recorded = step.open = seq is not None
+        self.recorded = seq is not None
         if self.recorded:
             run.saw(seq)
             apply(run.steps, row)
+        else:
+            step.open, step.attempts = False, self.number - 1
         return self.recorded
 
     # -- its end
-
-    async def end_as_dead(self) -> bool:
-        """Ends one whose process has died. Returns whether another one follows."""
-        self.call.attempt, self.recorded = self, True
-        self.number = self.call.step.attempts
-        self.ends(None, WorkflowInternalError("attempt failed: the engine stopped"))
-        if self._unanswered is not None:
-            await self._ask_for_delay(self._unanswered)
-        return self._again
 
     def ends(self, value: Any, error: BaseException | None) -> None:
         """Posts its end. (After a failure a delay function may have to be asked first.)"""
@@ -1937,6 +1968,11 @@ def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | 
         tx.steps += 1
     if inst.careful and row.type in ("done", "error"):
         tx.change(inst, careful=0)
+    if row.type == "error" or (row.type == "done" and row.attempt != 1):
+        # An attempt whose process died may have left waits of calls in its callback behind.
+        inside = f"{row.step}{SEPARATOR}"
+        sql = "DELETE FROM waits WHERE instance = ? AND substr(step, 1, ?) = ?"
+        tx.db.execute(sql, (inst.key, len(inside), inside))
     if wait is not None:
         values = (inst.key, *wait[:5], inst.seq, tx.now)
         tx.db.execute("INSERT INTO waits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -1953,20 +1989,20 @@ def record_start(tx: Transaction, lease: Lease, row: Row, nested: bool) -> int |
     return record(tx, lease, row)
 
 
-def break_off(tx: Transaction, lease: Lease, type: str, steps: Sequence[str]) -> int:
+def break_off(tx: Transaction, lease: Lease, rows: Sequence[Row]) -> int:
     """Records that calls were cancelled, or stopped. An event that one of them was given, but that
-    `run` never saw, goes back to its place in the buffer."""
+    nobody has seen, goes back to its place in the buffer."""
     inst = tx.mine(lease)
-    newest = [row for step in steps for row in tx.journal(inst, "step = ?", step)[-1:]]
+    newest = [row for new in rows for row in tx.journal(inst, "step = ?", new.step)[-1:]]
     given = [row for row in newest if row.type == "event"]
     sent = [read_back(row.extra or "null", f"row {row.seq}") for row in given]
     for row, was in zip(given, sent, strict=True):
         event = (inst.key, was["type"], was["seq"], was["at"], row.data)
         tx.db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", event)
         tx.call_on(inst)
-    for step in steps:
-        tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, step))
-        tx.append(inst, Row(type, step))
+    for row in rows:
+        tx.db.execute("DELETE FROM waits WHERE instance = ? AND step = ?", (inst.key, row.step))
+        tx.append(inst, row)
     return inst.seq
 
 
@@ -2010,7 +2046,7 @@ def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | Non
 
 def hand_back(tx: Transaction, lease: Lease, interrupted: Sequence[str]) -> None:
     """A clean stop: no attempt counts, and whoever owns the database next goes on."""
-    break_off(tx, lease, "stop", interrupted)
+    break_off(tx, lease, [Row("stop", key) for key in interrupted])
     inst = tx.mine(lease)
     if inst.status in ("running", "waitingForPause"):
         tx.leave_slot(inst)
@@ -2674,7 +2710,7 @@ class Execution:
         self.cpu = 0  # ns
         self.thread = False  # it has one of the threads
         self.task: asyncio.Task[Any] | None = None
-        self._outcome: Any = None  # an `Outcome`
+        self._outcome: Any = None  # → an `Outcome`
         self._failed = False  # it was decided before the function has ended
         self._decided: asyncio.Future[None] | None = None  # done when there is an outcome
 
@@ -2692,7 +2728,8 @@ class Execution:
                 await self._supervise(task)
             if task.done() and not task.cancelled():
                 task.result()  # raises what `ends` has raised
-            return self._outcome  # type: ignore[no-any-return]
+            outcome: Outcome = self._outcome
+            return outcome
         except asyncio.CancelledError:
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
