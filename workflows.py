@@ -715,14 +715,16 @@ class Lease(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a transaction tells the engine about an instance. `rows` are those that its run, if it
-    is in memory, has not seen; `admitted` says that it has a slot: a life begins, if none is in
-    memory, or follows."""
+    """What a transaction tells the engine about an instance: who may write now, its status, and
+    the number of its newest row. `rows` are those that its run, if it is in memory, has not seen;
+    `admitted` says that it has a slot: a life begins, if none is in memory, or follows."""
 
-    instance: Instance
-    rows: list[Row]
-    admitted: bool = False
-    damage: Unreadable | None = None
+    lease: Lease
+    status: str
+    seq: int
+    rows: Sequence[Row]
+    admitted: bool
+    damage: str | None
 
 
 # What is watched: the key of an instance, for its end; or an id, for every row of the instances
@@ -861,7 +863,7 @@ class Transaction:
         if inst.status == "waitingForPause":
             place = self._place_of(inst)
             self.move(inst, Row("paused"), paused=self.now, place=place, wake=None)
-            self.news.append(News(inst.copy(), []))
+            self.tell(inst)
         else:
             self.requeue(inst)
 
@@ -872,6 +874,17 @@ class Transaction:
         self.scheduler.woken = (self.scheduler.woken + 1) % 2**20
         moment = self.now if inst.wake is None else min(inst.wake, self.now)
         return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)  # 0 from the year 2109 on
+
+    def tell(
+        self,
+        inst: Instance,
+        rows: Sequence[Row] = (),
+        admitted: bool = False,
+        damage: str | None = None,
+    ) -> None:
+        """Has news of an instance for the engine."""
+        lease = Lease(inst.key, inst.generation)
+        self.news.append(News(lease, inst.status, inst.seq, rows, admitted, damage))
 
     def call_on(self, inst: Instance) -> None:
         """The owner must attend to it at once, if not since earlier."""
@@ -992,13 +1005,13 @@ class Scheduler:
                 try:
                     rows, due = self._end_waits(tx, inst)
                 except Unreadable as error:
-                    damage, due = error, tx.now + DAMAGED
+                    damage, due = f"instance {inst.id!r}: {error}", tx.now + DAMAGED
             if rows and inst.status == "waiting":
                 tx.requeue(inst)
             tx.change(inst, wake=due)
         # A rollback that begins is a new life in the same slot.
         begun = inst.status == "running" and inst.rollback == "begun"
-        tx.news.append(News(inst.copy(), rows, begun, damage))
+        tx.tell(inst, rows, begun, damage)
 
     def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
         """Ends the waits of an instance that are over; returns the rows that say so, and when the
@@ -1057,7 +1070,7 @@ class Scheduler:
             if first_time:
                 for block in self.blocks:
                     block.instance_starts(tx, inst)
-            tx.news.append(News(inst.copy(), [], admitted=True))
+            tx.tell(inst, admitted=True)
         return len(queued) >= BATCH and most == BATCH  # the batch is full, not the slots
 
     def free(self, tx: Transaction, limit: int | None, workflows: Iterable[int]) -> int:
@@ -1143,7 +1156,7 @@ class Life:
 
     # (What most lives never set stands here: CPython is slow with more than 30 attributes.)
     orphan = False  # its task was cancelled by somebody else
-    successor: Instance | None = None  # what the next life begins with, if one follows
+    successor: Lease | None = None  # that of the next life, if one follows
     interrupted: Sequence[str] = ()  # the steps whose attempts its end has cut off
     _timer: asyncio.TimerHandle | None = None
 
@@ -1190,12 +1203,11 @@ class Life:
 
     def on_news(self, news: News) -> None:
         """The instance has changed: if that ends this life, another one may follow."""
-        inst = news.instance
-        outdated = inst.generation != self.lease.generation
+        ended = news.lease != self.lease or news.status in (*FINISHED, "paused")
         if news.damage is not None:
-            self.stop_in_place(str(news.damage))
-        elif self.dead or outdated or inst.status in (*FINISHED, "paused"):
-            self.successor = inst if news.admitted else self.successor
+            self.stop_in_place(news.damage)
+        elif self.dead or ended:
+            self.successor = news.lease if news.admitted else self.successor
             self.unload()
 
     def unload(self) -> None:
@@ -1598,11 +1610,11 @@ class Run(Replay):
 
     def end(self, operation: Operation, *args: Any) -> None:
         """Posts what the last row says. If the instance does not end with that, because its steps
-        are undone, the answer is what its next life begins with."""
+        are undone, the answer is the lease of its next life."""
         self.asked = "end"
         self.post(operation, *args, then=self._go_on_as)
 
-    def _go_on_as(self, successor: Instance | None, _: BaseException | None) -> None:
+    def _go_on_as(self, successor: Lease | None, _: BaseException | None) -> None:
         self.successor = successor
         self.unload()
 
@@ -1647,10 +1659,10 @@ class Run(Replay):
         super().on_news(news)
         if self.dead:
             return
-        self.seq = max(self.seq, news.instance.seq)
+        self.seq = max(self.seq, news.seq)
         for row in news.rows:
             self.take(row)
-        status = news.instance.status
+        status = news.status
         # If it has asked to be idle, news that say `running` were committed before that was
         # decided; the answer comes by `_idled`.
         if self.asked != "end" and (self.asked, status) != ("idle", "running"):
@@ -1945,17 +1957,21 @@ class Attempt:
 # lost, nothing is written, and the life ends.
 
 
-def load(tx: Transaction, instances: list[Instance]) -> list[Loaded]:
-    """What lives begin with. Those whose instances were changed meanwhile are left out."""
+def load(tx: Transaction, leases: list[Lease]) -> list[Loaded]:
+    """What lives begin with. Those that have lost their lease meanwhile are left out."""
     loaded = []
-    for each in instances:
+    for lease in leases:
         with contextlib.suppress(LeaseLost):
-            inst = tx.mine(Lease(each.key, each.generation))
-            try:
-                loaded.append(Loaded(inst.copy(), tx.journal(inst)))
-            except Unreadable as damage:
-                loaded.append(Loaded(inst.copy(), [], damage))
+            loaded.append(load_one(tx, tx.mine(lease)))
     return loaded
+
+
+def load_one(tx: Transaction, inst: Instance) -> Loaded:
+    """An instance and its journal, or why that can't be read back."""
+    try:
+        return Loaded(inst.copy(), tx.journal(inst))
+    except Unreadable as damage:
+        return Loaded(inst.copy(), [], damage)
 
 
 def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
@@ -2030,16 +2046,16 @@ def pause_now(tx: Transaction, lease: Lease) -> None:
         tx.leave_slot(inst)
 
 
-def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Instance | None:
+def finish(tx: Transaction, lease: Lease, row: Row, size: int) -> Lease | None:
     """`run` has ended, and the instance with it; unless it has failed and a rollback begins: then
-    this is what its next life begins with."""
+    this is the lease of its next life."""
     inst = tx.mine(lease)
     try:
         check_state(tx, inst.bytes, size, fatal)
     except WorkflowFatalError as too_large:
         row, size = Row("errored", data=encode_error(too_large)), 0
     if row.type == "errored" and begin_rollback(tx, inst, row.data or ""):
-        return inst.copy()
+        return Lease(inst.key, inst.generation)
     tx.move(inst, row, size)
     return None
 
@@ -2109,20 +2125,20 @@ class Lives:
         """Passes on what transactions tell about instances."""
         admitted = []
         for item in news:
-            run, inst = self.runs.get(item.instance.key), item.instance
+            run = self.runs.get(item.lease.key)
             if run is not None:
                 run.on_news(item)
             elif item.damage is not None:
-                self.give_up(inst.key, f"instance {inst.id!r}: {item.damage}")
+                self.give_up(item.lease.key, item.damage)
             elif item.admitted:
-                admitted.append(inst)
+                admitted.append(item.lease)
         if admitted:
             self._load(admitted)
 
-    def _load(self, instances: list[Instance], previous: Replay | None = None) -> None:
+    def _load(self, leases: list[Lease], previous: Replay | None = None) -> None:
         if not self.engine.scheduler.closing:
             begin = functools.partial(self._begin_lives, previous)
-            self.engine.writer.post(load, instances, then=begin)
+            self.engine.writer.post(load, leases, then=begin)
 
     def _begin_lives(self, previous: Replay | None, loaded: Any, _: BaseException | None) -> None:
         for found in loaded or ():
@@ -4451,7 +4467,7 @@ class Workflow:
         Error: `instance.not_found`."""
         expect(isinstance(id, str), "id", id, "a str", TypeError)
         self._need_class()
-        loaded = await self.engine.call(on_instance, self.name, id, load_for_replay)
+        loaded = await self.engine.call(on_instance, self.name, id, load_one)
         return await ReplayRun(self.engine, self, loaded).report()
 
     def replay_all(self) -> AsyncGenerator[WorkflowReplay, None]:
@@ -4850,7 +4866,7 @@ class SearchRun(Replay):
 
     def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
-        self.successor = loaded.instance
+        self.successor = self.lease
         self._wanted = {step.key for step in undoable(self.steps)}
         for key in [key for key in self.inbox if self.steps[key].state == "cancelled"]:
             del self.inbox[key]  # no result need wait for that here
@@ -5020,18 +5036,11 @@ async def report_or_damage(workflow: Workflow, loaded: Loaded) -> WorkflowReplay
         return WorkflowReplay(loaded.instance.id or "", [], [], [], [], "errored", error, False)
 
 
-def load_for_replay(tx: Transaction, inst: Instance) -> Loaded:
-    try:
-        return Loaded(inst.copy(), tx.journal(inst))
-    except Unreadable as damage:
-        return Loaded(inst.copy(), [], damage)
-
-
 def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]:
     """Up to a hundred instances with a key below `before`, newest first."""
     where = "key < ? AND ended IS NULL AND id IS NOT NULL ORDER BY key DESC LIMIT 100"
     found = tx.select(f"{_OF_NAMED} AND {where}", workflow, before)
-    return [load_for_replay(tx, inst) for inst in found]
+    return [load_one(tx, inst) for inst in found]
 
 
 # --------------------------------------------------------------------------------------------------
