@@ -44,6 +44,7 @@ import socket
 import socketserver
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2038,7 +2039,51 @@ class Attempts(Lives):
                 await self.clock.advance(1000)
                 self.assertEqual(await instance.result(), "WorkflowTimeoutError")
         self.assertIn("stubborn", logs.output[0])
+        self.assertEqual(len(logs.output), 1, "nobody waits for it again")
         end.set()
+
+    async def test_what_a_callback_has_left_behind_writes_no_start_after_the_end(self):
+        left = []
+
+        async def run(event, step):
+            async def callback():
+                if not left:
+                    left.append(asyncio.create_task(later()))
+                    raise ValueError
+
+            async def later():
+                await asyncio.sleep(0.01)
+                await step._run.engine.call(workflows.nothing)
+
+            await step.do("s", constant(1, "1 hour"), callback)
+
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.settle()
+            await left[0]
+            self.assertEqual((await instance.status()).status, "waiting")
+            self.assertEqual((await engine.usage()).steps, 1)
+            await self.finish(instance)
+        events = self.rows("SELECT type FROM journal WHERE step IS NOT NULL AND type != 'start'")
+        self.assertEqual(events, [("failed",), ("due",), ("done",)])
+        starts = self.rows("SELECT seq FROM journal WHERE type = 'start' AND attempt = 1")
+        ends = self.rows("SELECT seq FROM journal WHERE type = 'failed'")
+        self.assertLess(starts, ends)
+
+    async def test_a_callbacks_task_that_somebody_cancels_before_it_begins_fails(self):
+        async def run(event, step):
+            async def kill():
+                for _ in range(5):
+                    for task in step._run.callbacks:
+                        task.cancel()
+                    await asyncio.sleep(0)
+
+            killer = asyncio.create_task(kill())
+            result = await step.do("s", constant(9), returns(5))
+            await killer
+            return result
+
+        self.assertEqual(await self.outcome(run), 5)
 
     async def test_the_step_calls_of_an_abandoned_callback_are_cancelled(self):
         self.clock = ManualClock(patience=0)
@@ -2559,6 +2604,30 @@ class Replay(Lives):
         self.assertEqual(rows, [("done",), ("cancel",)])
         self.assertEqual(seen, [[True, False]] * 3)
 
+    async def test_a_result_that_was_skipped_is_not_what_run_has_seen_last(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(1)
+            never = asyncio.create_task(step.wait_for_event("never", "never"))
+
+            async def turns(count):
+                for _ in range(count):
+                    await asyncio.sleep(0)
+
+            async def late():
+                await turns(5 if len(lives) == 1 else 100)
+                return await step.do("skipped", returns(1))
+
+            skipped = asyncio.create_task(late())
+            await step.do("seen", functools.partial(turns, 30))
+            await step.sleep("until the next life", "1 hour")
+            await skipped
+            never.cancel()
+            await asyncio.wait([never])
+
+        await self.lives(run, 2)  # it ends
+
     async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
         began = []
 
@@ -2928,6 +2997,21 @@ class Nested(Lives):
         self.assertEqual(await self.outcome(run), 1)
         rows = self.rows("SELECT type, attempt FROM journal WHERE step LIKE '%inner%' ORDER BY seq")
         self.assertEqual(rows, [("start", 1), ("stop", None), ("start", 1), ("done", 1)])
+
+    async def test_a_nested_call_that_is_left_behind_ends_also_when_the_step_has_failed(self):
+        async def run(event, step):
+            left = []
+
+            async def outer():
+                left.append(asyncio.create_task(step.sleep("inner", "1 second")))
+                await asyncio.sleep(0)
+                raise ValueError
+
+            await caught(step.do("outer", ONCE, outer))
+            await left[0]
+            return "ended"
+
+        self.assertEqual(await self.outcome(run), "ended")
 
     async def test_a_race_inside_a_step_is_a_step(self):
         async def run(event, step):
@@ -5305,6 +5389,47 @@ class CleanStop(Case):
         await asyncio.wait([life])
         self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
 
+    async def test_an_engine_is_left_however_often_that_is_cancelled(self) -> None:
+        began = asyncio.Event()
+
+        async def slow() -> None:
+            began.set()
+            try:
+                await asyncio.sleep(9)
+            finally:
+                await asyncio.sleep(0.2)
+
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", slow)
+
+        async def live() -> None:
+            async with Engine(self.path) as engine:
+                await engine.bind(workflow(run)).create()
+                await asyncio.sleep(9)
+
+        life = asyncio.create_task(live())
+        await began.wait()
+        for _ in range(3):
+            await asyncio.sleep(0.02)
+            life.cancel()
+        await asyncio.wait([life])
+        self.assertTrue(life.cancelled())
+        self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
+        self.assertNotIn(os.path.realpath(self.path), workflows.Database.owned)
+
+    async def test_what_falls_due_while_an_engine_is_drained_keeps_nobody_busy(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await asyncio.gather(
+                step.do("s", functools.partial(asyncio.sleep, 0.3)), step.sleep("nap", 100)
+            )
+
+        async with Engine(self.path, drain="1 second") as engine:
+            await engine.bind(workflow(run)).create()
+            await asyncio.sleep(0.05)
+            transact = unittest.mock.Mock(wraps=engine.writer._transact)
+            engine.writer._transact = transact
+        self.assertLess(transact.call_count, 20)
+
     def test_a_loop_that_is_closed_without_leaving_lets_go_of_the_file(self) -> None:
         async def forget() -> None:
             engine = await Engine(self.path).__aenter__()
@@ -5948,6 +6073,12 @@ class Opening(Case):
             self.assertEqual(len(gate.begun), 1)
             bound = engine.bind(workflow(gate.run))
             self.assertEqual(await self.finish(await bound.get("i")), "i")
+
+    async def test_a_path_that_is_no_text_is_opened_again(self) -> None:
+        path = os.fsdecode(os.fsencode(self.path) + b"-\xff")
+        for _ in range(2):
+            async with Engine(path, clock=self.clock) as engine:
+                await engine.bind(workflow(one_step)).create()
 
     async def test_binding_before_entering_works(self) -> None:
         engine = Engine(self.path, clock=self.clock)
@@ -13172,6 +13303,22 @@ class HttpDetails(Outside):
         self.assertEqual(step["config"]["retries"]["delay"], "[dynamic]")
         self.assertEqual(step["config"]["retries"]["limit"], 2**53 - 1)
 
+    async def test_an_instance_whose_newest_row_is_a_cancellation(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            slow = asyncio.create_task(step.do("slow", asyncio.Event().wait))
+            lost = asyncio.create_task(step.do("lost", asyncio.Event().wait))
+            await step.do("won", returns(1))
+            lost.cancel()
+            await slow
+
+        async with self.served(races=run):
+            path = await self.create("races")
+            await self.clock.settle()
+            newest = "SELECT type FROM journal ORDER BY seq DESC LIMIT 1"
+            self.assertEqual(self.rows(newest), [("cancel",)])
+            shown = await self.ask("GET", path)
+        self.assertEqual(len(shown["steps"]), 3)
+
     async def test_what_run_has_cancelled_and_what_a_stop_has_interrupted(self) -> None:
         gate = asyncio.Event()
 
@@ -13711,6 +13858,21 @@ class Wire(Outside):
             await self.assertRefused(413, 10001, self.envelope("POST", path, large))
             asked = self.envelope("POST", path + "/batch", large, Host="evil.example")
             await self.assertRefused(403, 10001, asked)
+
+    async def test_a_client_that_is_gone_is_no_bug(self) -> None:
+        def leave() -> None:
+            head = f"POST {REST}/steps/instances HTTP/1.1\r\nHost: localhost\r\n"
+            head += "Content-Length: 20\r\nExpect: 100-continue\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", self.port), 5) as link:
+                reset = struct.pack("ii", 1, 0)
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                link.sendall(head.encode())
+
+        with self.assertNoLogs("workflows", "WARNING"):
+            async with self.served():
+                for _ in range(5):
+                    await asyncio.to_thread(leave)
+                await asyncio.sleep(0.1)
 
     async def test_a_client_may_ask_whether_to_send_its_body(self) -> None:
         async with self.served():

@@ -276,7 +276,7 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #     wait → event | timeout             wait    The event is consumed in this very row; `extra`
 #                                                says where it came from.
 #     cancel                             any     `run` itself has cancelled the call; `extra` is
-#                                                the last step of which it knew the end by then.
+#                                                the step whose end it had come to know last.
 #     stop                               any     A clean stop, a restart, or the callback around the
 #                                                call has interrupted the step: the attempt, the
 #                                                sleep or the wait that was under way counts as not
@@ -293,8 +293,8 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 
 
 class Row(NamedTuple):
-    """A row of the journal. `data` and `extra` are JSON, `began` is a moment; `seq` and `at` (a
-    moment, too) are given to it when it is appended."""
+    """A row of the journal. `data` and `extra` are JSON (or empty), `began` is a moment; `seq` and
+    `at` (a moment, too) are given to it when it is appended."""
 
     type: str
     step: str | None = None
@@ -339,8 +339,7 @@ class Step:
 
 ENDED = ("done", "error")  # the states of a step that has a result, or has failed for good
 
-# What a row says about its step from then on: open, asleep, and its state. (`stop` takes back what
-# the row before it says.)
+# What a row says about its step from then on: open, asleep, and its state. (`stop`: see `apply`.)
 _MEANING = {
     "start": (True, False, "pending"),
     "done": (False, False, "done"),
@@ -395,8 +394,10 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
         if (step := apply(steps, row)) is not None:
             inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
             unseen = []
-            while step.state == "cancelled" and inbox and next(reversed(inbox)) != row.extra:
-                unseen.append(inbox.popitem())
+            if row.type == "cancel" and row.extra is not None:
+                seen = read_back(row.extra, f"row {row.seq}")
+                while inbox and (seen is None or seen in inbox) and next(reversed(inbox)) != seen:
+                    unseen.append(inbox.popitem())
             inbox[step.key] = step
             inbox.update(reversed(unseen))
     return steps, inbox
@@ -688,10 +689,11 @@ _OF_NAMED = "workflow = (SELECT key FROM workflows WHERE name = ?)"
 # posted within one turn of the loop shares a transaction and its one commit (group commit), and
 # nobody is told of a result before that commit: what a caller has seen is on disk. An operation
 # checks first and writes last, so that one that refuses (by raising a `WorkflowError`) leaves no
-# trace. Any other error, a plain `WorkflowInternalError`, and a commit that fails undo the whole
-# transaction and stop the engine: nobody has been told anything, and the next engine replays. (A
-# transaction is carried out at the end of the turn, on the loop itself; or by a thread, if the disk
-# is slow or another process is writing. See "Writing" in the second part.)
+# trace. Any other error undoes the whole transaction and stops the engine, as does a commit that
+# fails, or a `WorkflowInternalError` of no subclass (an `Unreadable` is about one instance only):
+# nobody has been told anything, and the next engine replays. (A transaction is carried out at the
+# end of the turn, on the loop itself; or by a thread, if the disk is slow or another process is
+# writing. See "Writing" in the second part.)
 #
 # After the operations the scheduler does what is due by then, in the same transaction. So a run
 # that is just being loaded hears of every row exactly once: what was there before is in the journal
@@ -701,7 +703,8 @@ _TAKES_A_SLOT = "status IN ('running', 'waitingForPause')"
 BATCH = 256  # at most so many operations, and so many due instances, are taken at once
 
 Operation = Callable[..., Any]
-Then = Callable[[Any, BaseException | None], None]  # gets an operation's result, or its refusal
+# Gets an operation's result, or why there is none: a refusal, or that storage has failed.
+Then = Callable[[Any, BaseException | None], None]
 Posted = tuple[Operation, tuple[Any, ...], Then]  # an operation, its arguments, and who asks
 Reply = tuple[Then, Any, BaseException | None]  # who has asked, and the result or the refusal
 
@@ -730,7 +733,7 @@ class News(NamedTuple):
 # What is watched: the key of an instance, for its end; or an id, for every row of the instances
 # that have it, in whichever workflow.
 Topic = int | str
-WOKEN = -(2**62)  # where places in the queue begin that are ahead of those that count up from 1
+WOKEN = -(2**62)  # where the places begin of those that wake up; all others count up from 1
 
 
 def nothing(tx: Transaction) -> None:
@@ -756,7 +759,7 @@ class Transaction:
 
     def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
-        self.cpu_ns = cpu_ns  # of all callbacks, since the last one
+        self.cpu_ns = cpu_ns  # that callbacks have used since the last transaction
         self.requests = self.steps = self.storage = 0  # see "Usage"
         self.written = 0  # rows
         self.news: list[News] = []
@@ -870,7 +873,8 @@ class Transaction:
     def _place_of(self, inst: Instance) -> int:
         if inst.place is not None:
             return inst.place
-        # Of those that wake up in the same millisecond, the first comes first (in 20 bits).
+        # Of those that wake up in the same millisecond, the first comes first. (The counter starts
+        # over after a million.)
         self.scheduler.woken = (self.scheduler.woken + 1) % 2**20
         moment = self.now if inst.wake is None else min(inst.wake, self.now)
         return min(WOKEN + moment * 2**20 + self.scheduler.woken, 0)  # 0 from the year 2109 on
@@ -933,7 +937,7 @@ class Transaction:
 # An instance that runs, or is about to pause, takes a slot; one that waits takes none. When it
 # wakes up it goes through the queue again, ahead of those that have never started.
 
-DAMAGED = 3_600_000  # until an instance is attended to again whose waits can't be read back
+DAMAGED = 3_600_000  # ms until it is tried again to read waits that could not be read back
 
 
 class Scheduler:
@@ -953,8 +957,11 @@ class Scheduler:
 
     def is_due(self, now: int) -> bool:
         """Whether there is reason to attend to the database."""
-        due = self.stirred or self.next_wake <= now
-        return due and self.database.owner and not self.closing
+        return (self.stirred or self.next_wake <= now) and self.may_act()
+
+    def may_act(self) -> bool:
+        """Whether this process runs the instances, and is not about to leave."""
+        return self.database.owner and not self.closing
 
     def take_up(self, key: int, workflow: Workflow) -> None:
         """From now on this process runs a workflow's instances, whenever it is the owner."""
@@ -1151,7 +1158,7 @@ class Loaded(NamedTuple):
 class Life:
     """The tasks of one life of an instance, and how they end."""
 
-    # Step calls that came too late, by task.
+    # How many step calls came too late, by task.
     refused: ClassVar[MutableMapping[Any, int]] = weakref.WeakKeyDictionary()
 
     # (What most lives never set stands here: CPython is slow with more than 30 attributes.)
@@ -1251,7 +1258,7 @@ class Life:
         """Ends code that calls a step when this life is over. Code that catches that and goes on is
         told more plainly, and slowed down if it never stops: a loop that catches everything does no
         harm."""
-        attempt, task = current_attempt(), asyncio.current_task()
+        attempt, task = current_attempt(), asyncio.current_task() or self
         if attempt is not None and attempt.run is not self:
             raise fatal("workflow.fatal", "a rollback handler can't call steps: `run` has ended")
         self.refused[task] = self.refused.get(task, 0) + 1
@@ -1282,6 +1289,8 @@ class StepCall(Coroutine[Any, Any, Any]):
         args: tuple[Any, ...],
         options: dict[str, Any],
     ) -> None:
+        if type(name) is not str and isinstance(name, str):
+            name = str.__str__(name)  # an enum is its value
         self.run, self.kind, self.plan = run, kind, plan
         self.name, self.args, self.options = name, args, options
         self.task: asyncio.Task[Any] | None = None  # the one that awaits it
@@ -1404,6 +1413,7 @@ class Replay(Life):
         self.active[call.key], self.steps[call.key] = call, step
         try:
             self.note(call)
+            skipped = step.state in ENDED and call.key not in self.inbox  # by `hand_over`
             if step.state in ("new", "pending"):
                 await self.carry_out(call)
             elif self._is_next(step) and self._is_alone(call):
@@ -1412,6 +1422,8 @@ class Replay(Life):
                 log.info("%s: step %r waits until run cancels it again", self, call.name)
             while call.key in self.inbox or step.state not in ENDED:
                 await self.wait(call)
+            if not (skipped or step.nested):
+                self.seen = call.key
             return self._value(call)
         except asyncio.CancelledError:
             if not self.dead:
@@ -1465,7 +1477,6 @@ class Replay(Life):
         """What the caller gets: the record read back, or what is equal to it (`call.fresh`)."""
         step, fresh, data = call.step, call.fresh, call.step.data
         if not step.nested:
-            self.seen = call.key
             step.data = None  # nobody asks again; the next attempt around a nested step does
         if step.state == "error":
             error = rebuild_error(read_back(data or "null", "its error"))
@@ -1603,8 +1614,8 @@ class Run(Replay):
         warn_about_calls(self)
         self._record_cancelled()
         if isinstance(result, BaseException):
-            log.warning("%s: an error has left run", self, exc_info=result)
             self.end(finish, Row("errored", data=encode_error(result)), 0)
+            log_error(logging.WARNING, result, "%s: an error has left run", self)
         else:
             self.end(finish, Row("complete", data=result), size_of(result))
 
@@ -1630,8 +1641,21 @@ class Run(Replay):
         if not isinstance(plan, DoPlan):
             self._begin_wait(call, plan)
             return
+        resumed = call.step.state == "pending"
         while await Attempt(self, call, plan.config).make(plan):
             pass
+        if resumed:
+            self._stop_inside(call)
+
+    def _stop_inside(self, call: StepCall) -> None:
+        """Ends what the callback of a step has waited for when the process of an earlier life died,
+        and not again since."""
+        inside = call.key + SEPARATOR
+        found = [key for key, step in self.steps.items() if step.asleep and key.startswith(inside)]
+        if left := [Row("stop", key) for key in found if key not in self.active]:
+            self.post(break_off, left)
+            for row in left:
+                apply(self.steps, row)
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1737,8 +1761,8 @@ class Run(Replay):
     # after the cancellation waits for that.
     #
     # When a callback cancels a call, that is as if the call had not been made, because a callback
-    # is repeated as a whole. A row `stop` says so at once; until it is stored, no other call of
-    # that key begins.
+    # is repeated as a whole. (But a result that is stored is kept.) A row `stop` says so at once;
+    # until it is stored, no other call of that key begins.
 
     def on_cancellation(self, call: StepCall) -> None:
         step = call.step
@@ -1761,7 +1785,8 @@ class Run(Replay):
 
     def _record_cancelled(self) -> None:
         if self.cancelled:
-            rows = [Row("cancel", key, extra=seen) for key, seen in self.cancelled.items()]
+            cancelled = self.cancelled.items()
+            rows = [Row("cancel", key, extra=json.dumps(seen)) for key, seen in cancelled]
             self.cancelled.clear()
             self.post(break_off, rows)
 
@@ -1791,6 +1816,7 @@ class Attempt:
         self.execution = Execution(run, config.timeout, self, self.ends)
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
+        self._ended = False  # a row says, or is about to say, that it has ended
         self._unanswered: BaseException | None = None  # the delay function must be asked
         self._again = False  # another attempt follows
         self.counts: dict[str, int] = {}
@@ -1848,8 +1874,9 @@ class Attempt:
                 call.attempt = None
 
     def post_start(self) -> None:
-        """Records that it has begun, unless that was done."""
-        if not self.recorded:
+        """Records that it has begun, unless that was done. (When it has ended, a task that its
+        callback has left behind may still ask for that.)"""
+        if not (self.recorded or self._ended):
             row = self._row("start")
             self.recorded = True
             apply(self.run.steps, row)
@@ -1885,7 +1912,7 @@ class Attempt:
                 error = refused
         if error is None:
             self._post(self._row("done", text), fresh, size)
-        elif isinstance(error, NOT_RETRIED) or self.number > config.limit:
+        elif issubclass(type(error), NOT_RETRIED) or self.number > config.limit:
             self._fail_for_good(error)
         elif callable(config.delay):
             self._unanswered = error
@@ -1915,13 +1942,13 @@ class Attempt:
         run, config, step = self.run, self.config, self.call.step
         longest = 0 if is_skipped("retry", self.call) else run.engine.limits.max_sleep
         delay = min(delay * config.backoff(self.number), longest)
-        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
-        why = " ".join(show_error(error).split())  # one line
-        log.warning("%s: %s; the next one in %d ms", what, why, delay)
-        log.debug("%s", what, exc_info=error)
         self._again = step.asleep = True
         wait = Wait("retry", step.key, None, run.engine.clock.now() + delay)
         self._post(self._row("failed", encode_error(error, retry_delay_ms=delay)), None, 0, wait)
+        what = f"{run}: {self}: attempt {self.number} of {config.limit + 1} failed"
+        why = " ".join(show_error(error).split())  # one line
+        log.warning("%s: %s; the next one in %d ms", what, why, delay)
+        log_error(logging.DEBUG, error, "%s", what)
 
     def _fail_for_good(self, error: BaseException) -> None:
         """Posts that the step has failed for good."""
@@ -1929,7 +1956,7 @@ class Attempt:
         self._post(self._row("error", encode_error(error)), error)
 
     def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
-        self.call.step.open = False
+        self.call.step.open, self._ended = False, True
         self.run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
 
     def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
@@ -1984,11 +2011,6 @@ def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | 
         tx.steps += 1
     if inst.careful and row.type in ("done", "error"):
         tx.change(inst, careful=0)
-    if row.type == "error" or (row.type == "done" and row.attempt != 1):
-        # An attempt whose process died may have left waits of calls in its callback behind.
-        inside = f"{row.step}{SEPARATOR}"
-        sql = "DELETE FROM waits WHERE instance = ? AND substr(step, 1, ?) = ?"
-        tx.db.execute(sql, (inst.key, len(inside), inside))
     if wait is not None:
         values = (inst.key, *wait[:5], inst.seq, tx.now)
         tx.db.execute("INSERT INTO waits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -2077,8 +2099,8 @@ def check_state(tx: Transaction, present: int, size: int, refuse: ErrorMaker) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# News: what a committed transaction tells about an instance goes to its life, or begins one. Here
-# is also who knows when a run has settled, and when one that waits is unloaded.
+# News: what a committed transaction tells about an instance goes to its life, or begins one. This
+# section also says when a run has settled, and when one that waits is unloaded.
 
 
 class Turns:
@@ -2208,7 +2230,7 @@ class Lives:
 
 
 # ==================================================================================================
-# Part II: the machinery, and the rules
+# Part II: the rules
 # ==================================================================================================
 #
 # --------------------------------------------------------------------------------------------------
@@ -2254,11 +2276,11 @@ class Writer:
         self.failure: WorkflowInternalError | None = None
         self.flushing = False  # the loop is about to run what was posted
         self._posted: list[Posted] = []
-        self._turn_began: float = 0  # the turn in which something was posted first
+        self._turn_began: float = 0  # when something was posted first in this turn
         self._batches: queue.SimpleQueue[list[Posted] | None] = queue.SimpleQueue()
         self._handed = 0  # batches of the thread that have not been answered yet
         self._lock = threading.RLock()  # whoever uses the database holds it
-        self._distrust = TRUST  # so many more of these
+        self._distrust = TRUST  # so many quick commits must still be seen in the thread
         self._timer: Any = None
         self._armed: float = math.inf  # when the timer goes off
         self._ticked = self._checked = time.monotonic()
@@ -2276,7 +2298,7 @@ class Writer:
 
     def post(self, operation: Operation, *args: Any, then: Then = ignore) -> None:
         """Asks for an operation. `then(result, refusal)` is called on the loop when it has been
-        committed."""
+        committed, or refused, or has failed with the storage."""
         self._posted.append((operation, args, then))
         self._flush_later()
 
@@ -2352,7 +2374,7 @@ class Writer:
         """Sees to it that what is due is attended to in time."""
         if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
             self.post(nothing)
-        elif self.scheduler.next_wake < self._armed and self.database.owner:
+        elif self.scheduler.next_wake < self._armed and self.scheduler.may_act():
             if self._timer is not None:
                 self._timer.cancel()
             self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
@@ -2533,13 +2555,17 @@ class Core:
         if self._state != "open" or self.scheduler.closing or self.loop.is_closed():
             return  # it was never entered, or is left already; or the thread notices that
         self.scheduler.closing = True
-        leaving = self.loop.create_task(self._leave())
-        try:
-            await asyncio.shield(leaving)
-        finally:
-            # Also when that is cancelled: it takes a second more than `drain` at most. (`shield`
-            # has passed the cancellation on to our caller, not to it.)
-            await leaving
+        leaving, cancelled = self.loop.create_task(self._leave()), None
+        while not leaving.done():
+            # Whoever is cancelled waits all the same, a second longer than `drain` at most: an
+            # engine that is half left would keep the lock.
+            try:
+                await asyncio.shield(leaving)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        leaving.result()
 
     async def _leave(self) -> None:
         runs, until = self.lives.runs, self.loop.time() + self.drain / 1000
@@ -2706,7 +2732,7 @@ class Threads:
 
 
 Outcome = tuple[Any, BaseException | None]  # what a function has returned, or what it has raised
-# From Python 3.12 on a new task takes its first step at once; most callbacks end with that.
+# From Python 3.12 on a new task can take its first step at once; most callbacks end with that.
 _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
@@ -2716,8 +2742,8 @@ class Execution:
     calls that the function makes belong to the attempt. When its callback has ended, the attempt is
     told at once.
 
-    The outcome is what comes first: the function ends; or its time is up, and it is cancelled; or
-    `run` cancels the step call, which waits for the outcome: then there is none."""
+    What comes first decides the outcome: the function ends; or its time, or its CPU time, is up,
+    and it is cancelled. If the step call is cancelled before that, there is no outcome."""
 
     def __init__(
         self, run: Run, patience: int, attempt: Attempt, tell: Callable[[Any, Any], None]
@@ -2773,12 +2799,15 @@ class Execution:
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
                 self._attempt.abandoned()
+                self.run.callbacks.discard(task)
             self._tell(*self._outcome)
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self.run.callbacks.discard(task)
         if not task.cancelled():
             resolve(self._decided, error=task.exception())  # a KeyboardInterrupt, or a bug
+        elif self._decide(outcome := (None, asyncio.CancelledError())):  # before its first step
+            self._tell(*outcome)
 
     async def _perform(self, function: Callable[[], Any]) -> None:
         self.task = asyncio.current_task(self.run.loop)
@@ -2906,6 +2935,12 @@ def safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
         raise
     except BaseException:
         return otherwise
+
+
+def log_error(level: int, error: BaseException, message: str, *args: object) -> None:
+    """Logs a user's error with its traceback, if its class lets us."""
+    trace = type(error), error, error.__traceback__
+    safely(None, functools.partial(log.log, level, message, *args, exc_info=trace))
 
 
 def show(value: Any) -> str:
@@ -3606,7 +3641,7 @@ def check_event_type(type: Any, refuse: ErrorMaker) -> str:
     """Refuses what is no type of an event."""
     what = f"{show(type)} is not an event type: expected 1 to 100 {_NAME_RULE}"
     require(is_name(type, 100), "event.invalid_type", what, refuse)
-    return str(type)
+    return str.__str__(type)  # of an enum, too
 
 
 def step_named(step: Any, index: str = "index") -> tuple[str, int]:
@@ -3878,7 +3913,8 @@ class Engine(Core):
         super().__init__()
         path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
         expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
-        expect(env is None or isinstance(env, Mapping), "env", env, "a mapping", TypeError)
+        legal = env is None or isinstance(env, Mapping)
+        expect(legal, "env", type(env), "a mapping", TypeError)  # its values may be secret
         expect(limits is None or isinstance(limits, Limits), "limits", limits, "Limits", TypeError)
         expect(clock is None or isinstance(clock, Clock), "clock", clock, "a Clock", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
@@ -4120,7 +4156,7 @@ def refuse_what_is_not_ours(path: str) -> None:
             raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1"
+    uri = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         # A process may have died while SQLite wrote its log back: then the schema makes sense only
         # together with the log, which is not read here.
@@ -4295,9 +4331,9 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
 
 
 def cut(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """What is left of a history when it begins again from the step with the first of these keys
-    that it knows: what began before that step. (Nothing, if it knows none.) What `run` cancelled
-    after that begins anew, because the reason for the cancellation may be gone."""
+    """What a restart from a step keeps of a history: what began before that step. `keys` are those
+    that the step may have; the first that the history knows counts, and if it knows none, nothing
+    is kept. What `run` cancelled later begins anew, because the reason for that may be gone."""
     first = next((row.seq for key in keys for row in rows if row.step == key), 0)
     counts_from = {row.step: row.seq for row in reversed(rows)}
     counts_from |= {row.step: row.seq for row in rows if row.type == "cancel"}
@@ -4532,7 +4568,7 @@ class Workflow:
         legal = scheduled or (is_name(id, limit) and not _RESERVED.fullmatch(id))
         what = f"1 to {limit} {_NAME_RULE}, and none that Cloudflare keeps for itself"
         require(legal, "instance.invalid_id", f"{where}: {show(id)} is no id: expected {what}")
-        return str(id)
+        return str.__str__(id)  # of an enum, too
 
     def event_of(self, options: Any, given: dict[str, Any], what: str) -> tuple[str, str]:
         """Type and payload of an event that somebody sends."""
@@ -4898,7 +4934,7 @@ class UndoRun(Run):
             try:
                 await call
             except Exception as failure:
-                log.warning("%s: a rollback handler failed", self, exc_info=failure)
+                log_error(logging.WARNING, failure, "%s: a rollback handler failed", self)
                 return encode_error(failure)
         return "null"
 
@@ -5738,7 +5774,8 @@ class ManualClock(Clock):
     async def settle(self) -> None:
         """Returns when every instance waits: for ten turns of the loop nothing has happened."""
         for engine in self.engines:
-            engine.writer.post(nothing)
+            with contextlib.suppress(WorkflowInternalError):
+                await engine.call(nothing)
         quiet, seen = 0, -1
         while quiet <= SETTLED:
             activity = sum(engine.activity for engine in self.engines)
@@ -6467,8 +6504,8 @@ async def steer(ask: Request) -> dict[str, Any]:
     options = {key: value for key, value in given.items() if value not in (None, False)}
     verb = options.pop("status", options.pop("action", None))
     expect(verb in [*_VERBS], "status", verb, f"one of {', '.join(_VERBS)}")
-    for key in options.keys() - {_VERBS[verb]}:
-        raise ValueError(f"{key!r} does not go with {verb}")
+    if wrong := options.keys() - {_VERBS[verb]}:
+        raise ValueError(f"{min(wrong)!r} does not go with {verb}")
     await getattr(ask.instance, verb)(**options)
     return ask.done() | {"status": await ask.call(on_instance, ask.id, shown_status)}
 
@@ -6633,13 +6670,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 result = rows if isinstance(result, list) else rows[0]
             said = {"success": True, "errors": [], "messages": [], "result": result}
             said |= {"result_info": ask.info} if ask.info else {}
+        except ConnectionError:  # the client is gone
+            self.close_connection = True
+            return
         except Exception as error:
             status, said = failure(error, api)
         self.server.deadlines[self.connection] = time.monotonic() + PATIENCE
         # Behind a body that was not read is no request: the client must connect again.
         self.close_connection |= unread
         self._send(status, to_text(said))
-        if unread:
+        if unread and ("Content-Length" in self.headers or "Transfer-Encoding" in self.headers):
             self._drop_the_rest()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
@@ -6659,7 +6699,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _drop_the_rest(self) -> None:
-        """Reads what a refused client still sends (within bounds): only then it sees the answer."""
+        """Reads the body that a refused client still sends (within bounds): only then it sees the
+        answer."""
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_WR)
         for _ in range(100):
