@@ -2628,6 +2628,33 @@ class Replay(Lives):
 
         await self.lives(run, 2)  # it ends
 
+    async def test_a_cancellation_that_was_skipped_is_not_what_run_has_seen_last(self):
+        lives = []
+
+        async def run(event, step):
+            lives.append(1)
+            never = asyncio.create_task(step.wait_for_event("never", "never"))
+
+            async def turns(count):
+                for _ in range(count):
+                    await asyncio.sleep(0)
+
+            async def early_or_late():
+                await turns(5 if len(lives) == 1 else 100)
+                lost = asyncio.create_task(step.wait_for_event("lost", "never"))
+                await turns(5)
+                lost.cancel()
+                await asyncio.wait([lost])
+
+            other = asyncio.create_task(early_or_late())
+            await step.do("seen", functools.partial(turns, 30))
+            await step.sleep("until the next life", "1 hour")
+            await other
+            never.cancel()
+            await asyncio.wait([never])
+
+        await self.lives(run, 2)  # it ends
+
     async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
         began = []
 
@@ -2998,20 +3025,70 @@ class Nested(Lives):
         rows = self.rows("SELECT type, attempt FROM journal WHERE step LIKE '%inner%' ORDER BY seq")
         self.assertEqual(rows, [("start", 1), ("stop", None), ("start", 1), ("done", 1)])
 
-    async def test_a_nested_call_that_is_left_behind_ends_also_when_the_step_has_failed(self):
+    async def test_a_nested_call_that_is_left_behind_is_cancelled_when_the_step_ends(self):
         async def run(event, step):
-            left = []
+            for error in (ValueError, None):
+                left, attempts = [], []
 
-            async def outer():
-                left.append(asyncio.create_task(step.sleep("inner", "1 second")))
-                await asyncio.sleep(0)
-                raise ValueError
+                async def outer(error=error, left=left, attempts=attempts):
+                    attempts.append(1)
+                    if len(attempts) == 1:
+                        left.append(asyncio.create_task(step.wait_for_event("inner", "t")))
+                        await asyncio.sleep(0)
+                        raise ValueError
+                    if error:
+                        raise error
 
-            await caught(step.do("outer", ONCE, outer))
-            await left[0]
-            return "ended"
+                await asyncio.gather(step.do("outer", constant(1), outer), return_exceptions=True)
+                await asyncio.wait(left)
+            return (await step.wait_for_event("top", "t")).payload
 
-        self.assertEqual(await self.outcome(run), "ended")
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await self.clock.advance(10)
+            await instance.send_event(type="t", payload="kept")
+            self.assertEqual(await self.finish(instance), "kept")
+        waits = self.rows("SELECT type FROM journal WHERE step LIKE '%inner%' ORDER BY seq")
+        self.assertEqual(waits, [("wait",), ("stop",)] * 2)
+
+    async def test_what_a_callback_has_waited_for_in_an_earlier_life_takes_no_event(self):
+        for how in ("another way", "an event comes first", "cancelled"):
+            with self.subTest(how):
+                self.setUp()
+                gate, lives = asyncio.Event(), []
+
+                async def run(event, step, how=how, gate=gate, lives=lives):
+                    lives.append(1)
+
+                    async def outer():
+                        if len(lives) > 1:
+                            return await gate.wait()
+                        await step.wait_for_event("inner", "t")
+
+                    call = asyncio.create_task(step.do("outer", outer))
+                    if how == "cancelled" and len(lives) > 1:
+                        await step.do("in time", returns(None))
+                        call.cancel()
+                        await asyncio.wait([call])
+                    else:
+                        await call
+                    return (await step.wait_for_event("top", "t")).payload
+
+                for _ in range(2):
+                    async with self.engine() as engine:
+                        bound = engine.bind(workflow(run))
+                        if not lives:
+                            await bound.create(id="i")
+                        await self.clock.settle()
+                        if len(lives) == 2:
+                            instance = await bound.get("i")
+                            if how == "another way":
+                                gate.set()
+                                await self.clock.settle()
+                            await instance.send_event(type="t", payload="kept")
+                            await self.clock.settle()
+                            gate.set()
+                            self.assertEqual(await self.finish(instance), "kept")
 
     async def test_a_race_inside_a_step_is_a_step(self):
         async def run(event, step):
@@ -3475,7 +3552,7 @@ class Unloading(Lives):
         async def run(event, step):
             await step.sleep("nap", "1 hour")
 
-        hidden = unittest.mock.patch("workflows.tokens_with_timers", return_value=None)
+        hidden = unittest.mock.patch("workflows.scopes_with_timers", return_value=None)
         with hidden, self.assertLogs("workflows", "INFO") as logged:
             await self.outcome(run)
         (line,) = logged.output
@@ -5416,6 +5493,22 @@ class CleanStop(Case):
         self.assertTrue(life.cancelled())
         self.assertEqual(sorted(os.listdir(self.folder)), ["test.db", "test.db-owner"])
         self.assertNotIn(os.path.realpath(self.path), workflows.Database.owned)
+
+    async def test_what_a_callback_waits_for_falls_due_while_an_engine_is_drained(self) -> None:
+        async def run(event: Any, step: Any) -> str:
+            async def outer() -> None:
+                await step.sleep("nap", 100)
+                await step.wait_for_event("news", "t")
+
+            await step.do("outer", outer)
+            return "done"
+
+        async with Engine(self.path, drain="5 seconds") as engine:
+            instance = await engine.bind(workflow(run)).create()
+            await instance.send_event(type="t")
+            await asyncio.sleep(0.02)
+        ends = "SELECT step, type FROM journal WHERE type IN ('done', 'stop')"
+        self.assertEqual(self.rows(ends), [("do\nouter\n1", "done")])
 
     async def test_what_falls_due_while_an_engine_is_drained_keeps_nobody_busy(self) -> None:
         async def run(event: Any, step: Any) -> None:

@@ -949,7 +949,7 @@ class Scheduler:
         self.blocks: list[WorkflowInstanceModifier] = []  # see "Introspection"
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
-        self.closing = False  # nothing begins any more
+        self.closing = False  # no instance begins any more
         self.queue_room = 0  # so many may be created before the queue must be counted again
         self.woken = 0  # counts the instances that have woken up
         self.warned: set[int] = set()  # workflows that are not bound, and have been warned about
@@ -957,11 +957,7 @@ class Scheduler:
 
     def is_due(self, now: int) -> bool:
         """Whether there is reason to attend to the database."""
-        return (self.stirred or self.next_wake <= now) and self.may_act()
-
-    def may_act(self) -> bool:
-        """Whether this process runs the instances, and is not about to leave."""
-        return self.database.owner and not self.closing
+        return (self.stirred or self.next_wake <= now) and self.database.owner
 
     def take_up(self, key: int, workflow: Workflow) -> None:
         """From now on this process runs a workflow's instances, whenever it is the owner."""
@@ -983,8 +979,11 @@ class Scheduler:
                 due += self._of_bound(tx, "wake = ? ORDER BY key LIMIT ?", latest, BATCH)
             for inst in dict.fromkeys(due):
                 self._attend(tx, inst)
-            due_next = fire_schedules(tx)
-            self.stirred = self._admit(tx) or len(due) >= BATCH
+            due_next: list[int | None] = []
+            self.stirred = len(due) >= BATCH
+            if not self.closing:
+                due_next += fire_schedules(tx)
+                self.stirred |= self._admit(tx)
             due_next += [self._one(tx, "min(wake)", key, "wake IS NOT NULL") for key in self.bound]
             self.next_wake = min((at for at in due_next if at is not None), default=math.inf)
         for inst in tx.requeued:
@@ -1132,7 +1131,7 @@ class Scheduler:
 SETTLED = 10  # turns of the loop without a step call or a result
 GRACE = 1.0  # seconds that cancelled code gets to end
 
-# Whose code this is: that of an attempt's callback, or (then it is the token of a life) of `run`.
+# Whose code this is: that of an attempt's callback, or of `run` (then it is the life's `ended`).
 _scope: contextvars.ContextVar[Any] = contextvars.ContextVar("scope", default=None)
 
 
@@ -1170,7 +1169,6 @@ class Life:
     def __init__(self, engine: Core, workflow: Workflow, inst: Instance) -> None:
         self.engine, self.loop, self.workflow = engine, engine.loop, workflow
         self.lease, self.id = Lease(inst.key, inst.generation), inst.id or ""
-        self.token = object()  # what code of `run` has in its context: see `tokens_with_timers`
         self.callbacks: set[asyncio.Task[Any]] = set()  # the tasks of attempts
         self.dead = False  # whatever its code does is ignored
         self.ended: asyncio.Future[None] = self.loop.create_future()
@@ -1377,7 +1375,7 @@ class Replay(Life):
 
     async def main(self) -> Any:
         """Calls `run`. Returns its output, as it is stored, or the error that has left it."""
-        _scope.set(self.token)
+        _scope.set(self.ended)
         try:
             info = types.SimpleNamespace(instance_id=self.id, workflow_name=self.workflow.name)
             output = self.workflow.cls(info, self.engine.env).run(self.event, WorkflowStep(self))
@@ -1416,7 +1414,7 @@ class Replay(Life):
             skipped = step.state in ENDED and call.key not in self.inbox  # by `hand_over`
             if step.state in ("new", "pending"):
                 await self.carry_out(call)
-            elif self._is_next(step) and self._is_alone(call):
+            elif self._is_next(step) and self._is_alone(call):  # a fifth of a replay
                 del self.inbox[call.key]
             if step.state == "cancelled":
                 log.info("%s: step %r waits until run cancels it again", self, call.name)
@@ -1579,6 +1577,13 @@ class Run(Replay):
         self.asked: str | None = None
         self.seq = loaded.instance.seq  # of the newest row that it knows of
         self._writing = 0  # operations that have no answer yet
+        # What callbacks of earlier lives have waited for.
+        self._left = [key for key, step in self.steps.items() if step.asleep and step.nested]
+
+    def begin(self) -> None:
+        super().begin()
+        over = (*ENDED, "cancelled")
+        self._stop_inside(key for key, step in self.steps.items() if step.state in over)
 
     def post(
         self, operation: Operation, *args: Any, then: Callable[..., None] | None = None
@@ -1641,21 +1646,21 @@ class Run(Replay):
         if not isinstance(plan, DoPlan):
             self._begin_wait(call, plan)
             return
-        resumed = call.step.state == "pending"
         while await Attempt(self, call, plan.config).make(plan):
             pass
-        if resumed:
-            self._stop_inside(call)
+        self._stop_inside([call.key])
 
-    def _stop_inside(self, call: StepCall) -> None:
-        """Ends what the callback of a step has waited for when the process of an earlier life died,
-        and not again since."""
-        inside = call.key + SEPARATOR
-        found = [key for key, step in self.steps.items() if step.asleep and key.startswith(inside)]
-        if left := [Row("stop", key) for key in found if key not in self.active]:
-            self.post(break_off, left)
-            for row in left:
-                apply(self.steps, row)
+    def _stop_inside(self, keys: Iterable[str]) -> None:
+        """These steps are over: so is what their callbacks have waited for in earlier lives, unless
+        it was called again."""
+        if self._left:
+            inside = tuple(key + SEPARATOR for key in keys)
+            over = [key for key in self._left if key.startswith(inside)]
+            self._left = [key for key in self._left if key not in over]
+            if rows := [Row("stop", key) for key in over if key not in self.called]:
+                self.post(break_off, rows)
+                for row in rows:
+                    apply(self.steps, row)
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1767,12 +1772,13 @@ class Run(Replay):
     def on_cancellation(self, call: StepCall) -> None:
         step = call.step
         self.last_move = self.engine.turns.now
-        self.inbox.pop(call.key, None)
+        in_turn = self.inbox.pop(call.key, None) is not None
         if not step.nested:
             if step.state != "cancelled":
-                step.state = "cancelled"
+                step.state, in_turn = "cancelled", True
                 self.cancelled[call.key] = self.seen
-            self.seen = call.key
+            if in_turn:  # not skipped by `hand_over`
+                self.seen = call.key
         elif step.open or step.state != "new":
             call.stopping, call.task, call.attempt = True, None, None
             stopped = functools.partial(self._stopped, call)
@@ -1787,8 +1793,9 @@ class Run(Replay):
         if self.cancelled:
             cancelled = self.cancelled.items()
             rows = [Row("cancel", key, extra=json.dumps(seen)) for key, seen in cancelled]
-            self.cancelled.clear()
             self.post(break_off, rows)
+            self._stop_inside(self.cancelled)
+            self.cancelled.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1971,11 +1978,15 @@ class Attempt:
         call.fresh = fresh
         run.careful = run.careful and row.type == "failed"
         run.take(row)
+        if row.type != "failed" and (self.counts or self.number > 1):
+            self.cancel_inside()
 
-    def abandoned(self) -> None:
-        """Its callback ignores its cancellation: the calls in it end without that."""
-        for key, call in self.run.active.items():
-            if call.task is not None and key.startswith(self.call.key + SEPARATOR):
+    def cancel_inside(self) -> None:
+        """Cancels the step calls that its callback has left behind, as those of `run` are when
+        `run` ends."""
+        inside, run = self.call.key + SEPARATOR, self.run
+        for key, call in run.active.items():
+            if call.task not in (None, run.task) and key.startswith(inside):
                 call.task.cancel()
 
 
@@ -2217,11 +2228,11 @@ class Lives:
         self._sweeping, now, patience = None, self.engine.clock.now(), self.engine.hibernate_after
         early = now + patience  # nobody has longer to wait, unless the clock was set back
         due = [run for run, at in self._drowsy.items() if not now < at <= early]
-        busy = (tokens_with_timers(self.engine.loop) if due else None) or ()
+        busy = (scopes_with_timers(self.engine.loop) if due else None) or ()
         for run in due:
             del self._drowsy[run]
             if run.still_waits():
-                if run.token in busy:  # asyncio's timers go by the real time
+                if run.ended in busy:  # asyncio's timers go by the real time
                     self.engine.loop.call_later(max(0.05, patience / 1000), self.drowse, run)
                 else:
                     run.unload()
@@ -2374,7 +2385,7 @@ class Writer:
         """Sees to it that what is due is attended to in time."""
         if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
             self.post(nothing)
-        elif self.scheduler.next_wake < self._armed and self.scheduler.may_act():
+        elif self.scheduler.next_wake < self._armed and self.database.owner:
             if self._timer is not None:
                 self._timer.cancel()
             self._armed, clock = self.scheduler.next_wake, self.scheduler.clock
@@ -2530,7 +2541,7 @@ class Core:
             raise RuntimeError("an engine can be entered once; make a new one")
         self.loop = asyncio.get_running_loop()
         self._ready: Sequence[Any] | None = getattr(self.loop, "_ready", None)
-        if tokens_with_timers(self.loop) is None:
+        if scopes_with_timers(self.loop) is None:
             what = "a timer that `run` sets (asyncio.timeout) is lost when an instance hibernates"
             log.info("%r does not show its timers: %s", type(self.loop), what)
         # What the engine does it does in this context, not in that of whoever caused it.
@@ -2798,7 +2809,7 @@ class Execution:
             await asyncio.wait({task}, timeout=GRACE)
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
-                self._attempt.abandoned()
+                self._attempt.cancel_inside()
                 self.run.callbacks.discard(task)
             self._tell(*self._outcome)
 
@@ -2902,9 +2913,9 @@ def timed_out(ms: int) -> WorkflowTimeoutError:
     return WorkflowTimeoutError(f"Execution timed out after {ms}ms")
 
 
-def tokens_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
-    """The tokens (see `Life`) of those whose own code has a timer ahead; None if the loop does not
-    show its timers. A timer runs in a copy of the context it was made in."""
+def scopes_with_timers(loop: asyncio.AbstractEventLoop) -> set[object] | None:
+    """The scopes (see `_scope`) whose own code has a timer ahead; None if the loop does not show
+    its timers. A timer runs in a copy of the context it was made in."""
     timers = getattr(loop, "_scheduled", None)
     if timers is None:
         return None
@@ -5038,8 +5049,8 @@ class ReplayRun(Replay):
         """How many seconds `run` may go without a step call or a result: few, if it waits for a
         step. (Counted in pauses, not by the clock, because a busy loop may need seconds for what it
         has to do.)"""
-        timers = tokens_with_timers(self.loop) or ()
-        return SILENCE if not self.active or self.token in timers else 20 * PAUSE
+        timers = scopes_with_timers(self.loop) or ()
+        return SILENCE if not self.active or self.ended in timers else 20 * PAUSE
 
 
 def warn_about_calls(run: Run) -> None:
