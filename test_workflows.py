@@ -12925,6 +12925,7 @@ class Outside(Case):
         async with self.engine() as engine:
             for name, run in (self.bound | more).items():
                 engine.bind(workflow(run, name), name)
+            await engine.call(workflows.nothing)  # other processes know the names, then
             with quick, quicker_to_stop:
                 async with workflows.serve(engine, token=token) as server:
                     self.server, self.port = server, server.server_address[1]
