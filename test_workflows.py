@@ -2655,6 +2655,18 @@ class Replay(Lives):
 
         await self.lives(run, 2)  # it ends
 
+    def test_many_results_that_were_not_seen_before_many_cancellations(self):
+        keys = [f"do\ns\n{n}" for n in range(20_000)]
+        rows = [workflows.Row("done", key, 1, "1", "", 0, seq) for seq, key in enumerate(keys)]
+        last = keys[0]
+        for key in keys[10_000:]:
+            rows.append(workflows.Row("cancel", key, extra=json.dumps(last)))
+            last = key
+        began = time.monotonic()
+        _, inbox = workflows.fold(rows)
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual([*inbox], [keys[0], *keys[10_000:], *keys[1:10_000]])
+
     async def test_a_call_that_is_cancelled_just_before_the_next_call_is_recorded_with_that(self):
         began = []
 
@@ -3782,7 +3794,30 @@ class Gate:
 # --------------------------------------------------------------------------------------------------
 
 
+class Text(str, enum.Enum):  # noqa: UP042 (its str() is not its value)
+    ID = "my-id"
+    STEP = "my step"
+    TYPE = "my-type"
+    NAME = "my-name"
+
+
 class Creating(Case):
+    async def test_a_member_of_an_enum_of_texts_is_its_text(self) -> None:
+        async def run(event: Any, step: Any) -> Any:
+            await step.do(Text.STEP, returns(1))
+            return (await step.wait_for_event("w", "my-type")).payload
+
+        async with self.engine() as engine:
+            bound = engine.bind(workflow(run), Text.NAME)
+            await bound.create(id=Text.ID)
+            instance = await bound.get("my-id")
+            async with bound.introspect_instance("my-id") as one:
+                await one.wait_for_step_result(Text.STEP)
+            await instance.send_event(type=Text.TYPE, payload=5)
+            self.assertEqual(await self.finish(instance), 5)
+            self.assertEqual([str(bound.name), instance.id], ["my-name", "my-id"])
+        self.assertIn(("do\nmy step\n1",), self.rows("SELECT step FROM journal"))
+
     async def test_a_created_instance_runs_and_is_complete_with_its_output(self) -> None:
         async with self.engine() as engine:
             instance = await engine.bind(workflow(one_step)).create(params=[1, None])

@@ -276,7 +276,8 @@ def fatal(code: str, message: str) -> WorkflowFatalError:
 #     wait → event | timeout             wait    The event is consumed in this very row; `extra`
 #                                                says where it came from.
 #     cancel                             any     `run` itself has cancelled the call; `extra` is
-#                                                the step whose end it had come to know last.
+#                                                the key of the step whose end it had come to know
+#                                                last, or null.
 #     stop                               any     A clean stop, a restart, or the callback around the
 #                                                call has interrupted the step: the attempt, the
 #                                                sleep or the wait that was under way counts as not
@@ -390,16 +391,22 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
     cancelled a call comes behind the cancellation, although it may have been recorded before.)"""
     steps: dict[str, Step] = {}
     inbox: OrderedDict[str, Step] = OrderedDict()
+    unseen: OrderedDict[str, Step] = OrderedDict()  # results, as of the last cancellation
     for row in rows:
-        if (step := apply(steps, row)) is not None:
-            inbox.pop(step.key, None)  # a step can be cancelled when it already has a result
-            unseen = []
-            if row.type == "cancel" and row.extra is not None:
-                seen = read_back(row.extra, f"row {row.seq}")
-                while inbox and (seen is None or seen in inbox) and next(reversed(inbox)) != seen:
-                    unseen.append(inbox.popitem())
-            inbox[step.key] = step
-            inbox.update(reversed(unseen))
+        if (step := apply(steps, row)) is None:
+            continue
+        if row.type != "cancel":
+            unseen[step.key] = step
+            continue
+        unseen.pop(step.key, None)  # a step can be cancelled when it already has a result
+        last: str | None = next(reversed(unseen), None)
+        if row.extra is not None:
+            last = read_back(row.extra, f"row {row.seq}")
+        while last in unseen:
+            key, seen = unseen.popitem(last=False)
+            inbox[key] = seen
+        inbox[step.key] = step
+    inbox.update(unseen)
     return steps, inbox
 
 
@@ -886,7 +893,7 @@ class Transaction:
         admitted: bool = False,
         damage: str | None = None,
     ) -> None:
-        """Has news of an instance for the engine."""
+        """Adds news of an instance; the engine hears them after the commit."""
         lease = Lease(inst.key, inst.generation)
         self.news.append(News(lease, inst.status, inst.seq, rows, admitted, damage))
 
@@ -1157,7 +1164,7 @@ class Loaded(NamedTuple):
 class Life:
     """The tasks of one life of an instance, and how they end."""
 
-    # How many step calls came too late, by task.
+    # How many step calls came too late, by task, in all lives.
     refused: ClassVar[MutableMapping[Any, int]] = weakref.WeakKeyDictionary()
 
     # (What most lives never set stands here: CPython is slow with more than 30 attributes.)
@@ -1296,7 +1303,8 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.waiter: asyncio.Future[None] | None = None  # done when it should look again
         self.alone = False  # nothing else of the run was under way when it began to wait
         self.fresh: Any = None  # its value or its error itself, if that was made in this life
-        self.stopping = False  # it is under way until a row says that it was broken off
+        self.stopping = False  # its callback has cancelled it; under way until that is stored
+        self.nests = False  # its callback has made step calls
         self._over: asyncio.Future[None] | None = None
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         outer = _scope.get()
@@ -1309,6 +1317,7 @@ class StepCall(Coroutine[Any, Any, Any]):
             run.unawaited.add(self)
         else:
             self.key = self.outer.call.key + SEPARATOR + self.key
+            self.outer.call.nests = True
 
     def way(self) -> Coroutine[Any, Any, Any]:
         """What awaiting it does."""
@@ -1411,10 +1420,11 @@ class Replay(Life):
         self.active[call.key], self.steps[call.key] = call, step
         try:
             self.note(call)
-            skipped = step.state in ENDED and call.key not in self.inbox  # by `hand_over`
+            # Whether `hand_over` has skipped its result, because this call came late.
+            skipped = step.state in ENDED and call.key not in self.inbox
             if step.state in ("new", "pending"):
                 await self.carry_out(call)
-            elif self._is_next(step) and self._is_alone(call):  # a fifth of a replay
+            elif self._is_next(step) and self._is_alone(call):  # saves a fifth of a replay's time
                 del self.inbox[call.key]
             if step.state == "cancelled":
                 log.info("%s: step %r waits until run cancels it again", self, call.name)
@@ -1432,9 +1442,9 @@ class Replay(Life):
             raise Unload from None
         finally:
             if not call.stopping:
-                self.leave(call)
+                self.drop(call)
 
-    def leave(self, call: StepCall) -> None:
+    def drop(self, call: StepCall) -> None:
         """A call is under way no more."""
         del self.active[call.key]
         call.end()
@@ -1577,7 +1587,7 @@ class Run(Replay):
         self.asked: str | None = None
         self.seq = loaded.instance.seq  # of the newest row that it knows of
         self._writing = 0  # operations that have no answer yet
-        # What callbacks of earlier lives have waited for.
+        # The keys of nested steps that were asleep when earlier lives ended.
         self._left = [key for key, step in self.steps.items() if step.asleep and step.nested]
 
     def begin(self) -> None:
@@ -1651,8 +1661,8 @@ class Run(Replay):
         self._stop_inside([call.key])
 
     def _stop_inside(self, keys: Iterable[str]) -> None:
-        """These steps are over: so is what their callbacks have waited for in earlier lives, unless
-        it was called again."""
+        """Records that with these steps ends what their callbacks have waited for in earlier lives,
+        except for the calls that this life has made again."""
         if self._left:
             inside = tuple(key + SEPARATOR for key in keys)
             over = [key for key in self._left if key.startswith(inside)]
@@ -1766,8 +1776,9 @@ class Run(Replay):
     # after the cancellation waits for that.
     #
     # When a callback cancels a call, that is as if the call had not been made, because a callback
-    # is repeated as a whole. (But a result that is stored is kept.) A row `stop` says so at once;
-    # until it is stored, no other call of that key begins.
+    # is repeated as a whole. (But the stored result of a `do` is kept, and an event that nobody has
+    # seen goes back to the buffer.) A row `stop` says so at once; until it is stored, no other call
+    # of that key begins.
 
     def on_cancellation(self, call: StepCall) -> None:
         step = call.step
@@ -1787,7 +1798,7 @@ class Run(Replay):
     def _stopped(self, call: StepCall, seq: int, _: BaseException | None) -> None:
         self.saw(seq)
         apply(self.steps, Row("stop", call.key))
-        self.leave(call)
+        self.drop(call)
 
     def _record_cancelled(self) -> None:
         if self.cancelled:
@@ -1978,12 +1989,12 @@ class Attempt:
         call.fresh = fresh
         run.careful = run.careful and row.type == "failed"
         run.take(row)
-        if row.type != "failed" and (self.counts or self.number > 1):
+        if row.type != "failed" and call.nests:
             self.cancel_inside()
 
     def cancel_inside(self) -> None:
         """Cancels the step calls that its callback has left behind, as those of `run` are when
-        `run` ends."""
+        `run` ends. (That means the tasks that await them, whoever has made these.)"""
         inside, run = self.call.key + SEPARATOR, self.run
         for key, call in run.active.items():
             if call.task not in (None, run.task) and key.startswith(inside):
@@ -2383,6 +2394,8 @@ class Writer:
 
     def _set_timer(self) -> None:
         """Sees to it that what is due is attended to in time."""
+        if self._closed:
+            return
         if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
             self.post(nothing)
         elif self.scheduler.next_wake < self._armed and self.database.owner:
@@ -2951,7 +2964,7 @@ def safely(otherwise: Any, function: Callable[..., Any], *args: Any) -> Any:
 def log_error(level: int, error: BaseException, message: str, *args: object) -> None:
     """Logs a user's error with its traceback, if its class lets us."""
     trace = type(error), error, error.__traceback__
-    safely(None, functools.partial(log.log, level, message, *args, exc_info=trace))
+    safely(None, functools.partial(log.log, level, message, *args, exc_info=trace, stacklevel=3))
 
 
 def show(value: Any) -> str:
@@ -3662,7 +3675,7 @@ def step_named(step: Any, index: str = "index") -> tuple[str, int]:
     name, count = given["name"], given[index]
     legal = isinstance(name, str) and type(count) is int and count > 0
     expect(legal, "step", step, f'its name, or {{"name": …, "{index}": …}} with a number from 1')
-    return name, count
+    return str.__str__(name), count  # of an enum, too
 
 
 def _arguments(call: StepCall, names: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
@@ -3980,7 +3993,7 @@ class Engine(Core):
         expect(legal, "binding", binding, "one like MY_WORKFLOW")
         expect(binding not in self.env, "binding", binding, "one that env doesn't have already")
         steps = self.limits.steps if steps is None else read_count(steps, 25_000, "steps")
-        workflow = Workflow(self, name, binding, steps)
+        workflow = Workflow(self, str.__str__(name), binding, steps)
         workflow.cls = cls
         workflow.running = None if running is None else read_count(running, what="running")
         with naming("schedules"):
@@ -5784,9 +5797,10 @@ class ManualClock(Clock):
 
     async def settle(self) -> None:
         """Returns when every instance waits: for ten turns of the loop nothing has happened."""
-        for engine in self.engines:
-            with contextlib.suppress(WorkflowInternalError):
-                await engine.call(nothing)
+        for engine in [*self.engines]:
+            if engine in self.engines:  # it has not been left meanwhile
+                with contextlib.suppress(WorkflowInternalError):
+                    await engine.call(nothing)
         quiet, seen = 0, -1
         while quiet <= SETTLED:
             activity = sum(engine.activity for engine in self.engines)
