@@ -3063,6 +3063,77 @@ class Nested(Lives):
         waits = self.rows("SELECT type FROM journal WHERE step LIKE '%inner%' ORDER BY seq")
         self.assertEqual(waits, [("wait",), ("stop",)] * 2)
 
+    async def test_what_a_callback_has_left_behind_takes_no_event_whatever_ends_its_step(self):
+        for how in ("it ends", "it ends during a pause", "run cancels it", "run cancels its retry"):
+            with self.subTest(how):
+                self.setUp()
+                gate = asyncio.Event()
+
+                async def run(event, step, how=how, gate=gate):
+                    async def outer():
+                        asyncio.create_task(step.wait_for_event("inner", "t"))
+                        await asyncio.sleep(0)
+                        if how == "run cancels its retry":
+                            raise ValueError
+                        await gate.wait()
+
+                    call = asyncio.create_task(step.do("outer", constant(9, "1 day"), outer))
+                    if how.startswith("run"):
+                        await step.sleep("a while", "1 second")
+                        call.cancel()
+                    await asyncio.wait([call])
+                    return (await step.wait_for_event("top", "t")).payload
+
+                async with self.engine() as engine:
+                    instance = await engine.bind(workflow(run)).create()
+                    await self.clock.settle()
+                    if how == "it ends during a pause":
+                        await instance.pause()
+                    if how.startswith("it"):
+                        gate.set()
+                    await self.clock.advance("2 seconds")
+                    await instance.send_event(type="t", payload="kept")
+                    await instance.resume()
+                    self.assertEqual(await self.finish(instance), "kept")
+
+    async def test_what_a_callback_has_left_behind_begins_nothing_after_its_step(self):
+        ran, left = [], []
+
+        async def run(event, step):
+            async def outer():
+                async def later():
+                    for _ in range(50):
+                        await asyncio.sleep(0)
+                    await step.do("inner", functools.partial(ran.append, 1))
+
+                left.append(asyncio.create_task(later()))
+
+            await step.do("outer", outer)
+            await asyncio.wait(left)
+
+        await self.outcome(run)
+        self.assertIsInstance(left[0].exception(), WorkflowFatalError)
+        self.assertEqual(ran, [])
+
+    async def test_a_call_that_a_callback_has_made_for_run_is_not_left_behind(self):
+        async def run(event, step):
+            made = []
+
+            async def outer():
+                made.append(step.sleep("made", "1 second"))
+                await asyncio.sleep(0)
+
+            async def strand():
+                while not made:
+                    await asyncio.sleep(0)
+                await made[0]
+                return "slept"
+
+            slept, _ = await asyncio.gather(strand(), step.do("outer", outer))
+            return slept
+
+        self.assertEqual(await self.outcome(run), "slept")
+
     async def test_what_a_callback_has_waited_for_in_an_earlier_life_takes_no_event(self):
         for how in ("another way", "an event comes first", "cancelled"):
             with self.subTest(how):

@@ -1304,7 +1304,9 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.alone = False  # nothing else of the run was under way when it began to wait
         self.fresh: Any = None  # its value or its error itself, if that was made in this life
         self.stopping = False  # its callback has cancelled it; under way until that is stored
-        self.nests = False  # its callback has made step calls
+        self.inside = False  # code of the callback that has made it awaits it, too
+        self.nests = False  # its own callback has made step calls
+        self.over = False  # its own callback can make no more of them
         self._over: asyncio.Future[None] | None = None
         self._coroutine: Coroutine[Any, Any, Any] | None = None
         outer = _scope.get()
@@ -1344,6 +1346,17 @@ class StepCall(Coroutine[Any, Any, Any]):
     def wake(self) -> None:
         """Something has happened to its step."""
         resolve(self.waiter)
+
+    def check_scope(self) -> None:
+        """Refuses it if a step around it has ended: what a callback has left behind begins nothing
+        any more."""
+        outer = self.outer
+        while outer is not None:
+            if outer.call.over:
+                raise fatal(
+                    "workflow.fatal", f"{outer} has ended: its callback calls no more steps"
+                )
+            outer = outer.outer
 
     async def join(self) -> None:
         """Waits until it is under way no more."""
@@ -1415,8 +1428,10 @@ class Replay(Life):
             await other.join()  # a task that the attempt before has left behind is still at it
         if self.dead:
             await self.refuse()
+        call.check_scope()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
+        call.inside = call.outer is not None and call.outer is _scope.get()
         self.active[call.key], self.steps[call.key] = call, step
         try:
             self.note(call)
@@ -1552,8 +1567,12 @@ class Replay(Life):
             call.wake()
 
     def attempts_in_flight(self) -> bool:
-        """Whether an attempt has begun whose end is not stored yet."""
-        return any(call.attempt for call in self.active.values())
+        """Whether an attempt has begun whose end is not stored yet, or one has ended, and what it
+        has left behind has not."""
+        return any(
+            call.attempt or (call.outer is not None and call.outer.call.over)
+            for call in self.active.values()
+        )
 
     def busy(self) -> bool:
         """Whether it will go on by itself, as far as we can see."""
@@ -1782,6 +1801,8 @@ class Run(Replay):
 
     def on_cancellation(self, call: StepCall) -> None:
         step = call.step
+        if call.attempt is None or call.attempt.has_ended:  # else when its callback ends
+            self.close(call)
         self.last_move = self.engine.turns.now
         in_turn = self.inbox.pop(call.key, None) is not None
         if not step.nested:
@@ -1794,6 +1815,20 @@ class Run(Replay):
             call.stopping, call.task, call.attempt = True, None, None
             stopped = functools.partial(self._stopped, call)
             self.post(break_off, [Row("stop", call.key)], then=stopped)
+
+    def close(self, call: StepCall) -> None:
+        """Its step and its callback have ended, and so have the calls that the callback has left
+        behind."""
+        call.over = True
+        if call.nests:
+            self.cancel_inside(call)
+
+    def cancel_inside(self, call: StepCall) -> None:
+        """Cancels the step calls that a callback has left behind, as those of `run` are when `run`
+        ends."""
+        for key, inner in self.active.items():
+            if inner.inside and inner.task and key.startswith(call.key + SEPARATOR):
+                inner.task.cancel()
 
     def _stopped(self, call: StepCall, seq: int, _: BaseException | None) -> None:
         self.saw(seq)
@@ -1834,7 +1869,7 @@ class Attempt:
         self.execution = Execution(run, config.timeout, self, self.ends)
         self.number = self.began = 0
         self.recorded = False  # a row says that it has begun
-        self._ended = False  # a row says, or is about to say, that it has ended
+        self.has_ended = False  # a row says, or is about to say, that it has ended
         self._unanswered: BaseException | None = None  # the delay function must be asked
         self._again = False  # another attempt follows
         self.counts: dict[str, int] = {}
@@ -1894,7 +1929,7 @@ class Attempt:
     def post_start(self) -> None:
         """Records that it has begun, unless that was done. (When it has ended, a task that its
         callback has left behind may still ask for that.)"""
-        if not (self.recorded or self._ended):
+        if not (self.recorded or self.has_ended):
             row = self._row("start")
             self.recorded = True
             apply(self.run.steps, row)
@@ -1974,7 +2009,7 @@ class Attempt:
         self._post(self._row("error", encode_error(error)), error)
 
     def _post(self, row: Row, fresh: Any, size: int = 0, wait: Wait | None = None) -> None:
-        self.call.step.open, self._ended = False, True
+        self.call.step.open, self.has_ended = False, True
         self.run.post(record, row, size, wait, then=functools.partial(self._end_stored, row, fresh))
 
     def _end_stored(self, row: Row, fresh: Any, seq: int, refused: BaseException | None) -> None:
@@ -1989,16 +2024,8 @@ class Attempt:
         call.fresh = fresh
         run.careful = run.careful and row.type == "failed"
         run.take(row)
-        if row.type != "failed" and call.nests:
-            self.cancel_inside()
-
-    def cancel_inside(self) -> None:
-        """Cancels the step calls that its callback has left behind, as those of `run` are when
-        `run` ends. (That means the tasks that await them, whoever has made these.)"""
-        inside, run = self.call.key + SEPARATOR, self.run
-        for key, call in run.active.items():
-            if call.task not in (None, run.task) and key.startswith(inside):
-                call.task.cancel()
+        if row.type != "failed":
+            run.close(call)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2799,6 +2826,8 @@ class Execution:
         except asyncio.CancelledError:
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
+                close = functools.partial(run.close, self._attempt.call)
+                task.add_done_callback(lambda _: close())
             raise
         finally:
             run.engine.cpu_ns += self.cpu
@@ -2822,7 +2851,7 @@ class Execution:
             await asyncio.wait({task}, timeout=GRACE)
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
-                self._attempt.cancel_inside()
+                self.run.cancel_inside(self._attempt.call)
                 self.run.callbacks.discard(task)
             self._tell(*self._outcome)
 
