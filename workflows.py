@@ -406,6 +406,8 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
             key, seen = unseen.popitem(last=False)
             inbox[key] = seen
         inbox[step.key] = step
+    if not inbox:  # nothing was cancelled
+        return steps, unseen
     inbox.update(unseen)
     return steps, inbox
 
@@ -1428,7 +1430,8 @@ class Replay(Life):
             await other.join()  # a task that the attempt before has left behind is still at it
         if self.dead:
             await self.refuse()
-        call.check_scope()
+        if call.outer is not None:
+            call.check_scope()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
         call.inside = call.outer is not None and call.outer is _scope.get()
