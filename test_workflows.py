@@ -2604,56 +2604,38 @@ class Replay(Lives):
         self.assertEqual(rows, [("done",), ("cancel",)])
         self.assertEqual(seen, [[True, False]] * 3)
 
-    async def test_a_result_that_was_skipped_is_not_what_run_has_seen_last(self):
-        lives = []
+    async def test_what_was_skipped_is_not_what_run_has_seen_last(self):
+        for what in ("a result", "a cancellation"):
+            with self.subTest(what):
+                self.setUp()
+                lives = []
 
-        async def run(event, step):
-            lives.append(1)
-            never = asyncio.create_task(step.wait_for_event("never", "never"))
+                async def run(event, step, what=what, lives=lives):
+                    lives.append(1)
+                    never = asyncio.create_task(step.wait_for_event("never", "never"))
 
-            async def turns(count):
-                for _ in range(count):
-                    await asyncio.sleep(0)
+                    async def turns(count):
+                        for _ in range(count):
+                            await asyncio.sleep(0)
 
-            async def late():
-                await turns(5 if len(lives) == 1 else 100)
-                return await step.do("skipped", returns(1))
+                    async def early_or_late():
+                        await turns(5 if len(lives) == 1 else 100)
+                        if what == "a result":
+                            await step.do("skipped", returns(1))
+                        else:
+                            lost = asyncio.create_task(step.wait_for_event("skipped", "never"))
+                            await turns(5)
+                            lost.cancel()
+                            await asyncio.wait([lost])
 
-            skipped = asyncio.create_task(late())
-            await step.do("seen", functools.partial(turns, 30))
-            await step.sleep("until the next life", "1 hour")
-            await skipped
-            never.cancel()
-            await asyncio.wait([never])
+                    other = asyncio.create_task(early_or_late())
+                    await step.do("seen", functools.partial(turns, 30))
+                    await step.sleep("until the next life", "1 hour")
+                    await other
+                    never.cancel()
+                    await asyncio.wait([never])
 
-        await self.lives(run, 2)  # it ends
-
-    async def test_a_cancellation_that_was_skipped_is_not_what_run_has_seen_last(self):
-        lives = []
-
-        async def run(event, step):
-            lives.append(1)
-            never = asyncio.create_task(step.wait_for_event("never", "never"))
-
-            async def turns(count):
-                for _ in range(count):
-                    await asyncio.sleep(0)
-
-            async def early_or_late():
-                await turns(5 if len(lives) == 1 else 100)
-                lost = asyncio.create_task(step.wait_for_event("lost", "never"))
-                await turns(5)
-                lost.cancel()
-                await asyncio.wait([lost])
-
-            other = asyncio.create_task(early_or_late())
-            await step.do("seen", functools.partial(turns, 30))
-            await step.sleep("until the next life", "1 hour")
-            await other
-            never.cancel()
-            await asyncio.wait([never])
-
-        await self.lives(run, 2)  # it ends
+                await self.lives(run, 2)  # it ends
 
     def test_many_results_that_were_not_seen_before_many_cancellations(self):
         keys = [f"do\ns\n{n}" for n in range(20_000)]

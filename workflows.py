@@ -391,7 +391,7 @@ def fold(rows: Iterable[Row]) -> tuple[dict[str, Step], OrderedDict[str, Step]]:
     cancelled a call comes behind the cancellation, although it may have been recorded before.)"""
     steps: dict[str, Step] = {}
     inbox: OrderedDict[str, Step] = OrderedDict()
-    unseen: OrderedDict[str, Step] = OrderedDict()  # results, as of the last cancellation
+    unseen: OrderedDict[str, Step] = OrderedDict()  # what no cancellation so far has come behind
     for row in rows:
         if (step := apply(steps, row)) is None:
             continue
@@ -1311,9 +1311,9 @@ class StepCall(Coroutine[Any, Any, Any]):
         self.over = False  # its own callback can make no more of them
         self._over: asyncio.Future[None] | None = None
         self._coroutine: Coroutine[Any, Any, Any] | None = None
-        outer = _scope.get()
+        outer = current_attempt()
         # The attempt in whose callback it is made, if that belongs to this run.
-        self.outer = outer if isinstance(outer, Attempt) and outer.run is run else None
+        self.outer = outer if outer is not None and outer.run is run else None
         counts, named = (self.outer or run).counts, f"{kind}{SEPARATOR}{name}"
         self.count = counts[named] = counts.get(named, 0) + 1
         self.key = f"{named}{SEPARATOR}{self.count}"
@@ -1355,9 +1355,8 @@ class StepCall(Coroutine[Any, Any, Any]):
         outer = self.outer
         while outer is not None:
             if outer.call.over:
-                raise fatal(
-                    "workflow.fatal", f"{outer} has ended: its callback calls no more steps"
-                )
+                what = f"{outer} has ended: its callback calls no more steps"
+                raise fatal("workflow.fatal", what)
             outer = outer.outer
 
     async def join(self) -> None:
@@ -1432,9 +1431,9 @@ class Replay(Life):
             await self.refuse()
         if call.outer is not None:
             call.check_scope()
+            call.inside = call.outer is _scope.get()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
-        call.inside = call.outer is not None and call.outer is _scope.get()
         self.active[call.key], self.steps[call.key] = call, step
         try:
             self.note(call)
@@ -1477,8 +1476,7 @@ class Replay(Life):
                 if self._dos_left < 0:
                     what = f"the run calls more than {self.workflow.steps} steps (limit steps)"
                     raise fatal("limit.steps", what)
-            if call.options or len(call.args) > 1:
-                note_handler(self, call)
+            note_handler(self, call)
         self.called.add(call.key)
 
     async def carry_out(self, call: StepCall) -> None:
@@ -1617,9 +1615,7 @@ class Run(Replay):
         over = (*ENDED, "cancelled")
         self._stop_inside(key for key, step in self.steps.items() if step.state in over)
 
-    def post(
-        self, operation: Operation, *args: Any, then: Callable[..., None] | None = None
-    ) -> None:
+    def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
         """Posts one of the operations below, whose first argument is the lease."""
         self._writing += 1
         written = functools.partial(self._written, then or self.saw)
@@ -2056,8 +2052,7 @@ def load_one(tx: Transaction, inst: Instance) -> Loaded:
 def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | None = None) -> int:
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
-    if size:
-        check_state(tx, inst.bytes, size, fatal)
+    check_state(tx, inst.bytes, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
         tx.steps += 1
@@ -2426,7 +2421,7 @@ class Writer:
         """Sees to it that what is due is attended to in time."""
         if self._closed:
             return
-        if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction could not do it
+        if self.scheduler.stirred and self.scheduler.is_due(0):  # one transaction was not enough
             self.post(nothing)
         elif self.scheduler.next_wake < self._armed and self.database.owner:
             if self._timer is not None:
@@ -4934,10 +4929,11 @@ def undoable(steps: Mapping[str, Step]) -> list[Step]:
 
 def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
-    with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
-        *_, handler, config = do_arguments(call)
-        if handler is not None:
-            run.handlers[call.key] = handler, config
+    if call.options or len(call.args) > 1:
+        with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
+            *_, handler, config = do_arguments(call)
+            if handler is not None:
+                run.handlers[call.key] = handler, config
 
 
 def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
