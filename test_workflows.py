@@ -15230,6 +15230,20 @@ class Files(Real):
         async with self.engine() as engine:
             engine.bind(workflow(one_event))
 
+    async def test_a_side_file_that_goes_away_while_it_is_looked_at_is_not_read_only(self) -> None:
+        await self.make()
+        side = Path(self.path + "-shm")
+
+        def access(path: str, mode: int) -> bool:
+            if path == str(side):
+                side.unlink()
+            return truly(path, mode)
+
+        truly = os.access
+        side.touch()
+        with unittest.mock.patch.object(os, "access", access):
+            await self.make()
+
     async def test_a_directory_says_that_it_is_one(self) -> None:
         with self.assertRaisesRegex(WorkflowInternalError, "is a directory"):
             await Engine(self.folder).__aenter__()

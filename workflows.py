@@ -4203,7 +4203,8 @@ def refuse_what_is_not_ours(path: str) -> None:
     if os.path.isdir(path):
         raise WorkflowInternalError("is a directory")
     for each in [path + side for side in ("", *SIDES)]:
-        if os.path.exists(each) and not os.access(each, os.W_OK):
+        # SQLite removes side files when another process leaves, so one may vanish before the end.
+        if os.path.exists(each) and not os.access(each, os.W_OK) and os.path.exists(each):
             raise WorkflowInternalError(f"{os.path.basename(each)} is read-only")
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return
