@@ -5127,6 +5127,76 @@ class Sigkill(Real):
                 await reach(await bound.get(id), "waiting")
         self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(5,)])
 
+    async def test_what_a_killed_owner_has_used_and_not_added_is_added_once(self) -> None:
+        script = """
+            async def run(event, step):
+                for each in range(5): await step.do(f"s{each}", lambda: "four")
+                die()
+            async def main(w):
+                await (await get(w)).result()
+            go(**OPTIONS)
+            """
+        same_millisecond = "{'clock': ManualClock(time.time())}"
+        for options in ("{}", same_millisecond):
+            with self.subTest(options):
+                self.setUp()
+                self.child(script.replace("OPTIONS", options)).end()
+                ((at_death,),) = self.rows("SELECT sum(steps) FROM usage")
+                for _ in range(2):
+                    async with self.engine() as engine:
+                        engine.bind(workflow(one_event, "Other"))
+                        usage = await engine.usage()
+                    used = (usage.requests, usage.steps, usage.storage_bytes)
+                    self.assertEqual(used, (1, 5, 4 + 5 * 6))
+                self.assertLess(at_death, 6 if options == same_millisecond else 5)
+
+    async def test_what_a_client_ends_counts_although_the_owner_had_not_added_it(self) -> None:
+        for way in ("terminate", "delete"):
+            with self.subTest(way):
+                self.setUp()
+                child = self.child(
+                    """
+                    async def run(event, step):
+                        for each in range(5): await step.do(f"s{each}", lambda: "four")
+                        say("up")
+                        time.sleep(60)  # the loop can't add anything
+                    async def main(w): await (await get(w)).result()
+                    go()
+                    """
+                )
+                await child.wait_for("up")
+                async with self.engine() as client:
+                    await getattr(await (await client.workflow("test")).get("i"), way)()
+                    child.kill()
+                    self.assertEqual((await client.usage()).steps, 5)
+                async with self.engine() as engine:
+                    engine.bind(workflow(one_event, "Other"))
+                    self.assertEqual((await engine.usage()).steps, 5)
+
+    async def test_what_a_client_has_added_is_not_added_again_after_the_death_of_the_owner(self):
+        child = self.child(
+            """
+            async def run(event, step): await step.do("s", lambda: asyncio.sleep(60))
+            async def main(w):
+                instance = await get(w)
+                await until(instance, "running")
+                say("up")
+                await instance.result()
+            go()
+            """
+        )
+        await child.wait_for("up")
+        while not self.rows("SELECT 1 FROM usage WHERE steps = 1"):  # within 100 ms
+            await asyncio.sleep(0.01)
+        async with self.engine() as client:
+            instance = await (await client.workflow("test")).get("i")
+            await instance.send_event(type="t", payload="four")
+            child.kill()
+            self.assertEqual((await client.usage()).storage_bytes, 4 + 6)
+        async with self.engine() as engine:
+            engine.bind(workflow(one_event, "Other"))
+            self.assertEqual((await engine.usage()).storage_bytes, 4 + 6)
+
     async def test_a_wait_in_a_callback_that_died_for_good_takes_no_event(self) -> None:
         script = """
             async def run(event, step):
@@ -7116,7 +7186,7 @@ class Limiting(Case):
             used = (12_000_000, 700_000, 35e6, 3_000_000_000)
 
             def add(tx: Any) -> None:
-                tx.db.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", (month, *used))
+                tx.db.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?, 0)", (month, *used))
 
             await engine.call(add)
             self.assertEqual((await engine.usage()).cost_usd, 0.6 + 1.6 + 0.1 + 0.4)

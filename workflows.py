@@ -508,7 +508,7 @@ CREATE TABLE schedules (           -- see "Schedules"
     PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
 CREATE TABLE usage (               -- see "Usage"
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
-    storage_bytes INTEGER) WITHOUT ROWID;
+    storage_bytes INTEGER, up_to INTEGER) WITHOUT ROWID;
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
@@ -766,10 +766,9 @@ class Transaction:
     which are written in bulk before a query and before the commit; and what the engine must be told
     after that."""
 
-    def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
+    def __init__(self, database: Database, scheduler: Scheduler) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
-        self.cpu_ns = cpu_ns  # that callbacks have used since the last transaction
-        self.requests = self.steps = self.storage = 0  # see "Usage"
+        self.used = scheduler.meter
         self.written = 0  # rows
         self.news: list[News] = []
         self.touched: set[Topic] = set()
@@ -790,7 +789,7 @@ class Transaction:
                     raise
                 results.append((then, None, refused))
         self.scheduler.schedule(self)
-        count_usage(self)
+        self.used.add(self)
         self.write()
         return results
 
@@ -836,7 +835,7 @@ class Transaction:
         """Appends a row to an instance's journal, which grows by so many bytes that count."""
         inst.seq += 1
         inst.bytes += size
-        self.storage += size
+        self.used.storage += size
         self.touched.add(inst.id or "")
         self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
         if row.step is None and self._reports:
@@ -849,6 +848,7 @@ class Transaction:
             setattr(inst, name, value)
         self._instances[inst.key] = inst
         self._changed.add(inst.key)
+        self.used.due = True
         self.scheduler.stirred |= "status" in columns
         if inst.wake is not None:
             self.scheduler.next_wake = min(self.scheduler.next_wake, inst.wake)
@@ -914,7 +914,8 @@ class Transaction:
     def purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
         self.write()
-        self.storage -= inst.bytes
+        self.used.storage -= inst.bytes
+        self.used.due = True
         del self._instances[inst.key]
         for table in ("journal", "waits", "events"):
             self.db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
@@ -956,6 +957,7 @@ class Scheduler:
         self.database, self.clock, self.limits = database, clock, limits
         self.bound: dict[int, Workflow] = {}  # by the workflow's key
         self.blocks: list[WorkflowInstanceModifier] = []  # see "Introspection"
+        self.meter = Meter()  # see "Usage"
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # no instance begins any more
@@ -1001,6 +1003,7 @@ class Scheduler:
 
     def _inherit(self, tx: Transaction) -> None:
         """What took a slot when its process died is queued again, or paused."""
+        self.meter.take_over(tx)
         inherited, self._inherited = self._inherited, []
         for key in inherited:
             keep_schedules(tx, key, self.bound[key])
@@ -2055,7 +2058,7 @@ def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | 
     check_state(tx, inst.bytes, size, fatal)
     tx.append(inst, row, size)
     if begins_step(row):
-        tx.steps += 1
+        tx.used.steps += 1
     if inst.careful and row.type in ("done", "error"):
         tx.change(inst, careful=0)
     if wait is not None:
@@ -2333,7 +2336,6 @@ class Writer:
         self._ticked = self._checked = time.monotonic()
         self._process = os.getpid()
         self._closed = False
-        self._cpu_counted = 0  # of the engine's `cpu_ns`
 
     def start(self) -> asyncio.Future[None]:
         """Opens the database in the thread; the future fails if that is refused."""
@@ -2460,12 +2462,10 @@ class Writer:
             return None
         self.scheduler.stirred |= self.database.refresh()
         outside = self.exact and self.database.others_wrote()  # else the tick notices that
-        cpu_ns = self.engine.cpu_ns
-        tx = Transaction(self.database, self.scheduler, cpu_ns - self._cpu_counted)
+        tx = Transaction(self.database, self.scheduler)
         results = tx.carry_out(batch)
         began = time.perf_counter()
         self.database.execute("COMMIT")
-        self._cpu_counted = cpu_ns
         if tx.written:
             quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
             self._distrust = max(0, self._distrust - 1) if quick else TRUST
@@ -2518,6 +2518,7 @@ class Writer:
                 return
             try:
                 others_wrote = self.database.others_wrote()
+                self.scheduler.meter.due |= self.scheduler.meter.is_pending()
                 if self.scheduler.bound and not self.database.owner:
                     self.scheduler.stirred |= self.database.contend()
                 if self._ticked > self._checked + 1:
@@ -2525,7 +2526,8 @@ class Writer:
                     if self.database.files is not None:
                         self.database.files.check()
                     warn_about_unbound_work(self.scheduler)
-                if others_wrote or self.scheduler.is_due(self.scheduler.clock.now()):
+                now, count = self.scheduler.clock.now(), self.scheduler.meter.due
+                if others_wrote or count or self.scheduler.is_due(now):
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
                 self.fail(error)
@@ -2570,7 +2572,6 @@ class Core:
 
     def __init__(self) -> None:
         self._workflows: dict[str, Workflow] = {}  # that are bound, by name
-        self.cpu_ns = 0  # of all callbacks
         self.activity = 0  # counts what callbacks do: see `ManualClock`
         self._state = "not open yet"  # → open → closed
 
@@ -2709,6 +2710,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 def leave(tx: Transaction) -> None:
     """What has a slot, but no life yet, is left to the next owner, too."""
+    tx.used.due = True
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
@@ -2828,7 +2830,7 @@ class Execution:
                 task.add_done_callback(lambda _: close())
             raise
         finally:
-            run.engine.cpu_ns += self.cpu
+            run.engine.scheduler.meter.cpu_ns += self.cpu
             self.free_thread()
             self.task = None  # its context leads back to here, and so does the attempt
             del self._attempt, self._tell
@@ -4272,7 +4274,7 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     for number, (id, params, success, error) in enumerate(new.values(), first):
         inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
         tx.move(inst, Row("queued", data=params), size_of(params))
-    tx.requests += len(new)
+    tx.used.requests += len(new)
     return [*new]
 
 
@@ -5204,12 +5206,30 @@ class History:
 
 
 # --------------------------------------------------------------------------------------------------
-# Usage: what Cloudflare's pricing is based on, counted with each commit.
+# Usage: what Cloudflare's pricing is based on.
+#
+# It is counted in memory. A transaction that changes an instance adds it to the row of the month;
+# one that only appends to journals leaves that to the next one, within 100 ms, because the row
+# would cost a tenth of a step's time. What an owner has not added when it is killed is in journals:
+# of the instances that have a slot, or that another process has changed since. The next owner adds
+# it. (But not the CPU time; nor what another process has dropped by a restart in these 100 ms.)
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
-_COUNT = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+_ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
     requests = requests + excluded.requests, steps = steps + excluded.steps,
-    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
+    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes,
+    up_to = max(up_to, excluded.up_to)"""
+_NOT_ADDED = f"""
+    WITH changed AS (
+        SELECT key FROM instances WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}
+        UNION SELECT key FROM instances WHERE workflow IN (SELECT key FROM workflows)
+            AND wake BETWEEN :up_to AND :now AND generation > 1),
+    grown AS (
+        SELECT at, type, step, extra,
+            bytes - lag(bytes, 1, 0) OVER (PARTITION BY instance ORDER BY seq) AS more
+        FROM journal WHERE instance IN changed)
+    SELECT count(*) FILTER (WHERE extra IS NOT NULL AND step NOT LIKE :handlers), sum(more)
+    FROM grown WHERE at > :up_to AND type IN ('start', 'done', 'error')"""
 
 
 def begins_step(row: Row) -> bool:
@@ -5219,21 +5239,62 @@ def begins_step(row: Row) -> bool:
     return row.extra is not None and not (row.step or "").startswith(ROLLBACK)
 
 
-def count_usage(tx: Transaction) -> None:
-    """Writes what a transaction has used."""
-    used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
-    if any(used):
-        tx.db.execute(_COUNT, (tx.now, *used))
-        tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
+class Meter:
+    """What was used, and is not in the database yet."""
+
+    def __init__(self) -> None:
+        self.requests = self.steps = self.storage = 0
+        self.cpu_ns = 0  # of all callbacks
+        self.due = False  # it must be added with this commit
+        self._cpu_added = 0  # of `cpu_ns`
+        self._added = 0  # when it was added last
+        self._taken_over = False  # this process counts what runs record
+
+    def is_pending(self) -> bool:
+        """Whether there is anything to add."""
+        return bool(self.steps or self.storage or self.cpu_ns > self._cpu_added)
+
+    def add(self, tx: Transaction) -> None:
+        """Adds it, if it is due. What is recorded in the millisecond in which it was added last is
+        added at once, so that whatever is not added is later than that."""
+        if not self.due and tx.now > self._added:
+            return
+        cpu_ns, self.due = self.cpu_ns, False
+        used = (self.requests, self.steps, (cpu_ns - self._cpu_added) / 1e6, self.storage)
+        if any(used):
+            self._added = max(self._added, tx.now)
+            tx.db.execute(_ADD, (tx.now, *used, self._added if self._taken_over else 0))
+            self.requests = self.steps = self.storage = 0
+            self._cpu_added = cpu_ns
+
+    def take_over(self, tx: Transaction) -> None:
+        """Adds what the last owner has not added."""
+        if not self._taken_over:
+            steps, storage = self.not_added(tx)
+            self.steps, self.storage = self.steps + steps, self.storage + storage
+            self._taken_over = self.due = True
+
+    def not_added(self, tx: Transaction) -> tuple[int, int]:
+        """Steps and bytes that the owner, if that is another one, has not added yet."""
+        if self._taken_over:
+            return 0, 0
+        (up_to,) = tx.db.one("SELECT coalesce(max(up_to), 0) FROM usage")
+        self._added = max(self._added, up_to)
+        given = {"up_to": up_to, "now": tx.now, "handlers": ROLLBACK + "%"}
+        steps, storage = tx.db.execute(_NOT_ADDED, given).fetchone()
+        return steps, storage or 0
 
 
 def read_usage(tx: Transaction) -> Usage:
     """What was used this month, what is stored now, and what that would cost on the paid plan."""
-    count_usage(tx)
+    tx.used.due = True
+    tx.used.add(tx)
+    more_steps, more_bytes = tx.used.not_added(tx)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
     requests, steps, cpu_ms, storage_bytes = (total or 0 for total in tx.db.one(sql, tx.now))
+    steps, storage_bytes = steps + more_steps, storage_bytes + more_bytes
     cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
     cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
     return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
