@@ -6156,6 +6156,9 @@ def is_from(module: types.ModuleType | None, file: Path) -> bool:
 _SHOWN_KINDS = {"do": "step", "sleep": "sleep", "wait_for_event": "waitForEvent"}
 _UNLIMITED = 2**53 - 1  # JSON has no infinity
 CANCELLED = {"name": "Cancelled", "message": "run has cancelled this call"}
+# The types of the rows that end a step.
+_ENDINGS = {type for type, (*_, state) in _MEANING.items() if state != "pending"}
+Say = Callable[[Any], Any]  # gives an output as it is shown
 
 
 def moment(ms: int | None) -> str | None:
@@ -6180,27 +6183,23 @@ def shown_status(_: Transaction | None, inst: Instance) -> str:
 
 def read_details(tx: Transaction, inst: Instance) -> tuple[Instance, list[Row], dict[str, int]]:
     """What `timeline` needs: the instance, its journal, and when its waits will end."""
-    paused, stood = (tx.now, 0) if inst.paused is None else (inst.paused, tx.now - inst.paused)
+    since = tx.now if inst.paused is None else inst.paused  # what was not due stands still
     sql = "SELECT step, due + iif(fixed OR due <= ?, 0, ?) FROM waits WHERE instance = ?"
-    return inst.copy(), tx.journal(inst), dict(tx.db.rows(sql, paused, stood, inst.key))
+    return inst.copy(), tx.journal(inst), dict(tx.db.rows(sql, since, tx.now - since, inst.key))
 
 
-def timeline(
-    inst: Instance, rows: Sequence[Row], dues: Mapping[str, int], say: Callable[[Any], Any]
-) -> dict[str, Any]:
+def timeline(inst: Instance, rows: list[Row], dues: dict[str, int], say: Say) -> dict[str, Any]:
     """An instance with its steps, in the order of their starts; `say` is applied to outputs. A
     sleep or an event wait that has not `finished` has the end that is planned, if that is known."""
     steps: dict[str, Step] = {}
-    times: dict[str, dict[str, Any]] = {}  # what `apply` does not keep
+    rows_of: dict[str | None, list[Row]] = {}  # of each step, for the times: `apply` keeps none
     for row in rows:
-        if row.step is not None:
-            apply(steps, row)
-            if (step := steps.get(row.step)) is not None:
-                ended = step.state in (*ENDED, "cancelled")
-                _note_times(times.setdefault(row.step, {"attempts": [], "end": None}), row, ended)
-            else:  # as if it had not begun
-                times.pop(row.step, None)
-    shown = [_shown_step(steps[key], times[key], moment(dues.get(key)), say) for key in steps]
+        apply(steps, row)
+        if row.step in steps:
+            rows_of.setdefault(row.step, []).append(row)
+        else:  # it is about no step, or that is as if it had not begun
+            rows_of.pop(row.step, None)
+    shown = [_shown_step(steps[key], rows_of[key], moment(dues.get(key)), say) for key in steps]
     shown.sort(key=lambda step: step["start"])
     if inst.status == "terminated":
         shown.append({"type": "termination", "trigger": {"source": inst.termination}})
@@ -6218,32 +6217,33 @@ def timeline(
     )
 
 
-def _note_times(times: dict[str, Any], row: Row, ended: bool) -> None:
-    """Keeps what a row tells of the times of a step and its attempts."""
-    attempts, at = times["attempts"], moment(row.at)
-    began = at if row.began is None else moment(row.began)
-    times.setdefault("start", began)
-    if row.type == "wait":
-        times["event_type"] = decode(row.data or "null")["type"]
-    opened = bool(attempts) and attempts[-1]["end"] is None
-    if row.type == "stop" and opened:
-        attempts.pop()
-    if row.attempt is not None and not opened:
-        attempts.append({"start": began, "end": None, "success": None, "error": None})
-    if row.type in ("done", "failed", "error") or (row.type == "cancel" and opened):
-        success = row.type == "done"
-        error = CANCELLED if row.data is None else None if success else brief(decode(row.data))
-        attempts[-1] |= {"end": at, "success": success, "error": None if success else error}
-    if ended and times["end"] is None:
-        times["end"] = at
+def _attempts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the rows of a step tell of its attempts."""
+    attempts: list[dict[str, Any]] = []
+    for row in rows:
+        opened = bool(attempts) and attempts[-1]["end"] is None
+        if row.type == "stop" and opened:
+            attempts.pop()
+        if row.attempt is not None and not opened:
+            attempts.append({"start": _began(row), "end": None, "success": None, "error": None})
+        if row.type == "done":
+            attempts[-1] |= {"end": moment(row.at), "success": True}
+        elif row.type in ("failed", "error") or (row.type == "cancel" and opened):
+            error = CANCELLED if row.data is None else brief(decode(row.data))
+            attempts[-1] |= {"end": moment(row.at), "success": False, "error": error}
+    return attempts
 
 
-def _shown_step(
-    step: Step, times: dict[str, Any], due: str | None, say: Callable[[Any], Any]
-) -> dict[str, Any]:
-    kind, attempts, end = step.key.split(SEPARATOR)[-3], times["attempts"], times["end"]
+def _began(row: Row) -> str | None:
+    return moment(row.at if row.began is None else row.began)
+
+
+def _shown_step(step: Step, rows: list[Row], due: str | None, say: Say) -> dict[str, Any]:
+    kind, attempts = step.key.split(SEPARATOR)[-3], _attempts_of(rows)
+    end = next((moment(row.at) for row in rows if row.type in _ENDINGS), None)
     type = "rollback" if step.key.startswith(ROLLBACK) else _SHOWN_KINDS[kind]
-    shown = {"type": type, "name": step_label(step.key), "start": times["start"], "end": end}
+    shown: dict[str, Any] = {"type": type, "name": step_label(step.key)}
+    shown |= {"start": _began(rows[0]), "end": end}
     data, failed = decode(step.data or "null"), step.state == "error"
     if kind == "do":
         config = json.loads(step.config)["config"] if step.config else DEFAULT_CONFIG
@@ -6254,14 +6254,13 @@ def _shown_step(
         output = "[REDACTED]" if "sensitive" in config else say(data)
         return shown | {"success": success, "output": output if success else None}
     error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
-    success = error is None if end else None
-    shown |= {"end": end or due, "finished": step.state in ENDED, "success": success}
-    shown["error"] = error
+    finished, success = step.state in ENDED, (error is None if end else None)
+    shown |= {"end": end or due, "finished": finished, "success": success, "error": error}
     if kind == "sleep":
         return shown
-    sent = json.loads(step.extra or "{}")
+    asked, sent = decode(rows[0].data or "null"), json.loads(step.extra or "{}")
     output = sent and {"type": sent["type"], "payload": data, "timestamp": moment(sent["at"])}
-    return shown | {"event_type": times["event_type"], "output": say(output) if output else None}
+    return shown | {"event_type": asked["type"], "output": say(output) if output else None}
 
 
 # --------------------------------------------------------------------------------------------------
