@@ -6609,7 +6609,7 @@ _ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
     ("/workflows/NAME/instances/ID", {"GET": show_instance, "DELETE": drop_instance}, _DETAILS),
 ]
 # What Cloudflare's clients ask to deploy a workflow, which is done in another way here.
-_DEPLOYING = re.compile(_BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
+_DEPLOYING = re.compile("PUT " + _BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
 # By the last part of a refusal's code: its HTTP status; and the numbers that Cloudflare gives some.
 # (None may be 10000 or 9106: with these `wrangler` looks for a broken login.)
 _STATUS_OF = {
@@ -6624,15 +6624,13 @@ _NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
     """What answers a request, the parts of its path, and the fields that the explorer has of it."""
-    if method == "PUT" and _DEPLOYING.fullmatch(path):
-        what = "to change a workflow, edit its code or the configuration file"
-        raise refusal("request.no_method", f"{what}, and start `dev` again")
+    what = "to change a workflow, edit its code or the configuration file, and start `dev` again"
+    require(not _DEPLOYING.fullmatch(f"{method} {path}"), "request.no_method", what)
     for pattern, resources, fields in _ROUTES:
         regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
         if match := re.fullmatch(_BASE + regex + "/?", path):
-            if method not in resources:
-                what = f"{method} is not possible here: expected {' or '.join(resources)}"
-                raise refusal("request.no_method", what)
+            what = f"{method} is not possible here: expected {' or '.join(resources)}"
+            require(method in resources, "request.no_method", what)
             parts = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items()}
             return resources[method], parts, fields
     raise refusal("request.not_found", "nothing is here")
@@ -6708,8 +6706,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             unread = False
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
-            if self.server.closing:
-                raise refusal("request.internal", "`dev` is about to stop")
+            require(not self.server.closing, "request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
