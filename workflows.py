@@ -6320,9 +6320,9 @@ class Request:
 
     def word(self, key: str, *known: str) -> str | None:
         """The value of a key of the query that takes one of these words."""
-        if (word := self.query.get(key)) in (None, *known):
-            return word
-        raise ValueError(f"{key} is {show(word)}: expected one of {', '.join(known)}")
+        word = self.query.get(key)
+        expect(word in (None, *known), key, word, f"one of {', '.join(known)}")
+        return word
 
     def number(self, key: str, default: int, most: int = 2**53) -> int:
         """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
@@ -6375,18 +6375,16 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def find_instances(
-    tx: Transaction, workflow: str, upwards: bool, wanted: dict[str, Any]
-) -> tuple[list[dict[str, Any]], int]:
+def find_instances(tx: Transaction, workflow: str, wanted: dict[str, Any]) -> tuple[list[Any], int]:
     """A page of a workflow's instances, and how many there are. `wanted` may restrict them by
-    `start`, `end` and `status`; the page begins at the key `first`, after `skip` others, and has
-    `size` instances at most."""
+    `start`, `end` and `status`; the page begins at the key `first`, goes `upwards` or not, after
+    `skip` others, and has `size` instances at most."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
     values = {"key": key, "now": tx.now, **wanted}
     asked = [sql for name, sql in _WANTED.items() if wanted[name] is not None]
     where = " AND ".join([_VISIBLE, *asked])
     (counted,) = read_rows(tx, f"SELECT count(*) AS n FROM instances WHERE {where}", **values)
-    than, order = (">=", "ASC") if upwards else ("<=", "DESC")
+    than, order = (">=", "ASC") if wanted["upwards"] else ("<=", "DESC")
     keys = f"SELECT key FROM instances WHERE {where} AND key {than} :first ORDER BY key {order}"
     sql = f"""SELECT id, {_STATUS} AS status, trigger AS trigger_source, created AS created_on,
               (SELECT at {_NEWEST}) AS modified_on, started AS started_on, ended AS ended_on, key
@@ -6438,12 +6436,11 @@ async def show_instances(ask: Request) -> list[Any]:
     if start is not None and end is not None and start > end:
         raise refusal("request.dates", "'date_start' must not be after 'date_end'")
     upwards, size = ask.word("direction", "asc", "desc") == "asc", ask.number("per_page", 25, 100)
-    status = ask.word("status", *SHOWN_STATUSES)
-    wanted: dict[str, Any] = {"start": start, "end": end, "status": status}
-    wanted["first"] = ask.number("cursor", 1 if upwards else 2**53)
-    wanted["skip"] = (ask.number("page", 1, 10**9) - 1) * size
-    wanted["size"] = size + 1  # is there another page?
-    found, total = await ask.call(find_instances, upwards, wanted)
+    wanted = {"start": start, "end": end, "status": ask.word("status", *SHOWN_STATUSES)}
+    wanted |= {"upwards": upwards, "first": ask.number("cursor", 1 if upwards else 2**53)}
+    # (One more than the page has: is there another page?)
+    wanted |= {"skip": (ask.number("page", 1, 10**9) - 1) * size, "size": size + 1}
+    found, total = await ask.call(find_instances, wanted)
     keys = [row.pop("key") for row in found]
     more: dict[str, Any] = {"cursor": str(keys[size])} if len(keys) > size else {}
     if ask.api == "explorer":
