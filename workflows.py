@@ -6939,11 +6939,11 @@ function timeline(it, steer) { // A row for each step: what it did, from left to
   const steps = it.steps.filter(step => step.name), places = new Map();
   const parts = [{ start: it.queued }, ...steps.flatMap(step => [step, ...step.attempts ?? []])];
   const moments = parts.flatMap(part => [at(part.start), at(part.end)]).sort((a, b) => a - b);
-  const whole = moments.reduce((place, moment, n) => {
+  let whole = 0;
+  moments.forEach((moment, n) => {
     const gap = moment - (moments[n - 1] ?? moment);
-    places.set(moment, place += stretched ? Math.log1p(gap) : gap);
-    return place;
-  }, 0);
+    places.set(moment, whole += stretched ? Math.log1p(gap) : gap);
+  });
   const percent = text => 100 * places.get(at(text)) / (whole || 1);
   const bar = (part, kind) => h("i", { className: "bar " + kind, style: `left: min(${percent(
     part.start)}%, 100% - 3px); width: ${percent(part.end) - percent(part.start)}%` });
