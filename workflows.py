@@ -6353,8 +6353,8 @@ def read_rows(tx: Transaction, sql: str, **values: Any) -> list[dict[str, Any]]:
     """The rows of a query by the names of their columns; a moment's ends with _on."""
     tx.write()
     cursor = tx.db.execute(sql, values)
-    names = [name for name, *_ in cursor.description]
-    rows = [dict(zip(names, row, strict=True)) for row in cursor]
+    cursor.row_factory = sqlite3.Row
+    rows = [dict(row) for row in cursor]
     return [{n: moment(v) if n.endswith("_on") else v for n, v in row.items()} for row in rows]
 
 
@@ -6485,8 +6485,7 @@ async def drop_instances(ask: Request) -> Any:
 
 async def end_instances(ask: Request) -> dict[str, Any]:
     ids = ask.workflow._batch(ask.body, "the body", ask.workflow.check_id)
-    ended = await ask.call(terminate_instances, ids)
-    return {"instancesTerminated": ended, "status": "ok"}
+    return {"instancesTerminated": await ask.call(terminate_instances, ids), "status": "ok"}
 
 
 async def end_all(ask: Request) -> dict[str, Any]:
@@ -6505,8 +6504,7 @@ async def end_all(ask: Request) -> dict[str, Any]:
 
 
 async def show_ending(ask: Request) -> dict[str, Any]:
-    running = (ask.engine, ask.name) in _terminating
-    return {"status": "running" if running else "not_running"}
+    return {"status": "running" if (ask.engine, ask.name) in _terminating else "not_running"}
 
 
 async def show_instance(ask: Request) -> dict[str, Any]:
