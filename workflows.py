@@ -6217,6 +6217,9 @@ def is_from(module: types.ModuleType | None, file: Path) -> bool:
 _SHOWN_KINDS = {"do": "step", "sleep": "sleep", "wait_for_event": "waitForEvent"}
 _UNLIMITED = 2**53 - 1  # JSON has no infinity
 CANCELLED = {"name": "Cancelled", "message": "run has cancelled this call"}
+# The types of the rows that end a step.
+_ENDINGS = {type for type, (*_, state) in _MEANING.items() if state != "pending"}
+Say = Callable[[Any], Any]  # gives an output as it is shown
 
 
 def moment(ms: int | None) -> str | None:
@@ -6241,27 +6244,23 @@ def shown_status(_: Transaction | None, inst: Instance) -> str:
 
 def read_details(tx: Transaction, inst: Instance) -> tuple[Instance, list[Row], dict[str, int]]:
     """What `timeline` needs: the instance, its journal, and when its waits will end."""
-    paused, stood = (tx.now, 0) if inst.paused is None else (inst.paused, tx.now - inst.paused)
+    since = tx.now if inst.paused is None else inst.paused  # what was not due stands still
     sql = "SELECT step, due + iif(fixed OR due <= ?, 0, ?) FROM waits WHERE instance = ?"
-    return inst.copy(), tx.journal(inst), dict(tx.db.rows(sql, paused, stood, inst.key))
+    return inst.copy(), tx.journal(inst), dict(tx.db.rows(sql, since, tx.now - since, inst.key))
 
 
-def timeline(
-    inst: Instance, rows: Sequence[Row], dues: Mapping[str, int], say: Callable[[Any], Any]
-) -> dict[str, Any]:
+def timeline(inst: Instance, rows: list[Row], dues: dict[str, int], say: Say) -> dict[str, Any]:
     """An instance with its steps, in the order of their starts; `say` is applied to outputs. A
     sleep or an event wait that has not `finished` has the end that is planned, if that is known."""
     steps: dict[str, Step] = {}
-    times: dict[str, dict[str, Any]] = {}  # what `apply` does not keep
+    rows_of: dict[str | None, list[Row]] = {}  # of each step, for the times: `apply` keeps none
     for row in rows:
-        if row.step is not None:
-            apply(steps, row)
-            if (step := steps.get(row.step)) is not None:
-                ended = step.state in (*ENDED, "cancelled")
-                _note_times(times.setdefault(row.step, {"attempts": [], "end": None}), row, ended)
-            else:  # as if it had not begun
-                times.pop(row.step, None)
-    shown = [_shown_step(steps[key], times[key], moment(dues.get(key)), say) for key in steps]
+        apply(steps, row)
+        if row.step in steps:
+            rows_of.setdefault(row.step, []).append(row)
+        else:  # it is about no step, or that is as if it had not begun
+            rows_of.pop(row.step, None)
+    shown = [_shown_step(steps[key], rows_of[key], moment(dues.get(key)), say) for key in steps]
     shown.sort(key=lambda step: step["start"])
     if inst.status == "terminated":
         shown.append({"type": "termination", "trigger": {"source": inst.termination}})
@@ -6279,32 +6278,33 @@ def timeline(
     )
 
 
-def _note_times(times: dict[str, Any], row: Row, ended: bool) -> None:
-    """Keeps what a row tells of the times of a step and its attempts."""
-    attempts, at = times["attempts"], moment(row.at)
-    began = at if row.began is None else moment(row.began)
-    times.setdefault("start", began)
-    if row.type == "wait":
-        times["event_type"] = decode(row.data or "null")["type"]
-    opened = bool(attempts) and attempts[-1]["end"] is None
-    if row.type == "stop" and opened:
-        attempts.pop()
-    if row.attempt is not None and not opened:
-        attempts.append({"start": began, "end": None, "success": None, "error": None})
-    if row.type in ("done", "failed", "error") or (row.type == "cancel" and opened):
-        success = row.type == "done"
-        error = CANCELLED if row.data is None else None if success else brief(decode(row.data))
-        attempts[-1] |= {"end": at, "success": success, "error": None if success else error}
-    if ended and times["end"] is None:
-        times["end"] = at
+def _attempts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the rows of a step tell of its attempts."""
+    attempts: list[dict[str, Any]] = []
+    for row in rows:
+        opened = bool(attempts) and attempts[-1]["end"] is None
+        if row.type == "stop" and opened:
+            attempts.pop()
+        if row.attempt is not None and not opened:
+            attempts.append({"start": _began(row), "end": None, "success": None, "error": None})
+        if row.type == "done":
+            attempts[-1] |= {"end": moment(row.at), "success": True}
+        elif row.type in ("failed", "error") or (row.type == "cancel" and opened):
+            error = CANCELLED if row.data is None else brief(decode(row.data))
+            attempts[-1] |= {"end": moment(row.at), "success": False, "error": error}
+    return attempts
 
 
-def _shown_step(
-    step: Step, times: dict[str, Any], due: str | None, say: Callable[[Any], Any]
-) -> dict[str, Any]:
-    kind, attempts, end = step.key.split(SEPARATOR)[-3], times["attempts"], times["end"]
+def _began(row: Row) -> str | None:
+    return moment(row.at if row.began is None else row.began)
+
+
+def _shown_step(step: Step, rows: list[Row], due: str | None, say: Say) -> dict[str, Any]:
+    kind, attempts = step.key.split(SEPARATOR)[-3], _attempts_of(rows)
+    end = next((moment(row.at) for row in rows if row.type in _ENDINGS), None)
     type = "rollback" if step.key.startswith(ROLLBACK) else _SHOWN_KINDS[kind]
-    shown = {"type": type, "name": step_label(step.key), "start": times["start"], "end": end}
+    shown: dict[str, Any] = {"type": type, "name": step_label(step.key)}
+    shown |= {"start": _began(rows[0]), "end": end}
     data, failed = decode(step.data or "null"), step.state == "error"
     if kind == "do":
         config = json.loads(step.config)["config"] if step.config else DEFAULT_CONFIG
@@ -6315,14 +6315,13 @@ def _shown_step(
         output = "[REDACTED]" if "sensitive" in config else say(data)
         return shown | {"success": success, "output": output if success else None}
     error = CANCELLED if step.state == "cancelled" else brief(data) if failed else None
-    success = error is None if end else None
-    shown |= {"end": end or due, "finished": step.state in ENDED, "success": success}
-    shown["error"] = error
+    finished, success = step.state in ENDED, (error is None if end else None)
+    shown |= {"end": end or due, "finished": finished, "success": success, "error": error}
     if kind == "sleep":
         return shown
-    sent = json.loads(step.extra or "{}")
+    asked, sent = decode(rows[0].data or "null"), json.loads(step.extra or "{}")
     output = sent and {"type": sent["type"], "payload": data, "timestamp": moment(sent["at"])}
-    return shown | {"event_type": times["event_type"], "output": say(output) if output else None}
+    return shown | {"event_type": asked["type"], "output": say(output) if output else None}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6382,9 +6381,9 @@ class Request:
 
     def word(self, key: str, *known: str) -> str | None:
         """The value of a key of the query that takes one of these words."""
-        if (word := self.query.get(key)) in (None, *known):
-            return word
-        raise ValueError(f"{key} is {show(word)}: expected one of {', '.join(known)}")
+        word = self.query.get(key)
+        expect(word in (None, *known), key, word, f"one of {', '.join(known)}")
+        return word
 
     def number(self, key: str, default: int, most: int = 2**53) -> int:
         """A number of the query, from 1. (Cloudflare's Python client writes `2.0`.)"""
@@ -6415,8 +6414,8 @@ def read_rows(tx: Transaction, sql: str, **values: Any) -> list[dict[str, Any]]:
     """The rows of a query by the names of their columns; a moment's ends with _on."""
     tx.write()
     cursor = tx.db.execute(sql, values)
-    names = [name for name, *_ in cursor.description]
-    rows = [dict(zip(names, row, strict=True)) for row in cursor]
+    cursor.row_factory = sqlite3.Row
+    rows = [dict(row) for row in cursor]
     return [{n: moment(v) if n.endswith("_on") else v for n, v in row.items()} for row in rows]
 
 
@@ -6437,18 +6436,16 @@ def read_workflows(tx: Transaction, name: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def find_instances(
-    tx: Transaction, workflow: str, upwards: bool, wanted: dict[str, Any]
-) -> tuple[list[dict[str, Any]], int]:
+def find_instances(tx: Transaction, workflow: str, wanted: dict[str, Any]) -> tuple[list[Any], int]:
     """A page of a workflow's instances, and how many there are. `wanted` may restrict them by
-    `start`, `end` and `status`; the page begins at the key `first`, after `skip` others, and has
-    `size` instances at most."""
+    `start`, `end` and `status`; the page begins at the key `first`, goes `upwards` or not, after
+    `skip` others, and has `size` instances at most."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
     values = {"key": key, "now": tx.now, **wanted}
     asked = [sql for name, sql in _WANTED.items() if wanted[name] is not None]
     where = " AND ".join([_VISIBLE, *asked])
     (counted,) = read_rows(tx, f"SELECT count(*) AS n FROM instances WHERE {where}", **values)
-    than, order = (">=", "ASC") if upwards else ("<=", "DESC")
+    than, order = (">=", "ASC") if wanted["upwards"] else ("<=", "DESC")
     keys = f"SELECT key FROM instances WHERE {where} AND key {than} :first ORDER BY key {order}"
     sql = f"""SELECT id, {_STATUS} AS status, trigger AS trigger_source, created AS created_on,
               (SELECT at {_NEWEST}) AS modified_on, started AS started_on, ended AS ended_on, key
@@ -6500,12 +6497,11 @@ async def show_instances(ask: Request) -> list[Any]:
     if start is not None and end is not None and start > end:
         raise refusal("request.dates", "'date_start' must not be after 'date_end'")
     upwards, size = ask.word("direction", "asc", "desc") == "asc", ask.number("per_page", 25, 100)
-    status = ask.word("status", *SHOWN_STATUSES)
-    wanted: dict[str, Any] = {"start": start, "end": end, "status": status}
-    wanted["first"] = ask.number("cursor", 1 if upwards else 2**53)
-    wanted["skip"] = (ask.number("page", 1, 10**9) - 1) * size
-    wanted["size"] = size + 1  # is there another page?
-    found, total = await ask.call(find_instances, upwards, wanted)
+    wanted = {"start": start, "end": end, "status": ask.word("status", *SHOWN_STATUSES)}
+    wanted |= {"upwards": upwards, "first": ask.number("cursor", 1 if upwards else 2**53)}
+    # (One more than the page has: is there another page?)
+    wanted |= {"skip": (ask.number("page", 1, 10**9) - 1) * size, "size": size + 1}
+    found, total = await ask.call(find_instances, wanted)
     keys = [row.pop("key") for row in found]
     more: dict[str, Any] = {"cursor": str(keys[size])} if len(keys) > size else {}
     if ask.api == "explorer":
@@ -6550,8 +6546,7 @@ async def drop_instances(ask: Request) -> Any:
 
 async def end_instances(ask: Request) -> dict[str, Any]:
     ids = ask.workflow._batch(ask.body, "the body", ask.workflow.check_id)
-    ended = await ask.call(terminate_instances, ids)
-    return {"instancesTerminated": ended, "status": "ok"}
+    return {"instancesTerminated": await ask.call(terminate_instances, ids), "status": "ok"}
 
 
 async def end_all(ask: Request) -> dict[str, Any]:
@@ -6570,8 +6565,7 @@ async def end_all(ask: Request) -> dict[str, Any]:
 
 
 async def show_ending(ask: Request) -> dict[str, Any]:
-    running = (ask.engine, ask.name) in _terminating
-    return {"status": "running" if running else "not_running"}
+    return {"status": "running" if (ask.engine, ask.name) in _terminating else "not_running"}
 
 
 async def show_instance(ask: Request) -> dict[str, Any]:
@@ -6671,7 +6665,7 @@ _ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
     ("/workflows/NAME/instances/ID", {"GET": show_instance, "DELETE": drop_instance}, _DETAILS),
 ]
 # What Cloudflare's clients ask to deploy a workflow, which is done in another way here.
-_DEPLOYING = re.compile(_BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
+_DEPLOYING = re.compile("PUT " + _BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
 # By the last part of a refusal's code: its HTTP status; and the numbers that Cloudflare gives some.
 # (None may be 10000 or 9106: with these `wrangler` looks for a broken login.)
 _STATUS_OF = {
@@ -6686,15 +6680,13 @@ _NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
     """What answers a request, the parts of its path, and the fields that the explorer has of it."""
-    if method == "PUT" and _DEPLOYING.fullmatch(path):
-        what = "to change a workflow, edit its code or the configuration file"
-        raise refusal("request.no_method", f"{what}, and start `dev` again")
+    what = "to change a workflow, edit its code or the configuration file, and start `dev` again"
+    require(not _DEPLOYING.fullmatch(f"{method} {path}"), "request.no_method", what)
     for pattern, resources, fields in _ROUTES:
         regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
         if match := re.fullmatch(_BASE + regex + "/?", path):
-            if method not in resources:
-                what = f"{method} is not possible here: expected {' or '.join(resources)}"
-                raise refusal("request.no_method", what)
+            what = f"{method} is not possible here: expected {' or '.join(resources)}"
+            require(method in resources, "request.no_method", what)
             parts = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items()}
             return resources[method], parts, fields
     raise refusal("request.not_found", "nothing is here")
@@ -6770,8 +6762,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             unread = False
             if (self.command, path) == ("GET", "/"):
                 return self._send_page()
-            if self.server.closing:
-                raise refusal("request.internal", "`dev` is about to stop")
+            require(not self.server.closing, "request.internal", "`dev` is about to stop")
             resource, parts, fields = find_route(self.command, path)
             body = json.loads(text) if text else None
             asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -7007,11 +6998,11 @@ function timeline(it, steer) { // A row for each step: what it did, from left to
   const steps = it.steps.filter(step => step.name), places = new Map();
   const parts = [{ start: it.queued }, ...steps.flatMap(step => [step, ...step.attempts ?? []])];
   const moments = parts.flatMap(part => [at(part.start), at(part.end)]).sort((a, b) => a - b);
-  const whole = moments.reduce((place, moment, n) => {
+  let whole = 0;
+  moments.forEach((moment, n) => {
     const gap = moment - (moments[n - 1] ?? moment);
-    places.set(moment, place += stretched ? Math.log1p(gap) : gap);
-    return place;
-  }, 0);
+    places.set(moment, whole += stretched ? Math.log1p(gap) : gap);
+  });
   const percent = text => 100 * places.get(at(text)) / (whole || 1);
   const bar = (part, kind) => h("i", { className: "bar " + kind, style: `left: min(${percent(
     part.start)}%, 100% - 3px); width: ${percent(part.end) - percent(part.start)}%` });
