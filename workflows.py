@@ -5864,8 +5864,6 @@ _CRON_FIELDS = (
     ("month", 1, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
     ("day of week", 1, 7, "SUN MON TUE WED THU FRI SAT"),
 )
-_CRON_ITEM = re.compile(r"(?:\*|([0-9A-Za-z]+)(?:-([0-9A-Za-z]+))?)(?:/([0-9]{1,2}))?")
-_LEAP_YEAR = range(730, 1096)  # 1972, in days since the epoch
 
 
 class Cron:
@@ -5891,20 +5889,18 @@ class Cron:
             minutes, hours, self._days, self._months, self._weekdays = numbers
         # Where the day of the month and the day of the week are both restricted, one of them is
         # enough: this is the rule of standard cron, and Cloudflare's. `*` alone is no restriction.
-        self._either = "*" not in (fields[2], fields[4])
+        self._all_or_any = all if "*" in (fields[2], fields[4]) else any
         # Its times on a day on which it comes, in milliseconds since that day's midnight.
         self._times = sorted((60 * h + m) * _UNITS["minute"] for h in hours for m in minutes)
-        if not any(self._times_on(day) for day in _LEAP_YEAR):
+        if not any(map(self._times_on, range(4 * 366))):  # one of the four years is a leap year
             raise ValueError(f"{show(self.text)} never comes: no such month has such a day")
 
     def _times_on(self, day: int) -> list[int]:
         """Its times on a day, which is counted from the epoch."""
         on = date.fromordinal(_EPOCH.toordinal() + day)
         in_month, in_week = on.day in self._days, on.isoweekday() % 7 + 1 in self._weekdays
-        comes = in_month or in_week if self._either else in_month and in_week
-        if on.month not in self._months or not comes:
-            return []
-        return [day * _UNITS["day"] + time for time in self._times]
+        comes = on.month in self._months and self._all_or_any((in_month, in_week))
+        return [day * _UNITS["day"] + time for time in self._times] if comes else []
 
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
@@ -5920,20 +5916,19 @@ class Cron:
 def _read_cron_field(text: str, field: tuple[str, int, int, str]) -> set[int]:
     """The numbers that a field of a cron expression stands for."""
     what, low, high, names = field
-    known = {spelling: n for n in range(low, high + 1) for spelling in (str(n), f"{n:02}")}
-    known |= {name: low + n for n, name in enumerate(names.split())}
+    span = f"{low} to {high}" + (f" or {names[:3]} to {names[-3:]}" if names else "")
+    ways = f"a range like {low}-{high}, one of these with a step like */2, or a list"
+    counts = {spelling: n for n in range(high + 1) for spelling in (str(n), f"{n:02}")}
+    # (In lower case, because "ſep" in upper case would be SEP.)
+    known = counts | {name: low + n for n, name in enumerate(names.lower().split())}
     numbers: set[int] = set()
     for item in text.split(","):
-        match = _CRON_ITEM.fullmatch(item)
-        first, last, step = match.groups() if match else ("", None, None)
-        start = low if first is None else known.get(first.upper())
-        to_the_end = first is None or step is not None  # `*`, `*/15` and `5/15`, but not `5`
-        end = known.get(last.upper()) if last else high if to_the_end else start
-        every = int(step or 1)
-        if start is None or end is None or start > end or not 0 < every <= high:
-            span = f"{low} to {high}" + (f" or {names[:3]} to {names[-3:]}" if names else "")
-            ways = f"a range like {low}-{high}, one of these with a step like */2, or a list"
-            raise ValueError(f"{what} is {show(item)}: expected *, {span}, {ways}")
+        part, slash, step = item.partition("/")
+        first, dash, last = (f"{low}-{high}" if part == "*" else part.lower()).partition("-")
+        start = known.get(first, -1)
+        end = known.get(last, -1) if dash else high if slash else start
+        every = counts.get(step, 0) if slash else 1
+        expect(low <= start <= end and every > 0, what, item, f"*, {span}, {ways}")
         numbers.update(range(start, end + 1, every))
     return numbers
 
