@@ -6050,19 +6050,16 @@ class Configuration:
         """Loads the modules, and binds each workflow."""
         install_workers_shim()
         main = self.file.parent / self.given["main"]
-        with naming(self.file):
-            with naming("main"):
-                load_module(main)
-            for where, entry in self.entries.items():
-                settings = {
-                    "steps": entry.get("limits", {}).get("steps"),
-                    "running": entry.get("concurrency", {}).get("limit"),
-                    "schedules": entry.get("schedules", ()),
-                    **entry.get("default_retention", {}),
-                }
-                with naming(where):
-                    cls = self._find_class(main, entry)
-                    engine.bind(cls, entry["name"], entry.get("binding"), **settings)
+        with naming(f"{self.file}: main"):
+            load_module(main)
+        for where, entry in self.entries.items():
+            settings = {"steps": entry.get("limits", {}).get("steps")}
+            settings["running"] = entry.get("concurrency", {}).get("limit")
+            settings["schedules"] = entry.get("schedules", ())
+            settings |= entry.get("default_retention", {})
+            with naming(f"{self.file}: {where}"):
+                cls = self._find_class(main, entry)
+                engine.bind(cls, entry["name"], entry.get("binding"), **settings)
 
     def _find_class(self, main: Path, entry: dict[str, Any]) -> Any:
         """The class of an entry: of `main`, or of another script, which is a module beside that."""
