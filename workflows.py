@@ -7112,11 +7112,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.set_defaults(command=command)
         for word in words.split():
             name, equals, default = word.partition("=")
-            more: dict[str, Any] = {"default": default or None}
-            if default.isdecimal():
-                more = {"type": natural, "default": int(default)}
-            elif not name.startswith("--"):
-                more |= {"nargs": "*" if name.endswith("*") else "?" if equals else None}
+            kind = natural if default.isdecimal() else str  # of the default, too
+            more: dict[str, Any] = {"type": kind, "default": default or None}
+            if not name.startswith("--"):
+                more["nargs"] = "*" if name.endswith("*") else "?" if equals else None
             elif not equals:
                 more = {"action": "store_true"}
             parser.add_argument(name.removesuffix("*"), **more)
