@@ -7172,8 +7172,8 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
     print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
     rows = []
     for step in [step for step in shown["steps"] if "name" in step]:
-        tried, ms = step.get("attempts", [step]), min(_ms(step["end"]) or now, now)
-        ms -= _ms(step["start"])
+        tried = step.get("attempts", [step])
+        ms = min(_ms(step["end"]) or now, now) - _ms(step["start"])
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
         notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
