@@ -7214,8 +7214,7 @@ def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
 async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     """What a command asks for."""
     options, verb = vars(given), given.command.split()[-1]
-    known = {name: value for name, value in options.items() if value is not None}
-    query = {name: str(value) for name, value in known.items() if value is not False}
+    query = {name: str(value) for name, value in options.items() if value not in (None, False)}
     ask = Request(engine, query.get("name"), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
     if "filename" in query:
@@ -7226,17 +7225,16 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     if "latest" in ids and verb != "trigger":
         async for newest in (await engine.workflow(given.name)).list(limit=1):
             ids = [newest.id if id == "latest" else id for id in ids]
-    values = {}
-    for name in ("params", "payload"):
-        with naming(name):
-            values[name] = json.loads(query.get(name, "{}"))
-    start = {key[10:]: value for key, value in known.items() if key.startswith("from_step_")}
+    data = "payload" if verb == "send-event" else "params"
+    with naming(data):
+        value = json.loads(query.get(data, "{}"))
+    start: dict[str, Any] = {n[10:]: query[n] for n in query if n.startswith("from_step_")}
     if "count" in start:
         with naming("--from-step-count"):
             start["count"] = int(start["count"])
     body = {"status": verb, "rollback": options.get("rollback"), "from": start or None}
-    sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
-    sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
+    sent = {"trigger": {"id": query.get("id"), "params": value}, "send-event": value}
+    sent["delete"] = {"instances": ids}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
     if sys.stderr.isatty():
         ask.progress = lambda done: print(f"\r{done} … ", end="", file=sys.stderr, flush=True)
