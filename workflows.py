@@ -7302,12 +7302,11 @@ async def check(given: argparse.Namespace) -> int:
 
 def verdict(report: dict[str, Any]) -> str:
     """What a replay has found wrong."""
-    unreached, early = ", ".join(report["unreached"]), ", ".join(report["early"])
-    said = {"no longer reached": unreached, "new before these": early}
+    said = {"no longer reached": report["unreached"], "new before these": report["early"]}
     if report["error"]:
         key = "run would raise" if report["outcome"] == "errored" else "replay stopped"
-        said[key] = cell(report["error"], "error")
-    return "; ".join(f"{what}: {value}" for what, value in said.items() if value)
+        said[key] = [cell(report["error"], "error")]
+    return "; ".join(f"{what}: {', '.join(told)}" for what, told in said.items() if told)
 
 
 async def dev(given: argparse.Namespace) -> int:
