@@ -5925,8 +5925,6 @@ _CRON_FIELDS = (
     ("month", 1, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
     ("day of week", 1, 7, "SUN MON TUE WED THU FRI SAT"),
 )
-_CRON_ITEM = re.compile(r"(?:\*|([0-9A-Za-z]+)(?:-([0-9A-Za-z]+))?)(?:/([0-9]{1,2}))?")
-_LEAP_YEAR = range(730, 1096)  # 1972, in days since the epoch
 
 
 class Cron:
@@ -5952,20 +5950,18 @@ class Cron:
             minutes, hours, self._days, self._months, self._weekdays = numbers
         # Where the day of the month and the day of the week are both restricted, one of them is
         # enough: this is the rule of standard cron, and Cloudflare's. `*` alone is no restriction.
-        self._either = "*" not in (fields[2], fields[4])
+        self._all_or_any = all if "*" in (fields[2], fields[4]) else any
         # Its times on a day on which it comes, in milliseconds since that day's midnight.
         self._times = sorted((60 * h + m) * _UNITS["minute"] for h in hours for m in minutes)
-        if not any(self._times_on(day) for day in _LEAP_YEAR):
+        if not any(map(self._times_on, range(4 * 366))):  # one of the four years is a leap year
             raise ValueError(f"{show(self.text)} never comes: no such month has such a day")
 
     def _times_on(self, day: int) -> list[int]:
         """Its times on a day, which is counted from the epoch."""
         on = date.fromordinal(_EPOCH.toordinal() + day)
         in_month, in_week = on.day in self._days, on.isoweekday() % 7 + 1 in self._weekdays
-        comes = in_month or in_week if self._either else in_month and in_week
-        if on.month not in self._months or not comes:
-            return []
-        return [day * _UNITS["day"] + time for time in self._times]
+        comes = on.month in self._months and self._all_or_any((in_month, in_week))
+        return [day * _UNITS["day"] + time for time in self._times] if comes else []
 
     def next(self, after: int) -> int:
         """The first time that is later than a moment."""
@@ -5981,20 +5977,19 @@ class Cron:
 def _read_cron_field(text: str, field: tuple[str, int, int, str]) -> set[int]:
     """The numbers that a field of a cron expression stands for."""
     what, low, high, names = field
-    known = {spelling: n for n in range(low, high + 1) for spelling in (str(n), f"{n:02}")}
-    known |= {name: low + n for n, name in enumerate(names.split())}
+    span = f"{low} to {high}" + (f" or {names[:3]} to {names[-3:]}" if names else "")
+    ways = f"a range like {low}-{high}, one of these with a step like */2, or a list"
+    counts = {spelling: n for n in range(high + 1) for spelling in (str(n), f"{n:02}")}
+    # (In lower case, because "ſep" in upper case would be SEP.)
+    known = counts | {name: low + n for n, name in enumerate(names.lower().split())}
     numbers: set[int] = set()
     for item in text.split(","):
-        match = _CRON_ITEM.fullmatch(item)
-        first, last, step = match.groups() if match else ("", None, None)
-        start = low if first is None else known.get(first.upper())
-        to_the_end = first is None or step is not None  # `*`, `*/15` and `5/15`, but not `5`
-        end = known.get(last.upper()) if last else high if to_the_end else start
-        every = int(step or 1)
-        if start is None or end is None or start > end or not 0 < every <= high:
-            span = f"{low} to {high}" + (f" or {names[:3]} to {names[-3:]}" if names else "")
-            ways = f"a range like {low}-{high}, one of these with a step like */2, or a list"
-            raise ValueError(f"{what} is {show(item)}: expected *, {span}, {ways}")
+        part, slash, step = item.partition("/")
+        first, dash, last = (f"{low}-{high}" if part == "*" else part.lower()).partition("-")
+        start = known.get(first, -1)
+        end = known.get(last, -1) if dash else high if slash else start
+        every = counts.get(step, 0) if slash else 1
+        expect(low <= start <= end and every > 0, what, item, f"*, {span}, {ways}")
         numbers.update(range(start, end + 1, every))
     return numbers
 
@@ -6116,19 +6111,16 @@ class Configuration:
         """Loads the modules, and binds each workflow."""
         install_workers_shim()
         main = self.file.parent / self.given["main"]
-        with naming(self.file):
-            with naming("main"):
-                load_module(main)
-            for where, entry in self.entries.items():
-                settings = {
-                    "steps": entry.get("limits", {}).get("steps"),
-                    "running": entry.get("concurrency", {}).get("limit"),
-                    "schedules": entry.get("schedules", ()),
-                    **entry.get("default_retention", {}),
-                }
-                with naming(where):
-                    cls = self._find_class(main, entry)
-                    engine.bind(cls, entry["name"], entry.get("binding"), **settings)
+        with naming(f"{self.file}: main"):
+            load_module(main)
+        for where, entry in self.entries.items():
+            settings = {"steps": entry.get("limits", {}).get("steps")}
+            settings["running"] = entry.get("concurrency", {}).get("limit")
+            settings["schedules"] = entry.get("schedules", ())
+            settings |= entry.get("default_retention", {})
+            with naming(f"{self.file}: {where}"):
+                cls = self._find_class(main, entry)
+                engine.bind(cls, entry["name"], entry.get("binding"), **settings)
 
     def _find_class(self, main: Path, entry: dict[str, Any]) -> Any:
         """The class of an entry: of `main`, or of another script, which is a module beside that."""
@@ -7172,11 +7164,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.set_defaults(command=command)
         for word in words.split():
             name, equals, default = word.partition("=")
-            more: dict[str, Any] = {"default": default or None}
-            if default.isdecimal():
-                more = {"type": natural, "default": int(default)}
-            elif not name.startswith("--"):
-                more |= {"nargs": "*" if name.endswith("*") else "?" if equals else None}
+            kind = natural if default.isdecimal() else str  # of the default, too
+            more: dict[str, Any] = {"type": kind, "default": default or None}
+            if not name.startswith("--"):
+                more["nargs"] = "*" if name.endswith("*") else "?" if equals else None
             elif not equals:
                 more = {"action": "store_true"}
             parser.add_argument(name.removesuffix("*"), **more)
@@ -7233,8 +7224,8 @@ def print_timeline(shown: dict[str, Any], given: argparse.Namespace) -> None:
     print_table([[n, cell(shown[n], n)] for n in _FACTS.split() if shown[n] is not None])
     rows = []
     for step in [step for step in shown["steps"] if "name" in step]:
-        tried, ms = step.get("attempts", [step]), min(_ms(step["end"]) or now, now)
-        ms -= _ms(step["start"])
+        tried = step.get("attempts", [step])
+        ms = min(_ms(step["end"]) or now, now) - _ms(step["start"])
         took = f"{ms / 1000:.3f} s" if ms < 60_000 else str(timedelta(seconds=ms // 1000))
         notes = [cell(part["error"], "error") for part in tried if part["error"]]
         notes += [f"again at {step['retry_at']}"] if step.get("retry_at") else []
@@ -7275,8 +7266,7 @@ def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
 async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     """What a command asks for."""
     options, verb = vars(given), given.command.split()[-1]
-    known = {name: value for name, value in options.items() if value is not None}
-    query = {name: str(value) for name, value in known.items() if value is not False}
+    query = {name: str(value) for name, value in options.items() if value not in (None, False)}
     ask = Request(engine, query.get("name"), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
     if "filename" in query:
@@ -7287,17 +7277,16 @@ async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     if "latest" in ids and verb != "trigger":
         async for newest in (await engine.workflow(given.name)).list(limit=1):
             ids = [newest.id if id == "latest" else id for id in ids]
-    values = {}
-    for name in ("params", "payload"):
-        with naming(name):
-            values[name] = json.loads(query.get(name, "{}"))
-    start = {key[10:]: value for key, value in known.items() if key.startswith("from_step_")}
+    data = "payload" if verb == "send-event" else "params"
+    with naming(data):
+        value = json.loads(query.get(data, "{}"))
+    start: dict[str, Any] = {n[10:]: query[n] for n in query if n.startswith("from_step_")}
     if "count" in start:
         with naming("--from-step-count"):
             start["count"] = int(start["count"])
     body = {"status": verb, "rollback": options.get("rollback"), "from": start or None}
-    sent = {"trigger": {"id": query.get("id"), "params": values["params"]}}
-    sent |= {"send-event": values["payload"], "delete": {"instances": ids}}
+    sent = {"trigger": {"id": query.get("id"), "params": value}, "send-event": value}
+    sent["delete"] = {"instances": ids}
     ask.id, ask.body = ids[0] if ids else "", sent.get(verb, body)
     if sys.stderr.isatty():
         ask.progress = lambda done: print(f"\r{done} … ", end="", file=sys.stderr, flush=True)
@@ -7365,12 +7354,11 @@ async def check(given: argparse.Namespace) -> int:
 
 def verdict(report: dict[str, Any]) -> str:
     """What a replay has found wrong."""
-    unreached, early = ", ".join(report["unreached"]), ", ".join(report["early"])
-    said = {"no longer reached": unreached, "new before these": early}
+    said = {"no longer reached": report["unreached"], "new before these": report["early"]}
     if report["error"]:
         key = "run would raise" if report["outcome"] == "errored" else "replay stopped"
-        said[key] = cell(report["error"], "error")
-    return "; ".join(f"{what}: {value}" for what, value in said.items() if value)
+        said[key] = [cell(report["error"], "error")]
+    return "; ".join(f"{what}: {', '.join(told)}" for what, told in said.items() if told)
 
 
 async def dev(given: argparse.Namespace) -> int:
