@@ -3964,10 +3964,10 @@ class Engine(Core):
         super().__init__()
         path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
         expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
-        legal = env is None or isinstance(env, Mapping)
-        expect(legal, "env", type(env), "a mapping", TypeError)  # its values may be secret
-        expect(limits is None or isinstance(limits, Limits), "limits", limits, "Limits", TypeError)
-        expect(clock is None or isinstance(clock, Clock), "clock", clock, "a Clock", TypeError)
+        # (What `env` holds may be secret.)
+        expect(isinstance(env, Mapping | None), "env", type(env), "a mapping", TypeError)
+        expect(isinstance(limits, Limits | None), "limits", limits, "Limits", TypeError)
+        expect(isinstance(clock, Clock | None), "clock", clock, "a Clock", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
