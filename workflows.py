@@ -4032,8 +4032,7 @@ class Engine(Core):
         if self._state != "not open yet":
             self.check_open()
             self.writer.post(define, workflow)
-        self._workflows[workflow.name] = workflow
-        self.env[workflow.binding] = workflow
+        self._workflows[workflow.name] = self.env[workflow.binding] = workflow
         return workflow
 
     async def workflow(self, name: str) -> Workflow:
@@ -4042,8 +4041,7 @@ class Engine(Core):
         expect(isinstance(name, str), "name", name, "a str", TypeError)
         if name in self._workflows:
             return self._workflows[name]
-        binding, steps = await self.call(find_workflow, name)
-        return Workflow(self, name, binding, steps)
+        return Workflow(self, name, *await self.call(find_workflow, name))
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
