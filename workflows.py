@@ -4250,8 +4250,7 @@ def not_found(workflow: str, id: str) -> WorkflowError:
 def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
     """Stores instances, in order; returns the ids of those that are new."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    ids = json.dumps([entry[0] for entry in entries])
-    there = tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, ids)
+    there = tx.select(f"workflow = ? AND id {_AMONG}", key, json.dumps([id for id, *_ in entries]))
     over = [inst for inst in there if inst.is_over(tx.now)]  # not cleared away yet
     taken = {inst.id for inst in there if inst not in over}
     new: dict[str, Entry] = {}
@@ -4370,8 +4369,8 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     if rollback:
         message = f"instance {inst.id!r} was terminated"
         error = WorkflowError(message, code="instance.terminated", name="Terminated")
-        under_way = inst.rollback == "begun"  # then that one will do
-        if under_way or begin_rollback(tx, inst, encode_error(error)):
+        # (If one is under way, that will do.)
+        if inst.rollback == "begun" or begin_rollback(tx, inst, encode_error(error)):
             tx.change(inst, termination=inst.termination or source)
             return
     if inst.rollback == "begun":
