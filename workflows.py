@@ -4432,10 +4432,11 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
 HistoryEvents = AsyncGenerator[WorkflowHistoryEvent, None]
-# What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
-_CREATE: dict[str, Any] = {"params": {}, "retention": None}
-_CREATE |= dict.fromkeys(("locationHint", "location_hint"))
-_EXISTS, _REPEATED = (10405, "already_exists"), (10415, "duplicate_in_batch")
+# What `create` takes beside an id. (A hint where to run has no effect here.)
+_CREATE = ("params", "retention", "locationHint", "location_hint")
+# Why `create_batch` has left an entry out, in Cloudflare's words.
+_EXISTS = {"code": 10405, "message": "workflows.api.error.instance.already_exists"}
+_REPEATED = {"code": 10415, "message": "workflows.api.error.instance.duplicate_in_batch"}
 _KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
@@ -4498,9 +4499,7 @@ class Workflow:
         new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
             if id in seen or id not in new:
-                code, why = _REPEATED if id in seen else _EXISTS
-                message = f"workflows.api.error.instance.{why}"
-                errors.append({"index": index, "id": id, "code": code, "message": message})
+                errors.append({"index": index, "id": id, **(_REPEATED if id in seen else _EXISTS)})
             seen.add(id)
         return {"created": created, "errors": errors}
 
@@ -4588,19 +4587,17 @@ class Workflow:
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
+        options, most = options_of(given, ("id", *_CREATE), where), self.engine.limits.payload_bytes
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
-        text, *_ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        kept = self.retention
-        if options["retention"] is not None:
-            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        text, *_ = checked(options.get("params", {}), what, code, payload_bytes=most)
+        kept = self.read_retention(options.get("retention"), _KEPT_FOR, f"{where}: retention")
         return id, text, *kept
 
     def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
         """How long an instance is kept that has succeeded or was terminated, or that has failed:
         what is given by these names, or else what holds for all of the workflow."""
-        given, limits = options_of(given, names, where), self.engine.limits
+        given, limits = options_of({} if given is None else given, names, where), self.engine.limits
         kept, plan = [*self.retention], (limits.success_retention, limits.error_retention)
         for n, name in enumerate(names):
             if name in given:
