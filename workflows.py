@@ -4693,10 +4693,8 @@ class WorkflowInstance:
         inst, end, failure = await self._call(read_end)
         output = end if inst.status == "complete" else None
         error = _Attributes(brief(end)) if inst.status == "errored" else None
-        rollback = None
-        if inst.status in FINISHED and inst.rollback is not None:
-            failure = failure and _Attributes(brief(failure))
-            rollback = _Attributes(outcome=inst.rollback, error=failure)
+        undone = _Attributes(outcome=inst.rollback, error=failure and _Attributes(brief(failure)))
+        rollback = None if inst.rollback in (None, "begun") else undone
         return InstanceStatus(inst.status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
