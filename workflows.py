@@ -4752,8 +4752,6 @@ class WorkflowInstance:
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
         timer = engine.clock.call_later(patience, late.cancel) if patience else None
-        if patience == 0:  # no clock need be moved for that
-            late.cancel()
         try:
             inst, end, _ = await self._call(read_end)
             key = inst.key
@@ -4765,7 +4763,7 @@ class WorkflowInstance:
                 if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
                     raise WorkflowInternalError(engine.lives.damaged[key])
                 if inst.status not in FINISHED:
-                    if late.done():
+                    if late.done() or patience == 0:  # (no clock need be moved for that)
                         raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                     await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
         finally:
