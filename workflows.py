@@ -4287,10 +4287,8 @@ def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list
     for inst in known.values():
         _delete(tx, inst)
     error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
-    return {
-        "deleted": [{"id": id} for id in ids if id in known],
-        "errors": [{"id": id, **error} for id in ids if id not in known],
-    }
+    deleted = [{"id": id} for id in ids if id in known]
+    return {"deleted": deleted, "errors": [{"id": id, **error} for id in ids if id not in known]}
 
 
 def read_journal(tx: Transaction, workflow: str, id: str, known: Instance | None) -> Snapshot:
