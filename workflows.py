@@ -3966,10 +3966,10 @@ class Engine(Core):
         super().__init__()
         path: Any = os.fspath(database) if isinstance(database, (str, os.PathLike)) else None
         expect(isinstance(path, str) and path != "", "database", database, "a path", TypeError)
-        legal = env is None or isinstance(env, Mapping)
-        expect(legal, "env", type(env), "a mapping", TypeError)  # its values may be secret
-        expect(limits is None or isinstance(limits, Limits), "limits", limits, "Limits", TypeError)
-        expect(clock is None or isinstance(clock, Clock), "clock", clock, "a Clock", TypeError)
+        # (What `env` holds may be secret.)
+        expect(isinstance(env, Mapping | None), "env", type(env), "a mapping", TypeError)
+        expect(isinstance(limits, Limits | None), "limits", limits, "Limits", TypeError)
+        expect(isinstance(clock, Clock | None), "clock", clock, "a Clock", TypeError)
         self.path = path if path == ":memory:" else os.path.realpath(path)
         self.env = Env(env or {})
         self.limits, self.clock = limits or Limits(), clock or Clock()
@@ -4034,8 +4034,7 @@ class Engine(Core):
         if self._state != "not open yet":
             self.check_open()
             self.writer.post(define, workflow)
-        self._workflows[workflow.name] = workflow
-        self.env[workflow.binding] = workflow
+        self._workflows[workflow.name] = self.env[workflow.binding] = workflow
         return workflow
 
     async def workflow(self, name: str) -> Workflow:
@@ -4044,8 +4043,7 @@ class Engine(Core):
         expect(isinstance(name, str), "name", name, "a str", TypeError)
         if name in self._workflows:
             return self._workflows[name]
-        binding, steps = await self.call(find_workflow, name)
-        return Workflow(self, name, binding, steps)
+        return Workflow(self, name, *await self.call(find_workflow, name))
 
     async def usage(self) -> Usage:
         """What Cloudflare's pricing is based on, and what it would come to; cheap to ask."""
@@ -4254,8 +4252,7 @@ def not_found(workflow: str, id: str) -> WorkflowError:
 def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], trigger: str) -> Ids:
     """Stores instances, in order; returns the ids of those that are new."""
     (key,) = tx.db.one("SELECT key FROM workflows WHERE name = ?", workflow)
-    ids = json.dumps([entry[0] for entry in entries])
-    there = tx.select(f"{_OF_NAMED} AND id {_AMONG}", workflow, ids)
+    there = tx.select(f"workflow = ? AND id {_AMONG}", key, json.dumps([id for id, *_ in entries]))
     over = [inst for inst in there if inst.is_over(tx.now)]  # not cleared away yet
     taken = {inst.id for inst in there if inst not in over}
     new: dict[str, Entry] = {}
@@ -4292,10 +4289,8 @@ def delete_instances(tx: Transaction, workflow: str, ids: Ids) -> dict[str, list
     for inst in known.values():
         _delete(tx, inst)
     error = {"code": 10400, "message": "workflows.api.error.instance.not_found"}
-    return {
-        "deleted": [{"id": id} for id in ids if id in known],
-        "errors": [{"id": id, **error} for id in ids if id not in known],
-    }
+    deleted = [{"id": id} for id in ids if id in known]
+    return {"deleted": deleted, "errors": [{"id": id, **error} for id in ids if id not in known]}
 
 
 def read_journal(tx: Transaction, workflow: str, id: str, known: Instance | None) -> Snapshot:
@@ -4374,8 +4369,8 @@ def _terminate(tx: Transaction, inst: Instance, source: str, rollback: bool) -> 
     if rollback:
         message = f"instance {inst.id!r} was terminated"
         error = WorkflowError(message, code="instance.terminated", name="Terminated")
-        under_way = inst.rollback == "begun"  # then that one will do
-        if under_way or begin_rollback(tx, inst, encode_error(error)):
+        # (If one is under way, that will do.)
+        if inst.rollback == "begun" or begin_rollback(tx, inst, encode_error(error)):
             tx.change(inst, termination=inst.termination or source)
             return
     if inst.rollback == "begun":
@@ -4437,10 +4432,11 @@ def _delete(tx: Transaction, inst: Instance) -> None:
 
 Options = Mapping[str, Any] | None  # a dict with Cloudflare's keys, or keyword arguments
 HistoryEvents = AsyncGenerator[WorkflowHistoryEvent, None]
-# What `create` takes beside an id, with defaults. (A hint where to run has no effect here.)
-_CREATE: dict[str, Any] = {"params": {}, "retention": None}
-_CREATE |= dict.fromkeys(("locationHint", "location_hint"))
-_EXISTS, _REPEATED = (10405, "already_exists"), (10415, "duplicate_in_batch")
+# What `create` takes beside an id. (A hint where to run has no effect here.)
+_CREATE = ("params", "retention", "locationHint", "location_hint")
+# Why `create_batch` has left an entry out, in Cloudflare's words.
+_EXISTS = {"code": 10405, "message": "workflows.api.error.instance.already_exists"}
+_REPEATED = {"code": 10415, "message": "workflows.api.error.instance.duplicate_in_batch"}
 _KEPT_FOR = ("successRetention", "errorRetention")
 _RESERVED = re.compile(r"batch|terminate|terminateAll|cf_[0-9a-fA-F]{64}")  # by Cloudflare
 _SCHEDULED = re.compile(r"[^ ]+( [^ ]+){4}-[0-9]+")  # the ids that schedules give: "<cron>-<ms>"
@@ -4503,9 +4499,7 @@ class Workflow:
         new, seen, errors = {instance.id for instance in created}, set[str](), []
         for index, (id, *_) in enumerate(entries):
             if id in seen or id not in new:
-                code, why = _REPEATED if id in seen else _EXISTS
-                message = f"workflows.api.error.instance.{why}"
-                errors.append({"index": index, "id": id, "code": code, "message": message})
+                errors.append({"index": index, "id": id, **(_REPEATED if id in seen else _EXISTS)})
             seen.add(id)
         return {"created": created, "errors": errors}
 
@@ -4593,19 +4587,17 @@ class Workflow:
         return entries
 
     def _entry(self, given: Any, where: str) -> Entry:
-        options, limits = _CREATE | options_of(given, ("id", *_CREATE), where), self.engine.limits
+        options, most = options_of(given, ("id", *_CREATE), where), self.engine.limits.payload_bytes
         id, what, code = options.get("id"), f"{where}: params", "params.not_serializable"
         id = str(uuid.uuid4()) if id is None else self.check_id(id, where, new=True)
-        text, *_ = checked(options["params"], what, code, payload_bytes=limits.payload_bytes)
-        kept = self.retention
-        if options["retention"] is not None:
-            kept = self.read_retention(options["retention"], _KEPT_FOR, f"{where}: retention")
+        text, *_ = checked(options.get("params", {}), what, code, payload_bytes=most)
+        kept = self.read_retention(options.get("retention"), _KEPT_FOR, f"{where}: retention")
         return id, text, *kept
 
     def read_retention(self, given: Any, names: Sequence[str], where: str) -> Retention:
         """How long an instance is kept that has succeeded or was terminated, or that has failed:
         what is given by these names, or else what holds for all of the workflow."""
-        given, limits = options_of(given, names, where), self.engine.limits
+        given, limits = options_of({} if given is None else given, names, where), self.engine.limits
         kept, plan = [*self.retention], (limits.success_retention, limits.error_retention)
         for n, name in enumerate(names):
             if name in given:
@@ -4701,10 +4693,8 @@ class WorkflowInstance:
         inst, end, failure = await self._call(read_end)
         output = end if inst.status == "complete" else None
         error = _Attributes(brief(end)) if inst.status == "errored" else None
-        rollback = None
-        if inst.status in FINISHED and inst.rollback is not None:
-            failure = failure and _Attributes(brief(failure))
-            rollback = _Attributes(outcome=inst.rollback, error=failure)
+        undone = _Attributes(outcome=inst.rollback, error=failure and _Attributes(brief(failure)))
+        rollback = None if inst.rollback in (None, "begun") else undone
         return InstanceStatus(inst.status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
@@ -4762,8 +4752,6 @@ class WorkflowInstance:
         engine = self.workflow.engine
         late: asyncio.Future[None] = engine.loop.create_future()
         timer = engine.clock.call_later(patience, late.cancel) if patience else None
-        if patience == 0:  # no clock need be moved for that
-            late.cancel()
         try:
             inst, end, _ = await self._call(read_end)
             key = inst.key
@@ -4775,7 +4763,7 @@ class WorkflowInstance:
                 if key in engine.lives.damaged and inst.status not in ("paused", "queued"):
                     raise WorkflowInternalError(engine.lives.damaged[key])
                 if inst.status not in FINISHED:
-                    if late.done():
+                    if late.done() or patience == 0:  # (no clock need be moved for that)
                         raise WorkflowTimeoutError(f"no result of {self.id!r} within {patience}ms")
                     await asyncio.wait({ended, late}, return_when=asyncio.FIRST_COMPLETED)
         finally:
