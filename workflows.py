@@ -4920,12 +4920,13 @@ def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
 
 def undoable(steps: Mapping[str, Step]) -> list[Step]:
     """The steps that have started and have a handler, in the order of their start."""
-    found = []
-    for step in steps.values():
-        what = f"step {step_label(step.key)!r}: its configuration"
-        if step.config and "rollback" in read_back(step.config, what):
-            found.append(step)
-    return found
+    return [step for step in steps.values() if "rollback" in _configuration_of(step)]
+
+
+def _configuration_of(step: Step) -> Any:
+    """What is recorded of a step's configuration, and of its handler's."""
+    what = f"step {step_label(step.key)!r}: its configuration"
+    return read_back(step.config, what) if step.config else {}
 
 
 def note_handler(run: Replay, call: StepCall) -> None:
