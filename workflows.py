@@ -5000,10 +5000,9 @@ class UndoRun(Run):
 
     def _plan(self, step: Step, call: StepCall) -> DoPlan:
         """The handler of a step, with its argument."""
-        handler, given = self.handlers.get(step.key, (None, None))
-        if handler is None:
-            what = f"the rollback handler of step {call.name!r} was not found by replay"
-            raise fatal("workflow.fatal", what)
+        what = f"the rollback handler of step {call.name!r} was not found by replay"
+        require(step.key in self.handlers, "workflow.fatal", what, fatal)
+        handler, given = self.handlers[step.key]
         last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
         output = read_back(step.data, "its result") if step.state == "done" and step.data else None
         info = WorkflowRollbackContext(last, self._cause, output, step_label(step.key))
@@ -5253,10 +5252,9 @@ class StepDecorator(StepCall):
     that the callback was forgotten."""
 
     def __init__(self, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]) -> None:
-        if callable(name):
-            what = "step.do needs a name or parentheses: to call a function, write"
-            forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
-            raise fatal("step.invalid_callback", f"{what} {forms}")
+        what = "step.do needs a name or parentheses: to call a function, write"
+        forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
+        require(not callable(name), "step.invalid_callback", f"{what} {forms}", fatal)
         if args and not isinstance(args[0], Mapping):  # the SDK's first form
             options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
             args = args[3:]
