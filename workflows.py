@@ -4932,10 +4932,10 @@ def _configuration_of(step: Step) -> Any:
 def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
     if call.options or len(call.args) > 1:
-        with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
-            *_, handler, config = do_arguments(call)
-            if handler is not None:
-                run.handlers[call.key] = handler, config
+        # (What is wrong with them `plan_do` refuses, if need be.)
+        *_, handler, config = safely((None, None), do_arguments, call)
+        if handler is not None:
+            run.handlers[call.key] = handler, config
 
 
 def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
@@ -5297,9 +5297,8 @@ class StepFunction(Generic[Result]):
         self.form, self._function = form, function
         own = getattr(function, "__name__", "step")
         self.__name__ = own if form.name is None else form.name
-        self._signature = inspect.Signature()
-        with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
-            self._signature = inspect.signature(function)
+        unknown = inspect.Signature()  # of what is no function, or doesn't say
+        self._signature: inspect.Signature = safely(unknown, inspect.signature, function)
         # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
         # or the last one that has succeeded.
         self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
