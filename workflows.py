@@ -5480,9 +5480,7 @@ def install_workers_shim() -> None:
     in its own runtime. `fetch` works, too; any other name imports, and has no meaning."""
     if sys.platform == "emscripten" or _importer in sys.meta_path:  # that runtime; done already
         return
-    with contextlib.suppress(Exception):  # which is what the installed SDK gives
-        importlib.import_module("workers")
-    other = sys.modules.get("workers")
+    other = safely(None, importlib.import_module, "workers")  # (the installed SDK fails)
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
