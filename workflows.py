@@ -5041,22 +5041,18 @@ class ReplayRun(Replay):
 
     def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
-        self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
+        self._unreached = {k: step_label(k) for k, step in self.steps.items() if not step.nested}
         self._found: dict[str, list[str]] = {"reached": [], "new": [], "early": []}
         self._damage: str | None = None
         inst = loaded.instance
-        undone = inst.rollback is not None and not inst.termination
-        self._has_failed = inst.status == "errored" or undone
+        self._has_failed = inst.status == "errored" or (inst.rollback and not inst.termination)
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        label = step_label(call.key)
-        if call.key in self._unreached:
-            del self._unreached[call.key]
-            self._found["reached"].append(label)
-        else:
-            self._found["new"].append(label)
-            self._found["early"] += [label] if self._unreached else []
+        label, recorded = step_label(call.key), self._unreached.pop(call.key, None)
+        self._found["reached" if recorded else "new"].append(label)
+        if self._unreached and not recorded:
+            self._found["early"].append(label)
 
     def stop_in_place(self, damage: str) -> None:
         self._damage = damage
@@ -5082,7 +5078,7 @@ class ReplayRun(Replay):
         await asyncio.shield(self.ended)
         if self._damage is not None:
             raise Unreadable(self._damage)
-        found = self._found | {"unreached": [step_label(key) for key in self._unreached]}
+        found = self._found | {"unreached": [*self._unreached.values()]}
         fails = outcome == "errored" and not self._has_failed
         safe = not (found["unreached"] or found["early"] or fails)
         return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
