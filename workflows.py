@@ -5096,12 +5096,11 @@ def warn_about_calls(run: Run) -> None:
     reached."""
     for call in run.unawaited:
         log.warning("%s: step %r was called but never awaited", run, call.name)
-    steps = [step for step in run.steps.values() if step.state != "new"]
-    if not any(step.state == "cancelled" for step in steps):
+    if not any(step.state == "cancelled" for step in run.steps.values()):
         what = "%s: replay never reached the recorded step %r; is its name deterministic?"
-        for step in steps:
-            if step.key not in run.called and not step.nested:
-                log.warning(what, run, step_label(step.key))
+        for key, step in run.steps.items():
+            if key not in run.called and step.state != "new" and not step.nested:
+                log.warning(what, run, step_label(key))
 
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
