@@ -5130,11 +5130,10 @@ def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]
 # --------------------------------------------------------------------------------------------------
 # History: journal rows as the events of `subscribe`.
 
-_ONE_EVENT = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
-_TOLD = {camel(status): [f"workflow_{status}"] for status in _ONE_EVENT.split()}
-_TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
-_TOLD |= {"rollback": ["rollback_started"]}
+_TOLD = {status: [f"workflow_{status}"] for status in STATUSES}
+_TOLD |= {"waitingForPause": ["workflow_waiting_for_pause"], "complete": ["workflow_completed"]}
+_TOLD |= {"started": ["workflow_started", "workflow_running"], "rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
 _TOLD |= {"done": ["attempt_completed", "step_completed"]}
 _TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
