@@ -5271,15 +5271,31 @@ class StepDecorator(StepCall):
 
 
 class DecoratedCall(StepCall):
-    """A call of a decorated function."""
+    """A call of a decorated function: the dependencies, then the step itself."""
 
     def __init__(self, function: StepFunction[Any]) -> None:
         form, name = function.form, function.__name__
         super().__init__(form.run, "do", plan_do, name, form.args, dict(form.options))
         self.function = function
 
-    def way(self) -> Coroutine[Any, Any, Any]:
-        return self.function.after_dependencies(self)
+    async def way(self) -> Any:
+        outcomes, outcome = self.function.outcomes, self.run.loop.create_future()
+        outcomes.setdefault(self.outer, outcome)  # a success stays until there is a newer one
+        try:
+            self.options["callback"] = await self.function.with_dependencies(self)
+            value = await self.run.perform(self)
+            outcome.set_result(copy.deepcopy(value))
+        except BaseException as error:
+            if outcomes.get(self.outer) is outcome:
+                del outcomes[self.outer]  # so the next step that depends on it runs it again
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # asyncio logs an error that nobody has asked for
+            else:
+                outcome.cancel()
+            raise
+        outcomes[self.outer] = outcome
+        return value
 
 
 class StepFunction(Generic[Result]):
@@ -5295,7 +5311,7 @@ class StepFunction(Generic[Result]):
         self._signature: inspect.Signature = safely(unknown, inspect.signature, function)
         # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
         # or the last one that has succeeded.
-        self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
+        self.outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
         form.declared["step", str(self.__name__)] = form.declared["function", own] = self
 
     def __call__(self, *args: Any, **named: Any) -> Pending[Result]:
@@ -5304,27 +5320,7 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         return DecoratedCall(self)
 
-    async def after_dependencies(self, call: DecoratedCall) -> Any:
-        """The dependencies, then the step itself."""
-        outcomes, outcome = self._outcomes, call.run.loop.create_future()
-        outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
-        try:
-            call.options["callback"] = await self._with_dependencies(call)
-            value = await call.run.perform(call)
-            outcome.set_result(copy.deepcopy(value))
-        except BaseException as error:
-            if outcomes.get(call.outer) is outcome:
-                del outcomes[call.outer]  # so the next step that depends on it runs it again
-            if isinstance(error, Exception):
-                outcome.set_exception(error)
-                outcome.exception()  # asyncio logs an error that nobody has asked for
-            else:
-                outcome.cancel()
-            raise
-        outcomes[call.outer] = outcome
-        return value
-
-    async def _with_dependencies(self, call: DecoratedCall) -> Any:
+    async def with_dependencies(self, call: DecoratedCall) -> Any:
         """The function, given the results of the steps that it depends on."""
         found = self._dependencies()
         needed = [*found.values()]
@@ -5351,9 +5347,9 @@ class StepFunction(Generic[Result]):
     def _recall(self, scope: Attempt | None) -> asyncio.Future[Any] | None:
         """What is known of it where a step is called, or around that. (Not inside another step's
         callback: a replay, which doesn't call that, would not know it.)"""
-        while scope is not None and scope not in self._outcomes:
+        while scope is not None and scope not in self.outcomes:
             scope = scope.outer
-        return self._outcomes.get(scope)
+        return self.outcomes.get(scope)
 
     def _dependencies(self) -> dict[str, StepFunction[Any]]:
         """The steps that it depends on, by parameter, as of now."""
