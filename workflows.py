@@ -5355,9 +5355,8 @@ class StepFunction(Generic[Result]):
         """The steps that it depends on, by parameter, as of now."""
         known, depends = self.form.declared, self.form.depends
         parameters = self._signature.parameters
-        found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
-        if ("step", "ctx") not in known:
-            found.pop("ctx", None)
+        names = [p for p in parameters if p != "ctx" or ("step", "ctx") in known]
+        found = {p: known.get(("step", p)) or known.get(("function", p)) for p in names}
         if depends is not None:
             legal = isinstance(depends, (list, tuple)) and len(depends) <= len(found)
             if not legal or not all(isinstance(step, StepFunction) for step in depends):
