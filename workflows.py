@@ -5497,7 +5497,7 @@ class WorkflowInstanceModifier:
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
-        self.workflow, self.id = workflow, id
+        self.workflow, self.engine, self.id = workflow, workflow.engine, id
         self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
         # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
@@ -5508,12 +5508,12 @@ class WorkflowInstanceModifier:
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
 
     async def __aenter__(self) -> Self:
-        self.workflow.engine.check_open()
-        self.workflow.engine.scheduler.blocks.append(self)
+        self.engine.check_open()
+        self.engine.scheduler.blocks.append(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        scheduler, ended = self.workflow.engine.scheduler, (self, *self._parts.values())
+        scheduler, ended = self.engine.scheduler, (self, *self._parts.values())
         # A new list, because the writer thread may be in the middle of the old one.
         scheduler.blocks = [block for block in scheduler.blocks if block not in ended]
 
@@ -5568,8 +5568,7 @@ class WorkflowInstanceModifier:
         when it starts anew."""
         self._check_open()
         event = self.workflow.event_of(options, given, "mock_event")
-        sending = self.workflow.engine.call(_mock_event, self, *event)
-        self._sending.append(asyncio.ensure_future(sending))
+        self._sending.append(asyncio.ensure_future(self.engine.call(_mock_event, self, *event)))
         return self
 
     def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
@@ -5589,7 +5588,7 @@ class WorkflowInstanceModifier:
         return self._check_open()
 
     def _check_open(self) -> Self:
-        if self not in self.workflow.engine.scheduler.blocks:
+        if self not in self.engine.scheduler.blocks:
             raise RuntimeError("only inside the block: `async with workflow.introspect…() as …`")
         return self
 
@@ -5678,18 +5677,17 @@ class WorkflowIntrospector(WorkflowInstanceModifier):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        self.after = await self.workflow.engine.call(Transaction.take_numbers)
+        self.after = await self.engine.call(Transaction.take_numbers)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
         """An introspector for each instance, oldest first; what they modify ends with this
         block."""
         self._check_open()
-        ids = await self.workflow.engine.call(_created, self.workflow.name, self.after)
+        ids = await self.engine.call(_created, self.workflow.name, self.after)
         for id in ids:
             if id not in self._parts:
-                one = WorkflowInstanceIntrospector(self.workflow, id)
-                self._parts[id] = await one.__aenter__()
+                self._parts[id] = await WorkflowInstanceIntrospector(self.workflow, id).__aenter__()
         return [self._parts[id] for id in ids]
 
 
