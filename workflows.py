@@ -5502,8 +5502,8 @@ class WorkflowInstanceModifier:
         self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
         # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
         self.skipped: set[tuple[Any, ...]] = set()
-        # By step: how its attempts end, each with the number of attempts that end like this.
-        self.ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
+        # By step: how its attempts end, by the number of the last attempt that ends like this.
+        self.ends: dict[tuple[str, int], dict[float, Callable[[Attempt], Any]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
 
@@ -5578,13 +5578,13 @@ class WorkflowInstanceModifier:
         return self._check_open()
 
     def _mock(self, step: Any, times: int | None, end: Callable[[Attempt], Any]) -> Self:
-        ends = self.ends.setdefault(step_named(step), [])
-        if times is None and ends and ends[-1][0] == math.inf:
+        ends = self.ends.setdefault(step_named(step), {})
+        if times is None and math.inf in ends:
             twice = "has a result already, or an error or timeout without `times`"
             raise ValueError(f"a contradiction: step {show(step)} {twice}")
         with naming("times"):
-            ends.append((math.inf if times is None else read_count(times), end))
-        ends.sort(key=lambda end: end[0] == math.inf)  # the others come first
+            count = math.inf if times is None else read_count(times)
+        ends[count + max((last for last in ends if last < math.inf), default=0)] = end
         return self._check_open()
 
     def _check_open(self) -> Self:
@@ -5708,14 +5708,10 @@ def is_skipped(kind: str, call: StepCall) -> bool:
 def mocked(attempt: Attempt) -> Callable[[], Any] | None:
     """What a test has put in the place of an attempt's callback."""
     call = attempt.call
-    if call.kind != "do" or not call.run.engine.scheduler.blocks:
-        return None
-    for block in _blocks_about(call):
-        number = attempt.number
-        for times, end in block.ends.get((call.name, call.count), ()):
-            if number <= times:
-                return functools.partial(_give, end, attempt)
-            number -= int(times)
+    for block in _blocks_about(call) if call.kind == "do" else ():
+        ends = block.ends.get((call.name, call.count), {})
+        if ahead := [last for last in ends if attempt.number <= last]:
+            return functools.partial(_give, ends[min(ahead)], attempt)
     return None
 
 
