@@ -5557,11 +5557,11 @@ class WorkflowInstanceModifier:
         an error or a timeout already."""
         if not isinstance(error, Exception):
             raise TypeError(f"{show(error)} is not an error: expected an Exception object")
-        return self._mock(step, times, lambda _: error.with_traceback(None))
+        return self._mock(step, times, lambda _: _raise(error.with_traceback(None)))
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
         """The same with a timeout: each of these attempts times out at once."""
-        return self._mock(step, times, lambda attempt: timed_out(attempt.config.timeout))
+        return self._mock(step, times, lambda attempt: _raise(timed_out(attempt.config.timeout)))
 
     def mock_event(self, options: Any = None, /, **given: Any) -> Self:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
@@ -5716,9 +5716,7 @@ def mocked(attempt: Attempt) -> Callable[[], Any] | None:
 
 
 async def _give(end: Callable[[Attempt], Any], attempt: Attempt) -> Any:
-    if isinstance(result := end(attempt), Exception):
-        raise result
-    return result
+    return end(attempt)
 
 
 # --------------------------------------------------------------------------------------------------
