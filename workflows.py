@@ -5691,12 +5691,10 @@ class WorkflowIntrospector(WorkflowInstanceModifier):
         return [self._parts[id] for id in ids]
 
 
-def _blocks_about(call: StepCall) -> Iterator[WorkflowInstanceModifier]:
+def _blocks_about(call: StepCall) -> list[WorkflowInstanceModifier]:
     """The blocks that are about the instance of a call, the inner ones first."""
-    run = call.run
-    for block in reversed(run.engine.scheduler.blocks):
-        if block.covers(run.workflow.name, run.lease.key, run.id):
-            yield block
+    run, blocks = call.run, reversed(call.run.engine.scheduler.blocks)
+    return [each for each in blocks if each.covers(run.workflow.name, run.lease.key, run.id)]
 
 
 def is_skipped(kind: str, call: StepCall) -> bool:
