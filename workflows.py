@@ -5774,8 +5774,8 @@ class ManualClock(Clock):
         async with self._lock:
             target = self._now + ms
             self.limits = dict.fromkeys(self.limits, time.monotonic())
-            await self.settle()
             while True:
+                await self.settle()
                 due = min((timer.due for timer in self.timers), default=math.inf)
                 if due > target and self._now >= target:
                     return
@@ -5786,7 +5786,6 @@ class ManualClock(Clock):
                     self._now = moment
                     await self.settle()
                     self._fire()
-                await self.settle()
 
     def _may_end_before(self, moment: float) -> bool:
         """Whether a callback whose time will be up at that moment may yet end by itself."""
