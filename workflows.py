@@ -5167,9 +5167,8 @@ class History:
         if row.step is None and row.extra is not None:  # how the rollback went
             types.append("rollback_completed" if row.extra == "null" else "rollback_errored")
         types += _TOLD.get(row.type, ())
-        if row.step is not None and row.step.startswith(ROLLBACK):
-            types = [f"rollback_{type}" for type in types]
-        return [self._event(row, type, n, data) for n, type in enumerate(types)]
+        prefix = "rollback_" if (row.step or "").startswith(ROLLBACK) else ""
+        return [self._event(row, prefix + type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         event: dict[str, Any] = {"type": type, "event_id": row.seq * 10 + n}
