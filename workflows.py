@@ -5273,9 +5273,8 @@ class DecoratedCall(StepCall):
     """A call of a decorated function: the dependencies, then the step itself."""
 
     def __init__(self, function: StepFunction[Any]) -> None:
-        form, name = function.form, function.__name__
-        super().__init__(form.run, "do", plan_do, name, form.args, dict(form.options))
-        self.function = function
+        form, self.function = function.form, function
+        super().__init__(form.run, "do", plan_do, function.__name__, form.args, dict(form.options))
 
     async def way(self) -> Any:
         outcomes, outcome = self.function.outcomes, self.run.loop.create_future()
