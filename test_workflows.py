@@ -11285,7 +11285,7 @@ class Decorated(Lives):
 
         roots = chance.sample(made, 5) + [made[hangs]]
         for part in (roots[:3], roots[3:]):
-            used = [f for f in dict.fromkeys(part) if not f._outcomes]
+            used = [f for f in dict.fromkeys(part) if not f.outcomes]
             await asyncio.gather(*map(call, used))
         if not self.stuck.is_set():  # a step that it depends on has failed
             self.stuck.set()

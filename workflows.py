@@ -4910,21 +4910,22 @@ def end_rollback(tx: Transaction, lease: Lease, failure: str) -> None:
 
 def undoable(steps: Mapping[str, Step]) -> list[Step]:
     """The steps that have started and have a handler, in the order of their start."""
-    found = []
-    for step in steps.values():
-        what = f"step {step_label(step.key)!r}: its configuration"
-        if step.config and "rollback" in read_back(step.config, what):
-            found.append(step)
-    return found
+    return [step for step in steps.values() if "rollback" in _configuration_of(step)]
+
+
+def _configuration_of(step: Step) -> Any:
+    """What is recorded of a step's configuration, and of its handler's."""
+    what = f"step {step_label(step.key)!r}: its configuration"
+    return read_back(step.config, what) if step.config else {}
 
 
 def note_handler(run: Replay, call: StepCall) -> None:
     """Keeps the rollback handler of a step call, with the configuration that it was given."""
     if call.options or len(call.args) > 1:
-        with contextlib.suppress(TypeError, ValueError):  # which `plan_do` refuses, if need be
-            *_, handler, config = do_arguments(call)
-            if handler is not None:
-                run.handlers[call.key] = handler, config
+        # (What is wrong with them `plan_do` refuses, if need be.)
+        *_, handler, config = safely((None, None), do_arguments, call)
+        if handler is not None:
+            run.handlers[call.key] = handler, config
 
 
 def next_life(engine: Core, workflow: Workflow, loaded: Loaded, previous: Replay | None) -> Replay:
@@ -4989,10 +4990,9 @@ class UndoRun(Run):
 
     def _plan(self, step: Step, call: StepCall) -> DoPlan:
         """The handler of a step, with its argument."""
-        handler, given = self.handlers.get(step.key, (None, None))
-        if handler is None:
-            what = f"the rollback handler of step {call.name!r} was not found by replay"
-            raise fatal("workflow.fatal", what)
+        what = f"the rollback handler of step {call.name!r} was not found by replay"
+        require(step.key in self.handlers, "workflow.fatal", what, fatal)
+        handler, given = self.handlers[step.key]
         last = step_context(call, max(1, step.attempts), StepConfig.load(step.config or ""))
         output = read_back(step.data, "its result") if step.state == "done" and step.data else None
         info = WorkflowRollbackContext(last, self._cause, output, step_label(step.key))
@@ -5031,22 +5031,18 @@ class ReplayRun(Replay):
 
     def __init__(self, engine: Core, workflow: Workflow, loaded: Loaded) -> None:
         super().__init__(engine, workflow, loaded)
-        self._unreached = {key: None for key, step in self.steps.items() if not step.nested}
+        self._unreached = {k: step_label(k) for k, step in self.steps.items() if not step.nested}
         self._found: dict[str, list[str]] = {"reached": [], "new": [], "early": []}
         self._damage: str | None = None
         inst = loaded.instance
-        undone = inst.rollback is not None and not inst.termination
-        self._has_failed = inst.status == "errored" or undone
+        self._has_failed = inst.status == "errored" or (inst.rollback and not inst.termination)
 
     def note(self, call: StepCall) -> None:
         super().note(call)
-        label = step_label(call.key)
-        if call.key in self._unreached:
-            del self._unreached[call.key]
-            self._found["reached"].append(label)
-        else:
-            self._found["new"].append(label)
-            self._found["early"] += [label] if self._unreached else []
+        label, recorded = step_label(call.key), self._unreached.pop(call.key, None)
+        self._found["reached" if recorded else "new"].append(label)
+        if self._unreached and not recorded:
+            self._found["early"].append(label)
 
     def stop_in_place(self, damage: str) -> None:
         self._damage = damage
@@ -5072,7 +5068,7 @@ class ReplayRun(Replay):
         await asyncio.shield(self.ended)
         if self._damage is not None:
             raise Unreadable(self._damage)
-        found = self._found | {"unreached": [step_label(key) for key in self._unreached]}
+        found = self._found | {"unreached": [*self._unreached.values()]}
         fails = outcome == "errored" and not self._has_failed
         safe = not (found["unreached"] or found["early"] or fails)
         return WorkflowReplay(self.id, outcome=outcome, error=error, safe=safe, **found)
@@ -5090,12 +5086,11 @@ def warn_about_calls(run: Run) -> None:
     reached."""
     for call in run.unawaited:
         log.warning("%s: step %r was called but never awaited", run, call.name)
-    steps = [step for step in run.steps.values() if step.state != "new"]
-    if not any(step.state == "cancelled" for step in steps):
+    if not any(step.state == "cancelled" for step in run.steps.values()):
         what = "%s: replay never reached the recorded step %r; is its name deterministic?"
-        for step in steps:
-            if step.key not in run.called and not step.nested:
-                log.warning(what, run, step_label(step.key))
+        for key, step in run.steps.items():
+            if key not in run.called and step.state != "new" and not step.nested:
+                log.warning(what, run, step_label(key))
 
 
 async def report_on_unfinished(workflow: Workflow) -> AsyncGenerator[WorkflowReplay, None]:
@@ -5125,11 +5120,10 @@ def load_unfinished(tx: Transaction, workflow: str, before: int) -> list[Loaded]
 # --------------------------------------------------------------------------------------------------
 # History: journal rows as the events of `subscribe`.
 
-_ONE_EVENT = "queued running waiting waiting_for_pause paused errored terminated"
 # By a row's type: the events that it is shown as.
-_TOLD = {camel(status): [f"workflow_{status}"] for status in _ONE_EVENT.split()}
-_TOLD |= {"started": ["workflow_started", "workflow_running"], "complete": ["workflow_completed"]}
-_TOLD |= {"rollback": ["rollback_started"]}
+_TOLD = {status: [f"workflow_{status}"] for status in STATUSES}
+_TOLD |= {"waitingForPause": ["workflow_waiting_for_pause"], "complete": ["workflow_completed"]}
+_TOLD |= {"started": ["workflow_started", "workflow_running"], "rollback": ["rollback_started"]}
 _TOLD |= {"failed": ["attempt_errored"], "error": ["attempt_errored", "step_errored"]}
 _TOLD |= {"done": ["attempt_completed", "step_completed"]}
 _TOLD |= {"sleep": ["sleep_started"], "slept": ["sleep_completed"]}
@@ -5163,9 +5157,8 @@ class History:
         if row.step is None and row.extra is not None:  # how the rollback went
             types.append("rollback_completed" if row.extra == "null" else "rollback_errored")
         types += _TOLD.get(row.type, ())
-        if row.step is not None and row.step.startswith(ROLLBACK):
-            types = [f"rollback_{type}" for type in types]
-        return [self._event(row, type, n, data) for n, type in enumerate(types)]
+        prefix = "rollback_" if (row.step or "").startswith(ROLLBACK) else ""
+        return [self._event(row, prefix + type, n, data) for n, type in enumerate(types)]
 
     def _event(self, row: Row, type: str, n: int, data: Any) -> WorkflowHistoryEvent:
         event: dict[str, Any] = {"type": type, "event_id": row.seq * 10 + n}
@@ -5301,10 +5294,9 @@ class StepDecorator(StepCall):
     that the callback was forgotten."""
 
     def __init__(self, step: WorkflowStep, name: Any, args: Any, options: dict[str, Any]) -> None:
-        if callable(name):
-            what = "step.do needs a name or parentheses: to call a function, write"
-            forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
-            raise fatal("step.invalid_callback", f"{what} {forms}")
+        what = "step.do needs a name or parentheses: to call a function, write"
+        forms = "`await step.do('name', function)`; to decorate it, `@step.do()`"
+        require(not callable(name), "step.invalid_callback", f"{what} {forms}", fatal)
         if args and not isinstance(args[0], Mapping):  # the SDK's first form
             options = options | dict(zip(("depends", "concurrent", "config"), args, strict=False))
             args = args[3:]
@@ -5327,15 +5319,30 @@ class StepDecorator(StepCall):
 
 
 class DecoratedCall(StepCall):
-    """A call of a decorated function."""
+    """A call of a decorated function: the dependencies, then the step itself."""
 
     def __init__(self, function: StepFunction[Any]) -> None:
-        form, name = function.form, function.__name__
-        super().__init__(form.run, "do", plan_do, name, form.args, dict(form.options))
-        self.function = function
+        form, self.function = function.form, function
+        super().__init__(form.run, "do", plan_do, function.__name__, form.args, dict(form.options))
 
-    def way(self) -> Coroutine[Any, Any, Any]:
-        return self.function.after_dependencies(self)
+    async def way(self) -> Any:
+        outcomes, outcome = self.function.outcomes, self.run.loop.create_future()
+        outcomes.setdefault(self.outer, outcome)  # a success stays until there is a newer one
+        try:
+            self.options["callback"] = await self.function.with_dependencies(self)
+            value = await self.run.perform(self)
+            outcome.set_result(copy.deepcopy(value))
+        except BaseException as error:
+            if outcomes.get(self.outer) is outcome:
+                del outcomes[self.outer]  # so the next step that depends on it runs it again
+            if isinstance(error, Exception):
+                outcome.set_exception(error)
+                outcome.exception()  # asyncio logs an error that nobody has asked for
+            else:
+                outcome.cancel()
+            raise
+        outcomes[self.outer] = outcome
+        return value
 
 
 class StepFunction(Generic[Result]):
@@ -5347,12 +5354,11 @@ class StepFunction(Generic[Result]):
         self.form, self._function = form, function
         own = getattr(function, "__name__", "step")
         self.__name__ = own if form.name is None else form.name
-        self._signature = inspect.Signature()
-        with contextlib.suppress(TypeError, ValueError):  # no function, or it doesn't say
-            self._signature = inspect.signature(function)
+        unknown = inspect.Signature()  # of what is no function, or doesn't say
+        self._signature: inspect.Signature = safely(unknown, inspect.signature, function)
         # By the attempt in whose callback it was called, None for `run`: a call that is in flight,
         # or the last one that has succeeded.
-        self._outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
+        self.outcomes: dict[Attempt | None, asyncio.Future[Any]] = {}
         form.declared["step", str(self.__name__)] = form.declared["function", own] = self
 
     def __call__(self, *args: Any, **named: Any) -> Pending[Result]:
@@ -5361,27 +5367,7 @@ class StepFunction(Generic[Result]):
             raise fatal("step.invalid_callback", f"step {self.__name__!r} {what}")
         return DecoratedCall(self)
 
-    async def after_dependencies(self, call: DecoratedCall) -> Any:
-        """The dependencies, then the step itself."""
-        outcomes, outcome = self._outcomes, call.run.loop.create_future()
-        outcomes.setdefault(call.outer, outcome)  # a success stays until there is a newer one
-        try:
-            call.options["callback"] = await self._with_dependencies(call)
-            value = await call.run.perform(call)
-            outcome.set_result(copy.deepcopy(value))
-        except BaseException as error:
-            if outcomes.get(call.outer) is outcome:
-                del outcomes[call.outer]  # so the next step that depends on it runs it again
-            if isinstance(error, Exception):
-                outcome.set_exception(error)
-                outcome.exception()  # asyncio logs an error that nobody has asked for
-            else:
-                outcome.cancel()
-            raise
-        outcomes[call.outer] = outcome
-        return value
-
-    async def _with_dependencies(self, call: DecoratedCall) -> Any:
+    async def with_dependencies(self, call: DecoratedCall) -> Any:
         """The function, given the results of the steps that it depends on."""
         found = self._dependencies()
         needed = [*found.values()]
@@ -5408,17 +5394,16 @@ class StepFunction(Generic[Result]):
     def _recall(self, scope: Attempt | None) -> asyncio.Future[Any] | None:
         """What is known of it where a step is called, or around that. (Not inside another step's
         callback: a replay, which doesn't call that, would not know it.)"""
-        while scope is not None and scope not in self._outcomes:
+        while scope is not None and scope not in self.outcomes:
             scope = scope.outer
-        return self._outcomes.get(scope)
+        return self.outcomes.get(scope)
 
     def _dependencies(self) -> dict[str, StepFunction[Any]]:
         """The steps that it depends on, by parameter, as of now."""
         known, depends = self.form.declared, self.form.depends
         parameters = self._signature.parameters
-        found = {p: known.get(("step", p)) or known.get(("function", p)) for p in parameters}
-        if ("step", "ctx") not in known:
-            found.pop("ctx", None)
+        names = [p for p in parameters if p != "ctx" or ("step", "ctx") in known]
+        found = {p: known.get(("step", p)) or known.get(("function", p)) for p in names}
         if depends is not None:
             legal = isinstance(depends, (list, tuple)) and len(depends) <= len(found)
             if not legal or not all(isinstance(step, StepFunction) for step in depends):
@@ -5531,9 +5516,7 @@ def install_workers_shim() -> None:
     in its own runtime. `fetch` works, too; any other name imports, and has no meaning."""
     if sys.platform == "emscripten" or _importer in sys.meta_path:  # that runtime; done already
         return
-    with contextlib.suppress(Exception):  # which is what the installed SDK gives
-        importlib.import_module("workers")
-    other = sys.modules.get("workers")
+    other = safely(None, importlib.import_module, "workers")  # (the installed SDK fails)
     if getattr(other, "__file__", None) is not None:  # else it is just a folder of that name
         log.warning("%r is not Cloudflare's: it stays, and has nothing from workflows.py", other)
         return
@@ -5561,23 +5544,23 @@ class WorkflowInstanceModifier:
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     def __init__(self, workflow: Workflow, id: str | None = None) -> None:
-        self.workflow, self.id = workflow, id
+        self.workflow, self.engine, self.id = workflow, workflow.engine, id
         self.after = 0  # instances with a key up to this one are too old
         self.events: list[tuple[str, str]] = []  # types and payloads; only operations use this
         # The waits that are over at once: (kind,) for all of a kind, or (kind, name, count).
         self.skipped: set[tuple[Any, ...]] = set()
-        # By step: how its attempts end, each with the number of attempts that end like this.
-        self.ends: dict[tuple[str, int], list[tuple[float, Callable[[Attempt], Any]]]] = {}
+        # By step: how its attempts end, by the number of the last attempt that ends like this.
+        self.ends: dict[tuple[str, int], dict[float, Callable[[Attempt], Any]]] = {}
         self._sending: list[asyncio.Future[Any]] = []
         self._parts: dict[str, WorkflowInstanceIntrospector] = {}
 
     async def __aenter__(self) -> Self:
-        self.workflow.engine.check_open()
-        self.workflow.engine.scheduler.blocks.append(self)
+        self.engine.check_open()
+        self.engine.scheduler.blocks.append(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        scheduler, ended = self.workflow.engine.scheduler, (self, *self._parts.values())
+        scheduler, ended = self.engine.scheduler, (self, *self._parts.values())
         # A new list, because the writer thread may be in the middle of the old one.
         scheduler.blocks = [block for block in scheduler.blocks if block not in ended]
 
@@ -5621,19 +5604,18 @@ class WorkflowInstanceModifier:
         an error or a timeout already."""
         if not isinstance(error, Exception):
             raise TypeError(f"{show(error)} is not an error: expected an Exception object")
-        return self._mock(step, times, lambda _: error.with_traceback(None))
+        return self._mock(step, times, lambda _: _raise(error.with_traceback(None)))
 
     def force_step_timeout(self, step: Any, times: int | None = None) -> Self:
         """The same with a timeout: each of these attempts times out at once."""
-        return self._mock(step, times, lambda attempt: timed_out(attempt.config.timeout))
+        return self._mock(step, times, lambda attempt: _raise(timed_out(attempt.config.timeout)))
 
     def mock_event(self, options: Any = None, /, **given: Any) -> Self:
         """Sends an event as `send_event` does: to each instance, now or when it starts, and again
         when it starts anew."""
         self._check_open()
         event = self.workflow.event_of(options, given, "mock_event")
-        sending = self.workflow.engine.call(_mock_event, self, *event)
-        self._sending.append(asyncio.ensure_future(sending))
+        self._sending.append(asyncio.ensure_future(self.engine.call(_mock_event, self, *event)))
         return self
 
     def _skip(self, kind: str, steps: Iterable[Any] | None) -> Self:
@@ -5643,17 +5625,17 @@ class WorkflowInstanceModifier:
         return self._check_open()
 
     def _mock(self, step: Any, times: int | None, end: Callable[[Attempt], Any]) -> Self:
-        ends = self.ends.setdefault(step_named(step), [])
-        if times is None and ends and ends[-1][0] == math.inf:
+        ends = self.ends.setdefault(step_named(step), {})
+        if times is None and math.inf in ends:
             twice = "has a result already, or an error or timeout without `times`"
             raise ValueError(f"a contradiction: step {show(step)} {twice}")
         with naming("times"):
-            ends.append((math.inf if times is None else read_count(times), end))
-        ends.sort(key=lambda end: end[0] == math.inf)  # the others come first
+            count = math.inf if times is None else read_count(times)
+        ends[count + max((last for last in ends if last < math.inf), default=0)] = end
         return self._check_open()
 
     def _check_open(self) -> Self:
-        if self not in self.workflow.engine.scheduler.blocks:
+        if self not in self.engine.scheduler.blocks:
             raise RuntimeError("only inside the block: `async with workflow.introspect…() as …`")
         return self
 
@@ -5742,27 +5724,24 @@ class WorkflowIntrospector(WorkflowInstanceModifier):
     developers.cloudflare.com/workers/testing/vitest-integration/test-apis/"""
 
     async def __aenter__(self) -> Self:
-        self.after = await self.workflow.engine.call(Transaction.take_numbers)
+        self.after = await self.engine.call(Transaction.take_numbers)
         return await super().__aenter__()
 
     async def get(self) -> list[WorkflowInstanceIntrospector]:
         """An introspector for each instance, oldest first; what they modify ends with this
         block."""
         self._check_open()
-        ids = await self.workflow.engine.call(_created, self.workflow.name, self.after)
+        ids = await self.engine.call(_created, self.workflow.name, self.after)
         for id in ids:
             if id not in self._parts:
-                one = WorkflowInstanceIntrospector(self.workflow, id)
-                self._parts[id] = await one.__aenter__()
+                self._parts[id] = await WorkflowInstanceIntrospector(self.workflow, id).__aenter__()
         return [self._parts[id] for id in ids]
 
 
-def _blocks_about(call: StepCall) -> Iterator[WorkflowInstanceModifier]:
+def _blocks_about(call: StepCall) -> list[WorkflowInstanceModifier]:
     """The blocks that are about the instance of a call, the inner ones first."""
-    run = call.run
-    for block in reversed(run.engine.scheduler.blocks):
-        if block.covers(run.workflow.name, run.lease.key, run.id):
-            yield block
+    run, blocks = call.run, reversed(call.run.engine.scheduler.blocks)
+    return [each for each in blocks if each.covers(run.workflow.name, run.lease.key, run.id)]
 
 
 def is_skipped(kind: str, call: StepCall) -> bool:
@@ -5774,21 +5753,15 @@ def is_skipped(kind: str, call: StepCall) -> bool:
 def mocked(attempt: Attempt) -> Callable[[], Any] | None:
     """What a test has put in the place of an attempt's callback."""
     call = attempt.call
-    if call.kind != "do" or not call.run.engine.scheduler.blocks:
-        return None
-    for block in _blocks_about(call):
-        number = attempt.number
-        for times, end in block.ends.get((call.name, call.count), ()):
-            if number <= times:
-                return functools.partial(_give, end, attempt)
-            number -= int(times)
+    for block in _blocks_about(call) if call.kind == "do" else ():
+        ends = block.ends.get((call.name, call.count), {})
+        if ahead := [last for last in ends if attempt.number <= last]:
+            return functools.partial(_give, ends[min(ahead)], attempt)
     return None
 
 
 async def _give(end: Callable[[Attempt], Any], attempt: Attempt) -> Any:
-    if isinstance(result := end(attempt), Exception):
-        raise result
-    return result
+    return end(attempt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5848,8 +5821,8 @@ class ManualClock(Clock):
         async with self._lock:
             target = self._now + ms
             self.limits = dict.fromkeys(self.limits, time.monotonic())
-            await self.settle()
             while True:
+                await self.settle()
                 due = min((timer.due for timer in self.timers), default=math.inf)
                 if due > target and self._now >= target:
                     return
@@ -5860,7 +5833,6 @@ class ManualClock(Clock):
                     self._now = moment
                     await self.settle()
                     self._fire()
-                await self.settle()
 
     def _may_end_before(self, moment: float) -> bool:
         """Whether a callback whose time will be up at that moment may yet end by itself."""
