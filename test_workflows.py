@@ -15515,7 +15515,8 @@ class Damaged(Undoing):
             self.lose("extra", "step LIKE '%b%' AND type = 'event'")
             lease = workflows.Lease(1, 1)
             with self.assertRaises(WorkflowInternalError):
-                await engine.call(workflows.break_off, lease, "cancel", steps)
+                rows = [workflows.Row("cancel", key) for key in steps]
+                await engine.call(workflows.break_off, lease, rows)
             self.assertEqual(self.rows("SELECT * FROM events"), [])
 
     async def test_a_restart_that_cannot_read_an_event_changes_nothing(self) -> None:
