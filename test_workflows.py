@@ -15514,7 +15514,7 @@ class Damaged(Undoing):
             await self.clock.advance("1 minute")
             self.lose("extra", "step LIKE '%b%' AND type = 'event'")
             lease = workflows.Lease(1, 1)
-            with self.assertRaises(WorkflowInternalError):
+            with self.assertRaises(workflows.Unreadable):
                 rows = [workflows.Row("cancel", key) for key in steps]
                 await engine.call(workflows.break_off, lease, rows)
             self.assertEqual(self.rows("SELECT * FROM events"), [])

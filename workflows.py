@@ -1352,16 +1352,6 @@ class StepCall(Coroutine[Any, Any, Any]):
         """Something has happened to its step."""
         resolve(self.waiter)
 
-    def check_scope(self) -> None:
-        """Refuses it if a step around it has ended: what a callback has left behind begins nothing
-        any more."""
-        outer = self.outer
-        while outer is not None:
-            if outer.call.over:
-                what = f"{outer} has ended: its callback calls no more steps"
-                raise fatal("workflow.fatal", what)
-            outer = outer.outer
-
     async def join(self) -> None:
         """Waits until it is under way no more."""
         self._over = self._over or self.run.loop.create_future()
@@ -1433,7 +1423,7 @@ class Replay(Life):
         if self.dead:
             await self.refuse()
         if call.outer is not None:
-            call.check_scope()
+            check_scope(call)
             call.inside = call.outer is _scope.get()
         step = call.step = self.steps.get(call.key) or Step(call.key)
         call.task = asyncio.current_task(self.loop)
@@ -1611,12 +1601,12 @@ class Run(Replay):
         self.seq = loaded.instance.seq  # of the newest row that it knows of
         self._writing = 0  # operations that have no answer yet
         # The keys of nested steps that were asleep when earlier lives ended.
-        self._left = [key for key, step in self.steps.items() if step.asleep and step.nested]
+        self.left_asleep = [key for key, step in self.steps.items() if step.asleep and step.nested]
 
     def begin(self) -> None:
         super().begin()
         over = (*ENDED, "cancelled")
-        self._stop_inside(key for key, step in self.steps.items() if step.state in over)
+        stop_inside(self, (key for key, step in self.steps.items() if step.state in over))
 
     def post(self, operation: Operation, *args: Any, then: Then | None = None) -> None:
         """Posts one of the operations below, whose first argument is the lease."""
@@ -1648,7 +1638,7 @@ class Run(Replay):
 
     def conclude(self, result: Any) -> None:
         warn_about_calls(self)
-        self._record_cancelled()
+        record_cancelled(self)
         if isinstance(result, BaseException):
             self.end(finish, Row("errored", data=encode_error(result)), 0)
             log_error(logging.WARNING, result, "%s: an error has left run", self)
@@ -1670,7 +1660,7 @@ class Run(Replay):
     async def carry_out(self, call: StepCall) -> None:
         """Begins a step, or goes on with it: a `do` up to the end of its last attempt."""
         if call.outer is None:
-            self._record_cancelled()
+            record_cancelled(self)
         else:
             call.outer.post_start()  # comes first in the history
         plan = plan_of(call)
@@ -1679,19 +1669,7 @@ class Run(Replay):
             return
         while await Attempt(self, call, plan.config).make(plan):
             pass
-        self._stop_inside([call.key])
-
-    def _stop_inside(self, keys: Iterable[str]) -> None:
-        """Records that with these steps ends what their callbacks have waited for in earlier lives,
-        except for the calls that this life has made again."""
-        if self._left:
-            inside = tuple(key + SEPARATOR for key in keys)
-            over = [key for key in self._left if key.startswith(inside)]
-            self._left = [key for key in self._left if key not in over]
-            if rows := [Row("stop", key) for key in over if key not in self.called]:
-                self.post(break_off, rows)
-                for row in rows:
-                    apply(self.steps, row)
+        stop_inside(self, [call.key])
 
     def _begin_wait(self, call: StepCall, plan: WaitPlan) -> None:
         """Begins a sleep or an event wait, unless an earlier life has done so."""
@@ -1749,7 +1727,7 @@ class Run(Replay):
         if self.dead or self.asked:
             return
         if self.status == "waitingForPause" and not self.attempts_in_flight():
-            self._record_cancelled()
+            record_cancelled(self)
             self._ask("pause", pause_now)
         elif self.status in ("running", "waitingForPause"):
             super().move_on()
@@ -1760,7 +1738,7 @@ class Run(Replay):
         if self.asked or self.status not in ("running", "waitingForPause"):
             return False
         if self.active:
-            self._record_cancelled()
+            record_cancelled(self)
         if super().hand_over():
             return True
         if self.is_idle():
@@ -1784,66 +1762,13 @@ class Run(Replay):
         elif self.asked == "idle":
             self._become("running")
 
+    def on_cancellation(self, call: StepCall) -> None:
+        call_cancelled(self, call)
+
     def still_waits(self) -> bool:
         """Whether it may be unloaded: not if `run` has gone on meanwhile."""
         busy = self.asked or self.cancelled
         return self.status == "waiting" and not busy and self._all_asleep()
-
-    # -- cancelled calls
-    #
-    # When `run` cancels a call, it knows that at once, but a row says so together with the next
-    # thing that `run` does: a run that is being torn down records nothing. In a later life that
-    # call does not begin again: it stays pending until `run` cancels it again, and what `run` saw
-    # after the cancellation waits for that.
-    #
-    # When a callback cancels a call, that is as if the call had not been made, because a callback
-    # is repeated as a whole. (But the stored result of a `do` is kept, and an event that nobody has
-    # seen goes back to the buffer.) A row `stop` says so at once; until it is stored, no other call
-    # of that key begins.
-
-    def on_cancellation(self, call: StepCall) -> None:
-        step = call.step
-        if call.attempt is None or call.attempt.has_ended:  # else when its callback ends
-            self.close(call)
-        self.last_move = self.engine.turns.now
-        in_turn = self.inbox.pop(call.key, None) is not None
-        if not step.nested:
-            if step.state != "cancelled":
-                step.state, in_turn = "cancelled", True
-                self.cancelled[call.key] = self.seen
-            if in_turn:  # not skipped by `hand_over`
-                self.seen = call.key
-        elif step.open or step.state != "new":
-            call.stopping, call.task, call.attempt = True, None, None
-            stopped = functools.partial(self._stopped, call)
-            self.post(break_off, [Row("stop", call.key)], then=stopped)
-
-    def close(self, call: StepCall) -> None:
-        """Its step and its callback have ended, and so have the calls that the callback has left
-        behind."""
-        call.over = True
-        if call.nests:
-            self.cancel_inside(call)
-
-    def cancel_inside(self, call: StepCall) -> None:
-        """Cancels the step calls that a callback has left behind, as those of `run` are when `run`
-        ends."""
-        for key, inner in self.active.items():
-            if inner.inside and inner.task and key.startswith(call.key + SEPARATOR):
-                inner.task.cancel()
-
-    def _stopped(self, call: StepCall, seq: int, _: BaseException | None) -> None:
-        self.saw(seq)
-        apply(self.steps, Row("stop", call.key))
-        self.drop(call)
-
-    def _record_cancelled(self) -> None:
-        if self.cancelled:
-            cancelled = self.cancelled.items()
-            rows = [Row("cancel", key, extra=json.dumps(seen)) for key, seen in cancelled]
-            self.post(break_off, rows)
-            self._stop_inside(self.cancelled)
-            self.cancelled.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2027,7 +1952,7 @@ class Attempt:
         run.careful = run.careful and row.type == "failed"
         run.take(row)
         if row.type != "failed":
-            run.close(call)
+            close_call(run, call)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2826,7 +2751,7 @@ class Execution:
         except asyncio.CancelledError:
             if not run.dead:  # else it was cancelled already, and may be cleaning up
                 task.cancel()
-                close = functools.partial(run.close, self._attempt.call)
+                close = functools.partial(close_call, run, self._attempt.call)
                 task.add_done_callback(lambda _: close())
             raise
         finally:
@@ -2851,7 +2776,7 @@ class Execution:
             await asyncio.wait({task}, timeout=GRACE)
             if not task.done():
                 log.warning("%s: %s ignores its cancellation; abandoned", self.run, self._attempt)
-                self.run.cancel_inside(self._attempt.call)
+                cancel_inside(self.run, self._attempt.call)
                 self.run.callbacks.discard(task)
             self._tell(*self._outcome)
 
@@ -4853,6 +4778,94 @@ def _keys_of(given: Any) -> Ids:
     name, count = step_named(step, "count")
     kinds = STEP_KINDS if kind is None else [_KINDS[kind]]
     return [SEPARATOR.join((kind, name, str(count))) for kind in kinds]
+
+
+# --------------------------------------------------------------------------------------------------
+# Cancelled and nested calls: what `run` or a callback wants no more, and what callbacks call.
+#
+# When `run` cancels a call, it knows that at once, but a row says so together with the next thing
+# that `run` does: a run that is being torn down records nothing. In a later life that call does not
+# begin again: it stays pending until `run` cancels it again, and what `run` saw after the
+# cancellation waits for that.
+#
+# When a callback cancels a call, that is as if the call had not been made, because a callback is
+# repeated as a whole. (But the stored result of a `do` is kept, and an event that nobody has seen
+# goes back to the buffer.) A row `stop` says so at once; until it is stored, no other call of that
+# key begins.
+
+
+def call_cancelled(run: Run, call: StepCall) -> None:
+    """`run`, or the callback around it, has cancelled a call."""
+    step = call.step
+    if call.attempt is None or call.attempt.has_ended:  # else when its callback ends
+        close_call(run, call)
+    run.last_move = run.engine.turns.now
+    in_turn = run.inbox.pop(call.key, None) is not None
+    if not step.nested:
+        if step.state != "cancelled":
+            step.state, in_turn = "cancelled", True
+            run.cancelled[call.key] = run.seen
+        if in_turn:  # not skipped by `hand_over`
+            run.seen = call.key
+    elif step.open or step.state != "new":
+
+        def stopped(seq: int, _: BaseException | None) -> None:
+            run.saw(seq)
+            apply(run.steps, row)
+            run.drop(call)
+
+        call.stopping, call.task, call.attempt = True, None, None
+        row = Row("stop", call.key)
+        run.post(break_off, [row], then=stopped)
+
+
+def record_cancelled(run: Run) -> None:
+    """Records which calls `run` has cancelled."""
+    if run.cancelled:
+        cancelled = run.cancelled.items()
+        run.post(break_off, [Row("cancel", key, extra=json.dumps(seen)) for key, seen in cancelled])
+        stop_inside(run, run.cancelled)
+        run.cancelled.clear()
+
+
+def check_scope(call: StepCall) -> None:
+    """Refuses a call if a step around it has ended: what a callback has left behind begins nothing
+    any more."""
+    outer = call.outer
+    while outer is not None:
+        if outer.call.over:
+            what = f"{outer} has ended: its callback calls no more steps"
+            raise fatal("workflow.fatal", what)
+        outer = outer.outer
+
+
+def close_call(run: Run, call: StepCall) -> None:
+    """A step and its callback have ended, and so have the calls that the callback has left
+    behind."""
+    call.over = True
+    if call.nests:
+        cancel_inside(run, call)
+
+
+def cancel_inside(run: Run, call: StepCall) -> None:
+    """Cancels the step calls that a callback has left behind, as those of `run` are when `run`
+    ends."""
+    for key, inner in run.active.items():
+        if inner.inside and inner.task and key.startswith(call.key + SEPARATOR):
+            inner.task.cancel()
+
+
+def stop_inside(run: Run, keys: Iterable[str]) -> None:
+    """Records that with these steps ends what their callbacks have waited for in earlier lives,
+    except for the calls that this life has made again."""
+    if run.left_asleep:
+        inside = tuple(key + SEPARATOR for key in keys)
+        over = [key for key in run.left_asleep if key.startswith(inside)]
+        run.left_asleep = [key for key in run.left_asleep if key not in over]
+        if rows := [Row("stop", key) for key in over if key not in run.called]:
+            run.post(break_off, rows)
+            for row in rows:
+                apply(run.steps, row)
 
 
 # --------------------------------------------------------------------------------------------------
