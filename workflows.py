@@ -2721,9 +2721,7 @@ class Execution:
     What comes first decides the outcome: the function ends; or its time, or its CPU time, is up,
     and it is cancelled. If the step call is cancelled before that, there is no outcome."""
 
-    def __init__(
-        self, run: Run, patience: int, attempt: Attempt, tell: Callable[[Any, Any], None]
-    ) -> None:
+    def __init__(self, run: Run, patience: int, attempt: Attempt, tell: Then) -> None:
         self.run, self.patience, self._attempt, self._tell = run, patience, attempt, tell
         self.cpu = 0  # ns
         self.thread = False  # it has one of the threads
