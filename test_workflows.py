@@ -5183,7 +5183,7 @@ class Sigkill(Real):
             """
         )
         await child.wait_for("up")
-        while not self.rows("SELECT 1 FROM usage WHERE steps = 1"):  # within 100 ms
+        while not self.rows("SELECT 1 FROM journal WHERE type = 'start'"):
             await asyncio.sleep(0.01)
         async with self.engine() as client:
             instance = await (await client.workflow("test")).get("i")
@@ -7183,7 +7183,7 @@ class Limiting(Case):
             used = (12_000_000, 700_000, 35e6, 3_000_000_000)
 
             def add(tx: Any) -> None:
-                tx.db.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?, 0)", (month, *used))
+                tx.db.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", (month, *used))
 
             await engine.call(add)
             self.assertEqual((await engine.usage()).cost_usd, 0.6 + 1.6 + 0.1 + 0.4)

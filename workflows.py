@@ -485,6 +485,8 @@ CREATE TABLE instances (
     wake INTEGER,                  -- when the owner must attend to it: see "Scheduling"
     started INTEGER, ended INTEGER, paused INTEGER,
     termination TEXT, rollback TEXT,               -- see "Rollback"
+    counted_bytes INTEGER NOT NULL, counted_steps INTEGER NOT NULL,
+    counted_cpu_ns INTEGER NOT NULL,               -- see "Usage"
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
@@ -492,6 +494,7 @@ CREATE INDEX listing ON instances (workflow, key);
 CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     bytes INTEGER NOT NULL,        -- of params, outputs and buffered events, as of this row
+    steps INTEGER NOT NULL, cpu_ns INTEGER NOT NULL,  -- that were used up to this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
     began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
@@ -508,7 +511,7 @@ CREATE TABLE schedules (           -- see "Schedules"
     PRIMARY KEY (workflow, cron)) WITHOUT ROWID;
 CREATE TABLE usage (               -- see "Usage"
     month TEXT PRIMARY KEY, requests INTEGER, steps INTEGER, cpu_ms REAL,
-    storage_bytes INTEGER, up_to INTEGER) WITHOUT ROWID;
+    storage_bytes INTEGER) WITHOUT ROWID;
 """,
 )
 SCHEMA_VERSION = len(_SCHEMA)
@@ -639,8 +642,8 @@ def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Instance:
-    """A row of `instances`, its columns in their order; and of its newest row in the journal the
-    number, and the bytes that it stores as of that row."""
+    """A row of `instances`, its columns in their order; and what the newest row of its journal
+    says."""
 
     key: int
     workflow: int
@@ -659,8 +662,13 @@ class Instance:
     paused: int | None = None
     termination: str | None = None
     rollback: str | None = None
+    counted_bytes: int = 0
+    counted_steps: int = 0
+    counted_cpu_ns: int = 0
     seq: int = 0
     bytes: int = 0
+    steps: int = 0
+    cpu_ns: int = 0
 
     def copy(self) -> Instance:
         """The instance as it is now: what leaves a transaction is one of these."""
@@ -682,8 +690,10 @@ _FIELDS = [field.name for field in dataclasses.fields(Instance)]
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of, _all_values_of = operator.attrgetter(*_COLUMNS), operator.attrgetter(*_FIELDS)
-_NEWEST = "FROM journal WHERE instance = key ORDER BY seq DESC LIMIT 1"
-_SELECT = f"SELECT {', '.join(_COLUMNS)}, (SELECT seq {_NEWEST}), (SELECT bytes {_NEWEST})"
+# Each instance with the newest row of its journal. (CROSS says which of them is looked up first.)
+_WITH_NEWEST = """instances CROSS JOIN journal
+    ON instance = key AND seq = (SELECT max(seq) FROM journal WHERE instance = key)"""
+_SELECT = f"SELECT {', '.join(_FIELDS)} FROM {_WITH_NEWEST}"
 _NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
 _UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
     ON CONFLICT (key) DO UPDATE SET {_NEW_VALUES}"""
@@ -766,9 +776,11 @@ class Transaction:
     which are written in bulk before a query and before the commit; and what the engine must be told
     after that."""
 
-    def __init__(self, database: Database, scheduler: Scheduler) -> None:
+    def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
-        self.used = scheduler.meter
+        # What must be added to the usage, but for what only the journals say yet: see "Usage".
+        self.requests = self.steps = self.storage = 0
+        self.cpu_ns = cpu_ns  # of callbacks, since the last transaction
         self.written = 0  # rows
         self.news: list[News] = []
         self.touched: set[Topic] = set()
@@ -789,14 +801,14 @@ class Transaction:
                     raise
                 results.append((then, None, refused))
         self.scheduler.schedule(self)
-        self.used.add(self)
         self.write()
+        add_usage(self)
         return results
 
     def select(self, where: str, *args: Any) -> list[Instance]:
         """Instances, each as one object, however often it is read."""
         self.write()
-        rows = self.db.rows(f"{_SELECT} FROM instances WHERE {where}", *args)
+        rows = self.db.rows(f"{_SELECT} WHERE {where}", *args)
         for row in rows:
             if row[0] not in self._instances:
                 self._instances[row[0]] = Instance(*row)
@@ -835,9 +847,11 @@ class Transaction:
         """Appends a row to an instance's journal, which grows by so many bytes that count."""
         inst.seq += 1
         inst.bytes += size
-        self.used.storage += size
+        inst.cpu_ns += self.cpu_ns
+        self.cpu_ns = 0
         self.touched.add(inst.id or "")
-        self._rows.append((inst.key, inst.seq, inst.bytes, self.now, *row[:6]))
+        numbers = (inst.key, inst.seq, inst.bytes, inst.steps, inst.cpu_ns, self.now)
+        self._rows.append(numbers + row[:6])
         if row.step is None and self._reports:
             report_change(self, inst, row)
 
@@ -848,7 +862,6 @@ class Transaction:
             setattr(inst, name, value)
         self._instances[inst.key] = inst
         self._changed.add(inst.key)
-        self.used.due = True
         self.scheduler.stirred |= "status" in columns
         if inst.wake is not None:
             self.scheduler.next_wake = min(self.scheduler.next_wake, inst.wake)
@@ -914,8 +927,7 @@ class Transaction:
     def purge(self, inst: Instance) -> None:
         """Clears away an instance and all its rows."""
         self.write()
-        self.used.storage -= inst.bytes
-        self.used.due = True
+        self.storage -= inst.counted_bytes
         del self._instances[inst.key]
         for table in ("journal", "waits", "events"):
             self.db.execute(f"DELETE FROM {table} WHERE instance = ?", (inst.key,))
@@ -924,14 +936,16 @@ class Transaction:
     def write(self) -> None:
         """Writes what has been appended and changed."""
         if self._rows:
-            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             self.db.executemany(sql, self._rows)
             self.written += len(self._rows)
             self._rows.clear()
         if self._changed:
             self.written += len(self._changed)
-            changed = [_values_of(self._instances[key]) for key in self._changed]
-            self.db.executemany(_UPSERT, changed)
+            changed = [self._instances[key] for key in self._changed]
+            for inst in changed:
+                count_used(self, inst)
+            self.db.executemany(_UPSERT, map(_values_of, changed))
             self._changed.clear()
 
 
@@ -957,7 +971,6 @@ class Scheduler:
         self.database, self.clock, self.limits = database, clock, limits
         self.bound: dict[int, Workflow] = {}  # by the workflow's key
         self.blocks: list[WorkflowInstanceModifier] = []  # see "Introspection"
-        self.meter = Meter()  # see "Usage"
         self.next_wake: float = math.inf  # nothing is due before
         self.stirred = False  # something may be due, or a slot may be free
         self.closing = False  # no instance begins any more
@@ -1003,7 +1016,6 @@ class Scheduler:
 
     def _inherit(self, tx: Transaction) -> None:
         """What took a slot when its process died is queued again, or paused."""
-        self.meter.take_over(tx)
         inherited, self._inherited = self._inherited, []
         for key in inherited:
             keep_schedules(tx, key, self.bound[key])
@@ -1981,9 +1993,9 @@ def record(tx: Transaction, lease: Lease, row: Row, size: int = 0, wait: Wait | 
     """Appends what a run did, and what it waits for from then on. Returns the row's number."""
     inst = tx.mine(lease)
     check_state(tx, inst.bytes, size, fatal)
-    tx.append(inst, row, size)
     if begins_step(row):
-        tx.used.steps += 1
+        inst.steps += 1
+    tx.append(inst, row, size)
     if inst.careful and row.type in ("done", "error"):
         tx.change(inst, careful=0)
     if wait is not None:
@@ -2261,6 +2273,7 @@ class Writer:
         self._ticked = self._checked = time.monotonic()
         self._process = os.getpid()
         self._closed = False
+        self._cpu_counted = 0  # of the engine's `cpu_ns`
 
     def start(self) -> asyncio.Future[None]:
         """Opens the database in the thread; the future fails if that is refused."""
@@ -2387,10 +2400,12 @@ class Writer:
             return None
         self.scheduler.stirred |= self.database.refresh()
         outside = self.exact and self.database.others_wrote()  # else the tick notices that
-        tx = Transaction(self.database, self.scheduler)
+        cpu_ns = self.engine.cpu_ns
+        tx = Transaction(self.database, self.scheduler, cpu_ns - self._cpu_counted)
         results = tx.carry_out(batch)
         began = time.perf_counter()
         self.database.execute("COMMIT")
+        self._cpu_counted = cpu_ns
         if tx.written:
             quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
             self._distrust = max(0, self._distrust - 1) if quick else TRUST
@@ -2443,7 +2458,6 @@ class Writer:
                 return
             try:
                 others_wrote = self.database.others_wrote()
-                self.scheduler.meter.due |= self.scheduler.meter.is_pending()
                 if self.scheduler.bound and not self.database.owner:
                     self.scheduler.stirred |= self.database.contend()
                 if self._ticked > self._checked + 1:
@@ -2451,8 +2465,7 @@ class Writer:
                     if self.database.files is not None:
                         self.database.files.check()
                     warn_about_unbound_work(self.scheduler)
-                now, count = self.scheduler.clock.now(), self.scheduler.meter.due
-                if others_wrote or count or self.scheduler.is_due(now):
+                if others_wrote or self.scheduler.is_due(self.scheduler.clock.now()):
                     self.engine.call_from_thread(self._hear, others_wrote)
             except Exception as error:
                 self.fail(error)
@@ -2497,6 +2510,7 @@ class Core:
 
     def __init__(self) -> None:
         self._workflows: dict[str, Workflow] = {}  # that are bound, by name
+        self.cpu_ns = 0  # of all callbacks
         self.activity = 0  # counts what callbacks do: see `ManualClock`
         self._state = "not open yet"  # → open → closed
 
@@ -2635,7 +2649,6 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 def leave(tx: Transaction) -> None:
     """What has a slot, but no life yet, is left to the next owner, too."""
-    tx.used.due = True
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
@@ -2753,7 +2766,7 @@ class Execution:
                 task.add_done_callback(lambda _: close())
             raise
         finally:
-            run.engine.scheduler.meter.cpu_ns += self.cpu
+            run.engine.cpu_ns += self.cpu
             self.free_thread()
             self.task = None  # its context leads back to here, and so does the attempt
             del self._attempt, self._tell
@@ -4194,7 +4207,7 @@ def create_instances(tx: Transaction, workflow: str, entries: Sequence[Entry], t
     for number, (id, params, success, error) in enumerate(new.values(), first):
         inst = Instance(number, key, id, trigger, tx.now, success, error, "new", place=number)
         tx.move(inst, Row("queued", data=params), size_of(params))
-    tx.used.requests += len(new)
+    tx.requests += len(new)
     return [*new]
 
 
@@ -5200,28 +5213,20 @@ class History:
 # --------------------------------------------------------------------------------------------------
 # Usage: what Cloudflare's pricing is based on.
 #
-# It is counted in memory. A transaction that changes an instance adds it to the row of the month;
-# one that only appends to journals leaves that to the next one, within 100 ms, because the row
-# would cost a tenth of a step's time. What an owner has not added when it is killed is in journals:
-# of the instances that have a slot, or that another process has changed since. The next owner adds
-# it. (But not the CPU time; nor what another process has dropped by a restart in these 100 ms.)
+# What an instance has used stands in its journal: each row holds what that comes to. Whenever the
+# row of the instance is written, the month's row of `usage` gets what is new since then; a step
+# alone writes neither. (With each step this would cost a tenth of its time.) So after a crash there
+# is nothing to make good: the row of an instance says what of its journal has been counted.
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
-_ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
+_ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
     requests = requests + excluded.requests, steps = steps + excluded.steps,
-    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes,
-    up_to = max(up_to, excluded.up_to)"""
-_NOT_ADDED = f"""
-    WITH changed AS (
-        SELECT key FROM instances WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}
-        UNION SELECT key FROM instances WHERE workflow IN (SELECT key FROM workflows)
-            AND wake BETWEEN :up_to AND :now AND generation > 1),
-    grown AS (
-        SELECT at, type, step, extra,
-            bytes - lag(bytes, 1, 0) OVER (PARTITION BY instance ORDER BY seq) AS more
-        FROM journal WHERE instance IN changed)
-    SELECT count(*) FILTER (WHERE extra IS NOT NULL AND step NOT LIKE :handlers), sum(more)
-    FROM grown WHERE at > :up_to AND type IN ('start', 'done', 'error')"""
+    cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
+
+# What runs have used since the rows of their instances were written.
+_NOT_COUNTED = f"""SELECT 0, sum(steps - counted_steps), sum(cpu_ns - counted_cpu_ns) / 1e6,
+    sum(bytes - counted_bytes) FROM {_WITH_NEWEST}
+    WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}"""
 
 
 def begins_step(row: Row) -> bool:
@@ -5231,62 +5236,33 @@ def begins_step(row: Row) -> bool:
     return row.extra is not None and not (row.step or "").startswith(ROLLBACK)
 
 
-class Meter:
-    """What was used, and is not in the database yet."""
+def count_used(tx: Transaction, inst: Instance) -> None:
+    """Counts what an instance has used since its row was written."""
+    tx.storage += inst.bytes - inst.counted_bytes
+    tx.steps += inst.steps - inst.counted_steps
+    tx.cpu_ns += inst.cpu_ns - inst.counted_cpu_ns
+    inst.counted_bytes, inst.counted_steps = inst.bytes, inst.steps
+    inst.counted_cpu_ns = inst.cpu_ns
 
-    def __init__(self) -> None:
-        self.requests = self.steps = self.storage = 0
-        self.cpu_ns = 0  # of all callbacks
-        self.due = False  # it must be added with this commit
-        self._cpu_added = 0  # of `cpu_ns`
-        self._added = 0  # when it was added last
-        self._taken_over = False  # this process counts what runs record
 
-    def is_pending(self) -> bool:
-        """Whether there is anything to add."""
-        return bool(self.steps or self.storage or self.cpu_ns > self._cpu_added)
-
-    def add(self, tx: Transaction) -> None:
-        """Adds it, if it is due. What is recorded in the millisecond in which it was added last is
-        added at once, so that whatever is not added is later than that."""
-        if not self.due and tx.now > self._added:
-            return
-        cpu_ns, self.due = self.cpu_ns, False
-        used = (self.requests, self.steps, (cpu_ns - self._cpu_added) / 1e6, self.storage)
-        if any(used):
-            self._added = max(self._added, tx.now)
-            tx.db.execute(_ADD, (tx.now, *used, self._added if self._taken_over else 0))
-            self.requests = self.steps = self.storage = 0
-            self._cpu_added = cpu_ns
-
-    def take_over(self, tx: Transaction) -> None:
-        """Adds what the last owner has not added."""
-        if not self._taken_over:
-            steps, storage = self.not_added(tx)
-            self.steps, self.storage = self.steps + steps, self.storage + storage
-            self._taken_over = self.due = True
-
-    def not_added(self, tx: Transaction) -> tuple[int, int]:
-        """Steps and bytes that the owner, if that is another one, has not added yet."""
-        if self._taken_over:
-            return 0, 0
-        (up_to,) = tx.db.one("SELECT coalesce(max(up_to), 0) FROM usage")
-        self._added = max(self._added, up_to)
-        given = {"up_to": up_to, "now": tx.now, "handlers": ROLLBACK + "%"}
-        steps, storage = tx.db.execute(_NOT_ADDED, given).fetchone()
-        return steps, storage or 0
+def add_usage(tx: Transaction) -> None:
+    """Adds what a transaction has counted to the row of the month."""
+    used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
+    if any(used):
+        tx.db.execute(_ADD, (tx.now, *used))
+        tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
 
 def read_usage(tx: Transaction) -> Usage:
     """What was used this month, what is stored now, and what that would cost on the paid plan."""
-    tx.used.due = True
-    tx.used.add(tx)
-    more_steps, more_bytes = tx.used.not_added(tx)
+    tx.write()
+    add_usage(tx)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
-    requests, steps, cpu_ms, storage_bytes = (total or 0 for total in tx.db.one(sql, tx.now))
-    steps, storage_bytes = steps + more_steps, storage_bytes + more_bytes
+    counted, more = tx.db.one(sql, tx.now), tx.db.one(_NOT_COUNTED)
+    used = [(total or 0) + (new or 0) for total, new in zip(counted, more, strict=True)]
+    requests, steps, cpu_ms, storage_bytes = used
     cost = max(0, requests - 10_000_000) * 0.30e-6 + max(0, cpu_ms - 30_000_000) * 0.02e-6
     cost += max(0, steps - 500_000) * 0.80e-5 + max(0, storage_bytes - 10**9) * 0.20e-9
     return Usage(requests, steps, round(cpu_ms, 3), storage_bytes, round(cost, 6))
@@ -6413,8 +6389,8 @@ def find_instances(tx: Transaction, workflow: str, wanted: dict[str, Any]) -> tu
     than, order = (">=", "ASC") if wanted["upwards"] else ("<=", "DESC")
     keys = f"SELECT key FROM instances WHERE {where} AND key {than} :first ORDER BY key {order}"
     sql = f"""SELECT id, {_STATUS} AS status, trigger AS trigger_source, created AS created_on,
-              (SELECT at {_NEWEST}) AS modified_on, started AS started_on, ended AS ended_on, key
-              FROM instances WHERE key IN ({keys} LIMIT :skip, :size) ORDER BY key {order}"""
+              at AS modified_on, started AS started_on, ended AS ended_on, key
+              FROM {_WITH_NEWEST} WHERE key IN ({keys} LIMIT :skip, :size) ORDER BY key {order}"""
     return read_rows(tx, sql, **values), counted["n"]
 
 
