@@ -5127,28 +5127,8 @@ class Sigkill(Real):
                 await reach(await bound.get(id), "waiting")
         self.assertEqual(self.rows("SELECT count(*) FROM instances"), [(5,)])
 
-    async def test_what_a_killed_owner_has_used_and_not_added_is_added_once(self) -> None:
-        script = """
-            async def run(event, step):
-                for each in range(5): await step.do(f"s{each}", lambda: "four")
-                die()
-            async def main(w):
-                await (await get(w)).result()
-            go(**OPTIONS)
-            """
-        for options in ("{}", "{'clock': ManualClock(time.time())}"):  # in one millisecond, too
-            with self.subTest(options):
-                self.setUp()
-                self.child(script.replace("OPTIONS", options)).end()
-                for _ in range(2):
-                    async with self.engine() as engine:
-                        engine.bind(workflow(one_event, "Other"))
-                        usage = await engine.usage()
-                    used = (usage.requests, usage.steps, usage.storage_bytes)
-                    self.assertEqual(used, (1, 5, 4 + 5 * 6))
-
-    async def test_what_a_client_ends_counts_although_the_owner_had_not_added_it(self) -> None:
-        for way in ("terminate", "delete"):
+    async def test_usage_is_exact_whoever_dies_and_whoever_changes_an_instance(self) -> None:
+        for way in ("status", "pause", "terminate", "delete", "restart"):
             with self.subTest(way):
                 self.setUp()
                 child = self.child(
@@ -5156,43 +5136,23 @@ class Sigkill(Real):
                     async def run(event, step):
                         for each in range(5): await step.do(f"s{each}", lambda: "four")
                         say("up")
-                        time.sleep(60)  # the loop can't add anything
+                        await asyncio.sleep(60)
                     async def main(w): await (await get(w)).result()
                     go()
                     """
                 )
                 await child.wait_for("up")
+                self.assertEqual(self.rows("SELECT sum(steps) FROM usage"), [(0,)])
                 async with self.engine() as client:
+                    self.assertEqual((await client.usage()).storage_bytes, 4 + 5 * 6)
                     await getattr(await (await client.workflow("test")).get("i"), way)()
                     child.kill()
                     self.assertEqual((await client.usage()).steps, 5)
                 async with self.engine() as engine:
                     engine.bind(workflow(one_event, "Other"))
-                    self.assertEqual((await engine.usage()).steps, 5)
-
-    async def test_what_a_client_has_added_is_not_added_again_after_the_death_of_the_owner(self):
-        child = self.child(
-            """
-            async def run(event, step): await step.do("s", lambda: asyncio.sleep(60))
-            async def main(w):
-                instance = await get(w)
-                await until(instance, "running")
-                say("up")
-                await instance.result()
-            go()
-            """
-        )
-        await child.wait_for("up")
-        while not self.rows("SELECT 1 FROM journal WHERE type = 'start'"):
-            await asyncio.sleep(0.01)
-        async with self.engine() as client:
-            instance = await (await client.workflow("test")).get("i")
-            await instance.send_event(type="t", payload="four")
-            child.kill()
-            self.assertEqual((await client.usage()).storage_bytes, 4 + 6)
-        async with self.engine() as engine:
-            engine.bind(workflow(one_event, "Other"))
-            self.assertEqual((await engine.usage()).storage_bytes, 4 + 6)
+                    usage = await engine.usage()
+                    stored = 4 if way == "restart" else 4 + 5 * 6
+                    self.assertEqual((usage.steps, usage.storage_bytes), (5, stored))
 
     async def test_a_wait_in_a_callback_that_died_for_good_takes_no_event(self) -> None:
         script = """

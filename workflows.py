@@ -4629,8 +4629,10 @@ class WorkflowInstance:
         inst, end, failure = await self._call(read_end)
         output = end if inst.status == "complete" else None
         error = _Attributes(brief(end)) if inst.status == "errored" else None
-        undone = _Attributes(outcome=inst.rollback, error=failure and _Attributes(brief(failure)))
-        rollback = None if inst.rollback in (None, "begun") else undone
+        rollback = None
+        if inst.rollback not in (None, "begun"):
+            failure = failure and _Attributes(brief(failure))
+            rollback = _Attributes(outcome=inst.rollback, error=failure)
         return InstanceStatus(inst.status, output, error, rollback)
 
     async def history(self) -> list[WorkflowHistoryEvent]:
@@ -4819,6 +4821,7 @@ def call_cancelled(run: Run, call: StepCall) -> None:
         if in_turn:  # not skipped by `hand_over`
             run.seen = call.key
     elif step.open or step.state != "new":
+        row = Row("stop", call.key)
 
         def stopped(seq: int, _: BaseException | None) -> None:
             run.saw(seq)
@@ -4826,7 +4829,6 @@ def call_cancelled(run: Run, call: StepCall) -> None:
             run.drop(call)
 
         call.stopping, call.task, call.attempt = True, None, None
-        row = Row("stop", call.key)
         run.post(break_off, [row], then=stopped)
 
 
@@ -5618,7 +5620,8 @@ class WorkflowInstanceModifier:
             raise ValueError(f"a contradiction: step {show(step)} {twice}")
         with naming("times"):
             count = math.inf if times is None else read_count(times)
-        ends[count + max((last for last in ends if last < math.inf), default=0)] = end
+        before = max((last for last in ends if last < math.inf), default=0)
+        ends[before + count] = end
         return self._check_open()
 
     def _check_open(self) -> Self:
@@ -6606,7 +6609,7 @@ _ROUTES: list[tuple[str, dict[str, Callable[[Request], Any]], str]] = [
     ("/workflows/NAME/instances/ID", {"GET": show_instance, "DELETE": drop_instance}, _DETAILS),
 ]
 # What Cloudflare's clients ask to deploy a workflow, which is done in another way here.
-_DEPLOYING = re.compile("PUT " + _BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
+_DEPLOYING = re.compile(_BASE + "/workflows/[^/]+(?:/triggers|/settings)?/?")
 # By the last part of a refusal's code: its HTTP status; and the numbers that Cloudflare gives some.
 # (None may be 10000 or 9106: with these `wrangler` looks for a broken login.)
 _STATUS_OF = {
@@ -6621,8 +6624,9 @@ _NUMBERS |= {"instance.already_exists": 10405, "request.not_found": 7003}
 
 def find_route(method: str, path: str) -> tuple[Callable[[Request], Any], dict[str, Any], str]:
     """What answers a request, the parts of its path, and the fields that the explorer has of it."""
+    deploys = method == "PUT" and _DEPLOYING.fullmatch(path)
     what = "to change a workflow, edit its code or the configuration file, and start `dev` again"
-    require(not _DEPLOYING.fullmatch(f"{method} {path}"), "request.no_method", what)
+    require(not deploys, "request.no_method", what)
     for pattern, resources, fields in _ROUTES:
         regex = re.sub("NAME|ID|TYPE", lambda part: _PARTS[part[0]], pattern)
         if match := re.fullmatch(_BASE + regex + "/?", path):
@@ -7215,7 +7219,7 @@ def print_event(event: WorkflowHistoryEvent, began: datetime) -> None:
 async def make_request(engine: Engine, given: argparse.Namespace) -> Request:
     """What a command asks for."""
     options, verb = vars(given), given.command.split()[-1]
-    query = {name: str(value) for name, value in options.items() if value not in (None, False)}
+    query = {n: str(v) for n, v in options.items() if v is not None and v is not False}
     ask = Request(engine, query.get("name"), type=query.get("type", ""), query=query)
     ids = [*options.get("ids", [query.get("id", "")])]
     if "filename" in query:
