@@ -5814,7 +5814,7 @@ class Storage(Real):
         child = self.child(
             """
             async def run(event, step):
-                for n in range(20): await step.do(f"s{n}", lambda: value("x" * 20_000))
+                for n in range(6): await step.do(f"s{n}", lambda: value("x" * 20_000))
                 await step.sleep("nap", "1 hour")
             async def main(w):
                 await until(await get(w), "waiting")
