@@ -47,10 +47,10 @@ Below is the same, but stored, concurrent, and asleep most of the time.
     Part II, the rules     the machinery: writing; the engine; executions; and the rules: durations
                            and the clock; records; codec (values and errors); limits; arguments;
                            retries
-    Part III, the sides    the API; files; operations; binding; rollback; replay reports; history;
-                           usage; the Python dialect; introspection and the clock of tests;
-                           aliases; schedules; configuration; showing; resources; HTTP and its
-                           page; the demo; the command line
+    Part III, the sides    the API; files; operations; binding; cancelled and nested calls;
+                           rollback; replay reports; history; usage; the Python dialect;
+                           introspection and the clock of tests; aliases; schedules; configuration;
+                           showing; resources; HTTP and its page; the demo; the command line
 
 Whoever reads the first part knows how durable execution works. Each section of the second can be
 read alone. Each section of the third could be left out: the heart calls it in one place or two.
