@@ -5143,6 +5143,7 @@ class Sigkill(Real):
                 )
                 await child.wait_for("up")
                 self.assertEqual(self.rows("SELECT sum(steps) FROM usage"), [(0,)])
+                os.kill(child.pid, signal.SIGSTOP)
                 async with self.engine() as client:
                     self.assertEqual((await client.usage()).storage_bytes, 4 + 5 * 6)
                     await getattr(await (await client.workflow("test")).get("i"), way)()
@@ -16517,6 +16518,8 @@ async def live_through(path: str, hours: float, programs: int) -> list[Held]:
                 with contextlib.suppress(AssertionError):  # until nothing is going on
                     await until(lambda: len(asyncio.all_tasks()) == held[0].tasks)
                 held.append(Held.now(path))
+    with contextlib.suppress(AssertionError):  # until the threads of callbacks have ended
+        await until(lambda: threading.active_count() <= held[0].threads)
     await asyncio.sleep(0.1)
     return [*held, Held.now(path)]
 
