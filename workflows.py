@@ -485,8 +485,7 @@ CREATE TABLE instances (
     wake INTEGER,                  -- when the owner must attend to it: see "Scheduling"
     started INTEGER, ended INTEGER, paused INTEGER,
     termination TEXT, rollback TEXT,               -- see "Rollback"
-    counted_bytes INTEGER NOT NULL, counted_steps INTEGER NOT NULL,
-    counted_cpu_ns INTEGER NOT NULL,               -- see "Usage"
+    counted_bytes INTEGER NOT NULL, counted_steps INTEGER NOT NULL,  -- see "Usage"
     UNIQUE (workflow, id));
 CREATE INDEX queue ON instances (workflow, status, place);
 CREATE INDEX due ON instances (workflow, wake) WHERE wake IS NOT NULL;
@@ -494,7 +493,7 @@ CREATE INDEX listing ON instances (workflow, key);
 CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     bytes INTEGER NOT NULL,        -- of params, outputs and buffered events, as of this row
-    steps INTEGER NOT NULL, cpu_ns INTEGER NOT NULL,  -- that were used up to this row
+    steps INTEGER NOT NULL,        -- that have begun up to this row
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
     began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
@@ -667,11 +666,9 @@ class Instance:
     rollback: str | None = None
     counted_bytes: int = 0
     counted_steps: int = 0
-    counted_cpu_ns: int = 0
     seq: int = 0
     bytes: int = 0
     steps: int = 0
-    cpu_ns: int = 0
 
     def copy(self) -> Instance:
         """The instance as it is now: what leaves a transaction is one of these."""
@@ -697,6 +694,8 @@ _values_of, _all_values_of = operator.attrgetter(*_COLUMNS), operator.attrgetter
 _WITH_NEWEST = """instances CROSS JOIN journal
     ON instance = key AND seq = (SELECT max(seq) FROM journal WHERE instance = key)"""
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM {_WITH_NEWEST}"
+_ROWS = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ?"
+_WAITS = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
 _NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
 _UPSERT = f"""INSERT INTO instances VALUES ({", ".join("?" * len(_COLUMNS))})
     ON CONFLICT (key) DO UPDATE SET {_NEW_VALUES}"""
@@ -783,7 +782,7 @@ class Transaction:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
         # What must be added to the usage, but for what only the journals say yet: see "Usage".
         self.requests = self.steps = self.storage = 0
-        self.cpu_ns = cpu_ns  # of callbacks, since the last transaction
+        self.cpu_ns = cpu_ns  # of callbacks
         self.written = 0  # rows
         self.news: list[News] = []
         self.touched: set[Topic] = set()
@@ -834,9 +833,9 @@ class Transaction:
     def journal(self, inst: Instance, where: str = "true", *args: Any) -> list[Row]:
         """The rows of an instance's journal, in order."""
         self.write()
-        sql = f"SELECT {', '.join(Row._fields)} FROM journal WHERE instance = ? AND {where}"
+        sql = f"{_ROWS} AND {where} ORDER BY seq"
         try:
-            return [Row(*row) for row in self.db.rows(f"{sql} ORDER BY seq", inst.key, *args)]
+            return [Row(*row) for row in self.db.rows(sql, inst.key, *args)]
         except Unreadable as damage:
             raise Unreadable(f"a row of instance {inst.id!r}: {damage}") from None
 
@@ -850,11 +849,8 @@ class Transaction:
         """Appends a row to an instance's journal, which grows by so many bytes that count."""
         inst.seq += 1
         inst.bytes += size
-        inst.cpu_ns += self.cpu_ns
-        self.cpu_ns = 0
         self.touched.add(inst.id or "")
-        numbers = (inst.key, inst.seq, inst.bytes, inst.steps, inst.cpu_ns, self.now)
-        self._rows.append(numbers + row[:6])
+        self._rows.append((inst.key, inst.seq, inst.bytes, inst.steps, self.now, *row[:6]))
         if row.step is None and self._reports:
             report_change(self, inst, row)
 
@@ -939,7 +935,7 @@ class Transaction:
     def write(self) -> None:
         """Writes what has been appended and changed."""
         if self._rows:
-            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            sql = "INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             self.db.executemany(sql, self._rows)
             self.written += len(self._rows)
             self._rows.clear()
@@ -1049,9 +1045,8 @@ class Scheduler:
     def _end_waits(self, tx: Transaction, inst: Instance) -> tuple[list[Row], int | None]:
         """Ends the waits of an instance that are over; returns the rows that say so, and when the
         next one is over."""
-        sql = f"SELECT {', '.join(Wait._fields)} FROM waits WHERE instance = ? ORDER BY seq"
         undoing = inst.rollback == "begun"  # then only the waits of handlers count
-        found = [Wait(*row) for row in tx.db.rows(sql, inst.key)]
+        found = [Wait(*row) for row in tx.db.rows(_WAITS, inst.key)]
         waits = [wait for wait in found if wait.step.startswith(ROLLBACK) == undoing]
         ended = end_waits(waits, self._buffered(tx, inst, waits), tx.now)
         over = {end.wait for end in ended}
@@ -2408,7 +2403,7 @@ class Writer:
         results = tx.carry_out(batch)
         began = time.perf_counter()
         self.database.execute("COMMIT")
-        self._cpu_counted = cpu_ns
+        self._cpu_counted = cpu_ns - tx.cpu_ns
         if tx.written:
             quick = time.perf_counter() - began < QUICK + tx.written * PER_ROW
             self._distrust = max(0, self._distrust - 1) if quick else TRUST
@@ -2652,6 +2647,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 def leave(tx: Transaction) -> None:
     """What has a slot, but no life yet, is left to the next owner, too."""
+    add_usage(tx, 0)
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
@@ -5218,10 +5214,11 @@ class History:
 # --------------------------------------------------------------------------------------------------
 # Usage: what Cloudflare's pricing is based on.
 #
-# What an instance has used stands in its journal: each row holds what that comes to. Whenever the
+# What an instance has used stands in its journal: each row says what that comes to. Whenever the
 # row of the instance is written, the month's row of `usage` gets what is new since then; a step
-# alone writes neither. (With each step this would cost a tenth of its time.) So after a crash there
-# is nothing to make good: the row of an instance says what of its journal has been counted.
+# alone writes neither. (To write one with each step would cost a tenth of its time.) So after a
+# crash there is nothing to make good: the row of an instance says what of its journal was counted.
+# CPU time is counted in memory, and added along with the rest, or when it comes to a second.
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
 _ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
@@ -5229,9 +5226,8 @@ _ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) D
     cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
 
 # What runs have used since the rows of their instances were written.
-_NOT_COUNTED = f"""SELECT 0, sum(steps - counted_steps), sum(cpu_ns - counted_cpu_ns) / 1e6,
-    sum(bytes - counted_bytes) FROM {_WITH_NEWEST}
-    WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}"""
+_NOT_COUNTED = f"""SELECT 0, sum(steps - counted_steps), 0, sum(bytes - counted_bytes)
+    FROM {_WITH_NEWEST} WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}"""
 
 
 def begins_step(row: Row) -> bool:
@@ -5245,15 +5241,14 @@ def count_used(tx: Transaction, inst: Instance) -> None:
     """Counts what an instance has used since its row was written."""
     tx.storage += inst.bytes - inst.counted_bytes
     tx.steps += inst.steps - inst.counted_steps
-    tx.cpu_ns += inst.cpu_ns - inst.counted_cpu_ns
     inst.counted_bytes, inst.counted_steps = inst.bytes, inst.steps
-    inst.counted_cpu_ns = inst.cpu_ns
 
 
-def add_usage(tx: Transaction) -> None:
-    """Adds what a transaction has counted to the row of the month."""
-    used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
-    if any(used):
+def add_usage(tx: Transaction, least_ns: int = 10**9) -> None:
+    """Adds what a transaction has counted to the row of the month, if it is more than that little
+    CPU time."""
+    if tx.requests or tx.steps or tx.storage or tx.cpu_ns > least_ns:
+        used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
         tx.db.execute(_ADD, (tx.now, *used))
         tx.requests = tx.steps = tx.cpu_ns = tx.storage = 0
 
@@ -5261,7 +5256,7 @@ def add_usage(tx: Transaction) -> None:
 def read_usage(tx: Transaction) -> Usage:
     """What was used this month, what is stored now, and what that would cost on the paid plan."""
     tx.write()
-    add_usage(tx)
+    add_usage(tx, 0)
     this_month = "FILTER (WHERE month = now)"
     sql = f"""SELECT sum(requests) {this_month}, sum(steps) {this_month}, sum(cpu_ms) {this_month},
               sum(storage_bytes) FROM usage, (SELECT {_MONTH} AS now)"""
