@@ -7136,6 +7136,24 @@ class Limiting(Case):
         async with self.engine() as engine:
             self.assertEqual((await engine.usage()).storage_bytes, stored)
 
+    async def test_cpu_time_is_added_when_it_comes_to_a_second_and_when_an_engine_is_left(self):
+        added = []
+
+        async def run(event: Any, step: Any) -> None:
+            for each in range(4):
+                await step.do(f"s{each}", value)
+                added.append(self.rows("SELECT total(cpu_ms) FROM usage")[0][0])
+            await asyncio.Event().wait()
+
+        ticks = itertools.count(0, 600_000_000)
+        with unittest.mock.patch.object(time, "thread_time_ns", lambda: next(ticks)):
+            async with self.engine() as engine:
+                await engine.bind(workflow(run)).create()
+                await self.clock.settle()
+        self.assertEqual((added[0], added[-1] > 1000), (0, True))
+        async with self.engine() as engine:
+            self.assertEqual((await engine.usage()).cpu_ms, 4 * 600)
+
     async def test_the_cost_is_what_goes_beyond_what_the_plan_includes(self) -> None:
         async with self.engine() as engine:
             engine.bind(workflow(one_step))
