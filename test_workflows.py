@@ -7136,7 +7136,7 @@ class Limiting(Case):
         async with self.engine() as engine:
             self.assertEqual((await engine.usage()).storage_bytes, stored)
 
-    async def test_cpu_time_is_added_when_it_comes_to_a_second_and_when_an_engine_is_left(self):
+    async def test_cpu_time_is_added_when_it_comes_to_a_second_or_an_instance_changes(self):
         added = []
 
         async def run(event: Any, step: Any) -> None:

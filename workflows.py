@@ -2647,7 +2647,6 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 def leave(tx: Transaction) -> None:
     """What has a slot, but no life yet, is left to the next owner, too."""
-    add_usage(tx, 0)
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
