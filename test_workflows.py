@@ -7154,6 +7154,19 @@ class Limiting(Case):
         async with self.engine() as engine:
             self.assertEqual((await engine.usage()).cpu_ms, 4 * 600)
 
+    async def test_cpu_time_of_what_is_no_new_step_is_added_when_an_engine_is_left(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("s", value, rollback=value)
+            raise ValueError
+
+        ticks = itertools.count(0, 100_000_000)
+        with unittest.mock.patch.object(time, "thread_time_ns", lambda: next(ticks)):
+            async with self.engine() as engine:
+                await engine.bind(workflow(run)).create()
+                await self.clock.settle()
+        async with self.engine() as engine:
+            self.assertEqual((await engine.usage()).cpu_ms, 2 * 100)
+
     async def test_the_cost_is_what_goes_beyond_what_the_plan_includes(self) -> None:
         async with self.engine() as engine:
             engine.bind(workflow(one_step))
@@ -15508,6 +15521,26 @@ class Damaged(Undoing):
             self.assertEqual([self.rows(table) for table in tables], stored)
             self.change("UPDATE events SET payload = 'null'")
             await instance.restart({"from": {"name": "last"}})
+
+    async def test_a_restart_that_cannot_read_a_cancellation_changes_nothing(self) -> None:
+        async def run(event: Any, step: Any) -> None:
+            await step.do("a", value)
+            waiting = asyncio.ensure_future(step.wait_for_event("w", "t"))
+            await step.do("b", value)
+            waiting.cancel()
+            await step.do("c", value)
+            await step.do("d", value)
+
+        tables = [f"SELECT * FROM {table}" for table in ("instances", "journal", "waits")]
+        async with self.engine() as engine:
+            instance = await engine.bind(workflow(run)).create(id="a")
+            await self.clock.settle()
+            self.lose("extra", "type = 'cancel'")
+            stored = [self.rows(table) for table in tables]
+            with self.assertRaises(workflows.Unreadable):
+                await instance.restart({"from": {"name": "d"}})
+            self.assertEqual([self.rows(table) for table in tables], stored)
+            self.assertEqual((await instance.status()).status, "complete")
 
     async def test_memory_that_is_short_while_a_result_is_encoded_fails_the_attempt(self) -> None:
         results: list[Any] = ["too long", "short"]

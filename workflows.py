@@ -493,7 +493,7 @@ CREATE INDEX listing ON instances (workflow, key);
 CREATE TABLE journal (
     instance INTEGER NOT NULL, seq INTEGER NOT NULL,
     bytes INTEGER NOT NULL,        -- of params, outputs and buffered events, as of this row
-    steps INTEGER NOT NULL,        -- that have begun up to this row
+    steps INTEGER NOT NULL,        -- that have begun up to this row, before restarts, too
     at INTEGER NOT NULL, type TEXT NOT NULL, step TEXT, attempt INTEGER, data TEXT, extra TEXT,
     began INTEGER,
     PRIMARY KEY (instance, seq)) WITHOUT ROWID;
@@ -557,8 +557,8 @@ class Database:
         if on_disk:
             if self._insist("PRAGMA journal_mode = WAL") != [("wal",)]:
                 raise WorkflowInternalError("the file system does not support SQLite's WAL mode")
-            # To overwrite the log is twice as fast as to make it longer, and so few pages are
-            # written back in less than a millisecond.
+            # A commit that overwrites the log takes half as long as one that makes it longer, and
+            # so few pages are written back in less than a millisecond.
             self.execute("PRAGMA wal_autocheckpoint = 100")
             self.execute(f"PRAGMA journal_size_limit = {LONG_LOG}")
             self.others_wrote()  # the first read makes the log
@@ -690,7 +690,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Instance)]
 _COLUMNS = _FIELDS[: _FIELDS.index("seq")]
 _CHANGING = _COLUMNS[_COLUMNS.index("status") :]  # the others stay as they were inserted
 _values_of, _all_values_of = operator.attrgetter(*_COLUMNS), operator.attrgetter(*_FIELDS)
-# Each instance with the newest row of its journal. (CROSS says which of them is looked up first.)
+# Each instance with the newest row of its journal. (CROSS: first the instance, then its row.)
 _WITH_NEWEST = """instances CROSS JOIN journal
     ON instance = key AND seq = (SELECT max(seq) FROM journal WHERE instance = key)"""
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM {_WITH_NEWEST}"
@@ -780,7 +780,7 @@ class Transaction:
 
     def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
-        # What must be added to the usage, but for what only the journals say yet: see "Usage".
+        # What the month's row of `usage` will get with this transaction.
         self.requests = self.steps = self.storage = 0
         self.cpu_ns = cpu_ns  # of callbacks
         self.written = 0  # rows
@@ -2647,6 +2647,7 @@ def define(tx: Transaction, workflow: Workflow) -> None:
 
 def leave(tx: Transaction) -> None:
     """What has a slot, but no life yet, is left to the next owner, too."""
+    add_usage(tx, 0)
     if tx.db.owner:
         for inst in tx.select(f"workflow {_AMONG} AND {_TAKES_A_SLOT}", str([*tx.scheduler.bound])):
             tx.leave_slot(inst)
@@ -4328,6 +4329,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
     is kept. Without any keys from the top."""
     rows = tx.journal(inst)
     kept, texts = cut(rows, steps), [rows[0].data]
+    known = fold(kept)[0]  # before anything is dropped, because a row may be unreadable
     if steps:
         what = f"instance {inst.id!r} has no such step {step_label(steps[0])!r}"
         require(kept, "instance.cannot_restart", what)
@@ -4340,7 +4342,7 @@ def _restart(tx: Transaction, inst: Instance, steps: Sequence[str]) -> None:
         sql = f"DELETE FROM {table} WHERE instance = ? AND seq NOT {_AMONG}"
         tx.db.execute(sql, (inst.key, str([row.seq for row in kept])))
     unpause(tx, inst)
-    for step in fold(kept)[0].values():
+    for step in known.values():
         if step.state == "done":
             texts.append(step.data)
         if step.open:  # it was in flight: that is as after a clean stop
@@ -5213,18 +5215,22 @@ class History:
 # --------------------------------------------------------------------------------------------------
 # Usage: what Cloudflare's pricing is based on.
 #
-# What an instance has used stands in its journal: each row says what that comes to. Whenever the
-# row of the instance is written, the month's row of `usage` gets what is new since then; a step
-# alone writes neither. (To write one with each step would cost a tenth of its time.) So after a
-# crash there is nothing to make good: the row of an instance says what of its journal was counted.
-# CPU time is counted in memory, and added along with the rest, or when it comes to a second.
+# What an instance has used stands in its journal: each row says what that comes to so far, over all
+# restarts. Whenever the row of the instance is written, the month's row of `usage` gets what is new
+# since then; a step alone writes neither of the two. (To write one with each step would cost a
+# tenth of its time.) So after a crash there is nothing to make good: the row of an instance says
+# what of its journal was counted. A step counts in the month in which that happens.
+#
+# CPU time is counted in memory. It is added along with the rest, when it comes to a second, when
+# somebody asks, or when the engine is left; until then, only this process knows of it.
 
 _MONTH = "strftime('%Y-%m', ? / 1000, 'unixepoch')"
 _ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) DO UPDATE SET
     requests = requests + excluded.requests, steps = steps + excluded.steps,
     cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
 
-# What runs have used since the rows of their instances were written.
+# What runs have used since the rows of their instances were written. (Whatever has no slot writes
+# no row without writing its instance's.)
 _NOT_COUNTED = f"""SELECT 0, sum(steps - counted_steps), 0, sum(bytes - counted_bytes)
     FROM {_WITH_NEWEST} WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}"""
 
@@ -5244,8 +5250,8 @@ def count_used(tx: Transaction, inst: Instance) -> None:
 
 
 def add_usage(tx: Transaction, least_ns: int = 10**9) -> None:
-    """Adds what a transaction has counted to the row of the month, if it is more than that little
-    CPU time."""
+    """Adds what a transaction has counted to the row of the month, unless that is nothing but CPU
+    time, and no more of it than `least_ns`."""
     if tx.requests or tx.steps or tx.storage or tx.cpu_ns > least_ns:
         used = (tx.requests, tx.steps, tx.cpu_ns / 1e6, tx.storage)
         tx.db.execute(_ADD, (tx.now, *used))
