@@ -16379,11 +16379,9 @@ def check(path: str) -> list[str]:
         if {id: end for id, end in ends.items() if " " not in id} != OUTPUTS:  # without schedules
             wrong.append(f"outputs {ends}")
         audit = dict(ask("SELECT kind, count(*) FROM audit GROUP BY kind"))
-        ((requests, *counted),) = ask(
-            "SELECT sum(requests), sum(steps), sum(storage_bytes) FROM usage"
-        )
+        counted = ask("SELECT sum(requests), sum(steps), sum(storage_bytes) FROM usage")
         ((_, steps, _, size),) = ask(workflows._NOT_COUNTED)  # of what was running in the end
-        usage = [requests, counted[0] + (steps or 0), counted[1] + (size or 0)]
+        usage = [a + (b or 0) for a, b in zip(counted[0], (0, steps, size), strict=True)]
         if usage != [audit["requests"], audit["steps"], storage]:
             wrong.append(f"usage {usage}, and not {audit}, {storage}")
         scheduled = "SELECT count(*) FROM audit WHERE kind = 'requests' AND id LIKE '% %'"
