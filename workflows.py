@@ -644,8 +644,8 @@ def _get_lock(db: sqlite3.Connection, sql: str) -> list[Any] | None:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Instance:
-    """A row of `instances`, its columns in their order; and what the newest row of its journal
-    says."""
+    """A row of `instances`, its columns in their order; and of its newest row in the journal the
+    number, and the bytes and steps as of that row."""
 
     key: int
     workflow: int
@@ -780,7 +780,7 @@ class Transaction:
 
     def __init__(self, database: Database, scheduler: Scheduler, cpu_ns: int) -> None:
         self.db, self.scheduler, self.now = database, scheduler, scheduler.clock.now()
-        # What the month's row of `usage` will get with this transaction.
+        # What the month's row of `usage` will get with this transaction: see "Usage".
         self.requests = self.steps = self.storage = 0
         self.cpu_ns = cpu_ns  # of callbacks
         self.written = 0  # rows
@@ -1486,7 +1486,8 @@ class Replay(Life):
         """Begins a step, or goes on with it. (Here the call just stays pending.)"""
 
     def on_cancellation(self, call: StepCall) -> None:
-        """`run`, or the callback around it, has cancelled a call."""
+        """`run`, or the callback around it, has cancelled a call: see "Cancelled and nested
+        calls"."""
 
     async def wait(self, call: StepCall) -> None:
         """Suspends a call until something has happened to its step."""
@@ -2487,9 +2488,11 @@ class Watchers:
         return self._futures.setdefault(topic, self._loop.create_future())
 
     def topics(self) -> list[Topic]:
+        """What somebody waits for."""
         return list(self._futures)
 
     def tell(self, topics: Iterable[Topic] | None, _: BaseException | None = None) -> None:
+        """Tells those who wait for one of these."""
         for topic in topics or ():
             if (future := self._futures.pop(topic, None)) is not None:
                 resolve(future)
@@ -3005,6 +3008,7 @@ class Clock:
 
 
 def camel(name: str) -> str:
+    """A name in Cloudflare's spelling: `event_type` is `eventType`."""
     return re.sub("_([a-z])", lambda match: match[1].upper(), name)
 
 
@@ -3361,6 +3365,7 @@ class _Text(str):
 
 
 def message_of(error: BaseException) -> str:
+    """What an error says, if its class lets it."""
     return _utf8(safely("<exception str() failed>", str, error))
 
 
@@ -5229,8 +5234,8 @@ _ADD = f"""INSERT INTO usage VALUES ({_MONTH}, ?, ?, ?, ?) ON CONFLICT (month) D
     requests = requests + excluded.requests, steps = steps + excluded.steps,
     cpu_ms = cpu_ms + excluded.cpu_ms, storage_bytes = storage_bytes + excluded.storage_bytes"""
 
-# What runs have used since the rows of their instances were written. (Whatever has no slot writes
-# no row without writing its instance's.)
+# What runs have used since the rows of their instances were written. (What has no slot uses
+# nothing unless the row of its instance is written, too.)
 _NOT_COUNTED = f"""SELECT 0, sum(steps - counted_steps), 0, sum(bytes - counted_bytes)
     FROM {_WITH_NEWEST} WHERE workflow IN (SELECT key FROM workflows) AND {_TAKES_A_SLOT}"""
 
@@ -5624,7 +5629,7 @@ class WorkflowInstanceModifier:
         with naming("times"):
             count = math.inf if times is None else read_count(times)
         before = max((last for last in ends if last < math.inf), default=0)
-        ends[before + count] = end
+        ends[before + count] = end  # comes after the others that have a number
         return self._check_open()
 
     def _check_open(self) -> Self:
